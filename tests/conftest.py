@@ -1,0 +1,31 @@
+"""Fixtures shared by the tests: the photographs of ``SAGE_DATA`` where they are, and a small town rendered once."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def sage_data() -> Path:
+    """The folder of real data sets named by ``SAGE_DATA``; the test skips, and says so, where there is none."""
+    folder = os.environ.get("SAGE_DATA", "")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("SAGE_DATA names no folder of real photographs: tests on them are left out")
+    return Path(folder).resolve()
+
+
+@pytest.fixture(scope="session")
+def small_town(tmp_path_factory) -> Path:
+    """A town of a few streets in the folder layout of the field, rendered once a session at 56 x 56 pixels."""
+    from sagelib.town import write_town
+
+    return write_town(
+        tmp_path_factory.mktemp("town") / "small",
+        train_seeds=(1000,),
+        val_seeds=(1100,),
+        test_seeds=(1110,),
+        images_per_town=48,
+        size=56,
+        progress=False,
+    )
