@@ -1,0 +1,63 @@
+# Two commands matter: `make reproduce` and `make test`. Each creates .venv by itself when it is missing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+NOTEBOOKS := $(wildcard notebooks/[0-9]*.ipynb)
+PARAMS ?= notebooks/params/town.yaml
+OUT ?= data/runs/reproduce
+
+export MPLBACKEND := Agg
+export JUPYTER_PLATFORM_DIRS := 1
+export PYTHONWARNINGS ?= ignore::DeprecationWarning
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help install reproduce test test-unit test-notebooks test-browser lab bench lint notebooks clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# environment.yml is the one list of exact versions; the lines with "==" are what pip installs.
+$(STAMP): environment.yml pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "sagelib needs Python 3.11 or newer, and $(PYTHON) is older: give another one, as in 'make PYTHON=python3.11 $(MAKECMDGOALS)'"; exit 1; }
+	@test -x $(BIN)/python || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@sed -n 's/^ *- \([A-Za-z0-9_-]*==.*\)$$/\1/p' environment.yml > $(VENV)/requirements.txt
+	@echo "installing $$(wc -l < $(VENV)/requirements.txt) pinned packages (a few minutes the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $(VENV)/requirements.txt --editable .
+	@$(BIN)/python -m ipykernel install --sys-prefix --name python3 --display-name "Python 3 (sagelib)" > /dev/null
+	@touch $@
+
+install: $(STAMP)  ## create .venv and install the pinned versions
+
+reproduce: $(STAMP)  ## run the ordered notebooks headlessly on the town, from rendering to the recall table
+	$(BIN)/python notebooks/reproduce.py --parameters $(PARAMS) --out $(OUT)
+
+test: test-unit test-notebooks  ## every test, then every notebook against its stored outputs
+
+test-unit: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-notebooks: $(STAMP)
+	runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && SAGE_RUNS="$$runs" \
+	    $(BIN)/python -m pytest -p no:cacheprovider --nbval --nbval-cell-timeout=240 --nbval-sanitize-with tests/nbval_sanitize.cfg \
+	    -n 2 --dist loadfile $(NOTEBOOKS)
+
+test-browser: $(STAMP)  ## open every notebook in JupyterLab in a real browser
+	SAGE_BROWSER=all $(BIN)/python -m pytest -m browser tests
+
+lab: $(STAMP)  ## JupyterLab on the notebooks
+	$(BIN)/python -m jupyterlab notebooks
+
+bench: $(STAMP)  ## speeds and memory, each as a ratio against a named alternative in the same run
+	$(BIN)/python -m pytest tests/benchmarks -o python_files='bench_*.py' --benchmark-only -s
+
+lint: $(STAMP)  ## ruff on the modules, the tests and the notebooks
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+notebooks: $(STAMP)  ## run the notebooks in place with their stored parameters and keep the outputs
+	for notebook in $(NOTEBOOKS); do $(BIN)/python -m jupyter nbconvert --to notebook --execute --inplace $$notebook || exit 1; done
+
+clean:  ## remove .venv and caches (never data)
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis *.egg-info
