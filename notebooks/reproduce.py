@@ -18,13 +18,21 @@ HERE = Path(__file__).resolve().parent
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parameters", type=Path, default=HERE / "params" / "town.yaml", help="YAML of parameters")
-    parser.add_argument("--out", type=Path, default=HERE.parent / "data" / "runs" / "reproduce", help="executed notebooks")
-    parser.add_argument("--only", nargs="*", default=None, help="first digits of the notebooks to run, as in 01 06")
+    parser.add_argument(
+        "--parameters", type=Path, default=HERE / "params" / "town.yaml", help="YAML of parameters"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=HERE.parent / "data" / "runs" / "reproduce", help="executed notebooks"
+    )
+    parser.add_argument(
+        "--only", nargs="*", default=None, help="first digits of the notebooks to run, as in 01 06"
+    )
     options = parser.parse_args(arguments)
 
     if not options.parameters.is_file():
-        parser.error(f"there is no parameter file {options.parameters}; the shipped ones are in {HERE / 'params'}")
+        parser.error(
+            f"there is no parameter file {options.parameters}; the shipped ones are in {HERE / 'params'}"
+        )
     values = yaml.safe_load(options.parameters.read_text()) or {}
     notebooks = sorted(HERE.glob("[0-9][0-9]_*.ipynb"))
     if options.only is not None:
@@ -50,7 +58,10 @@ def main(arguments: list[str] | None = None) -> int:
                 progress_bar=sys.stderr.isatty(),
             )
         except papermill.PapermillExecutionError as error:
-            print(f"{notebook.name} stopped in cell {error.exec_count}: {error.ename}: {error.evalue}", file=sys.stderr)
+            print(
+                f"{notebook.name} stopped in cell {error.exec_count}: {error.ename}: {error.evalue}",
+                file=sys.stderr,
+            )
             print(f"the notebook up to there: {options.out / notebook.name}", file=sys.stderr)
             return 1
         lines.append((notebook.name, time.time() - start))
@@ -59,7 +70,9 @@ def main(arguments: list[str] | None = None) -> int:
     where = options.out.resolve()
     print(f"\nAll {len(lines)} notebooks ran in {(time.time() - began) / 60:.1f} min.")
     print(f"executed notebooks  {where}")
-    runs = Path(values.get("runs_folder") or os.environ.get("SAGE_RUNS") or HERE.parent / "data" / "runs").resolve()
+    runs = Path(
+        values.get("runs_folder") or os.environ.get("SAGE_RUNS") or HERE.parent / "data" / "runs"
+    ).resolve()
     newest = sorted(runs.glob("notebooks/*/figures"), key=lambda p: p.stat().st_mtime)
     for folder in newest[-len(lines) :]:
         print(f"figures             {folder}")

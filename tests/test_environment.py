@@ -1,0 +1,198 @@
+"""One source of versions, a light import, and rooms that import only from above their line."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def pins() -> dict[str, str]:
+    """The exact versions of environment.yml, by normalised name."""
+    listed = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    lines = next(entry["pip"] for entry in listed if isinstance(entry, dict))
+    return {normal(line.split("==")[0]): line.split("==")[1] for line in lines}
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def requirements() -> list[Requirement]:
+    extras = PROJECT["optional-dependencies"].values()
+    return [
+        Requirement(line) for line in PROJECT["dependencies"] + [line for extra in extras for line in extra]
+    ]
+
+
+@pytest.mark.parametrize("requirement", requirements(), ids=str)
+def test_every_dependency_is_pinned_inside_its_range(requirement):
+    pinned = pins()
+    assert normal(requirement.name) in pinned, (
+        f"{requirement.name} is in pyproject.toml but not in environment.yml"
+    )
+    assert Version(pinned[normal(requirement.name)]) in requirement.specifier
+
+
+def test_nothing_is_pinned_that_is_not_a_dependency():
+    assert set(pins()) == {normal(r.name) for r in requirements()}
+
+
+def test_the_makefile_installs_exactly_the_pins():
+    """The sed line of the Makefile reads every pin of environment.yml, and nothing else."""
+    expression = (
+        re.search(r"sed -n '(.+?)' environment.yml", (ROOT / "Makefile").read_text())
+        .group(1)
+        .replace("$$", "$")
+    )
+    printed = subprocess.run(
+        ["sed", "-n", expression, "environment.yml"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert {normal(line.split("==")[0]): line.split("==")[1] for line in printed.stdout.split()} == pins()
+
+
+@pytest.mark.skipif(
+    not Path(sys.prefix, ".installed").exists(), reason="not the environment that make installs"
+)
+def test_what_is_installed_is_what_is_pinned():
+    wrong = {name: (pin, version(name)) for name, pin in pins().items() if version(name).split("+")[0] != pin}
+    assert not wrong, f"pinned and installed versions differ: {wrong}"
+
+
+def test_conda_and_pyproject_ask_for_the_same_python():
+    listed = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    python = next(entry for entry in listed if isinstance(entry, str) and entry.startswith("python="))
+    assert (
+        Version(python.removeprefix("python="))
+        in Requirement(f"python{PROJECT['requires-python']}").specifier
+    )
+
+
+def test_importing_the_package_is_light_and_silent():
+    """``import sagelib`` brings no torch, prints nothing, and leaves torch's global settings alone."""
+    program = "import sys, sagelib; assert 'torch' not in sys.modules and 'timm' not in sys.modules; print(sagelib.__version__)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stderr == "" and done.stdout.count("\n") == 1
+
+
+def test_importing_every_module_has_no_side_effects():
+    """No global seed, thread count, default type, device choice, warning filter or print at import."""
+    modules = sorted(p.stem for p in (ROOT / "sagelib").glob("*.py") if p.stem != "__init__")
+    program = f"""
+import json, random, sys, warnings
+import numpy, torch, timm, torchvision, matplotlib, IPython.display
+random.seed(7); numpy.random.seed(7); torch.manual_seed(7)
+before = (len(warnings.filters), torch.get_num_threads(), str(torch.get_default_dtype()), matplotlib.get_backend(),
+          random.getstate()[1][:5], numpy.random.get_state()[1][:5].tolist(), torch.get_rng_state()[:64].tolist())
+import importlib
+for name in {modules!r}:
+    importlib.import_module("sagelib." + name)
+after = (len(warnings.filters), torch.get_num_threads(), str(torch.get_default_dtype()), matplotlib.get_backend(),
+         random.getstate()[1][:5], numpy.random.get_state()[1][:5].tolist(), torch.get_rng_state()[:64].tolist())
+print(json.dumps([str(a) for a, b in zip(before[1:], after[1:]) if a != b]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**__import__("os").environ, "MPLBACKEND": "Agg"},
+    )
+    assert json.loads(done.stdout.strip().splitlines()[-1]) == []
+    assert done.stdout.count("\n") == 1, f"a module prints at import: {done.stdout}"
+
+
+# The rooms, ground floor first: a room imports only from above its own line.
+HOUSE = [
+    {"runs"},
+    {"places"},
+    {"town"},
+    {"images"},
+    {"backbone", "softp", "interact", "aggregators"},
+    {"model", "weights"},
+    {"graph"},
+    {"sampler"},
+    {"describe"},
+    {"retrieval"},
+    {"tokens", "train", "pretrain", "evaluate"},
+    {"ablate", "analysis"},
+    {"figures"},
+    {"widgets"},
+]
+
+
+def imports_of(path: Path) -> set[str]:
+    """The modules of ours that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "sagelib":
+            found |= (
+                {node.module.split(".")[1]} if "." in node.module else {alias.name for alias in node.names}
+            )
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            found |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("sagelib.")}
+    return found
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "sagelib").glob("*.py")), ids=lambda p: p.stem)
+def test_a_room_imports_only_from_above_its_line(path):
+    if path.stem == "__init__":
+        assert imports_of(path) == set()
+        return
+    floor = {room: number for number, rooms in enumerate(HOUSE) for room in rooms}
+    assert path.stem in floor, f"{path.name} has no place in the house: give it one here and in the README"
+    below = {other for other in imports_of(path) if floor.get(other, -1) > floor[path.stem]}
+    assert not below, f"{path.name} imports {sorted(below)} from below its own line"
+
+
+@pytest.mark.parametrize(
+    ("room", "forbidden"),
+    [
+        ("graph", {"torch", "train", "model"}),
+        ("sampler", {"torch", "train", "model"}),
+        ("model", {"places", "images", "describe", "town"}),
+        ("backbone", {"places", "images", "describe", "town"}),
+        (
+            "figures",
+            {
+                "runs",
+                "places",
+                "town",
+                "model",
+                "describe",
+                "retrieval",
+                "train",
+                "evaluate",
+                "analysis",
+                "torch",
+            },
+        ),
+    ],
+)
+def test_rooms_that_must_not_know_each_other(room, forbidden):
+    path = ROOT / "sagelib" / f"{room}.py"
+    top = {
+        n.name.split(".")[0]
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Import)
+        for n in node.names
+    }
+    top |= {
+        node.module.split(".")[0]
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module
+    }
+    assert not (imports_of(path) | top) & forbidden
