@@ -1,0 +1,107 @@
+"""JupyterLab in a real headless Chromium: open a notebook, run it, move its slider, see the output change.
+
+``make test`` does this for one notebook, ``make test-browser`` (``SAGE_BROWSER=all``) for every one. The test waits
+for the kernel to say that it is idle, never for a number of seconds. It skips where no browser is installed.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ALL = sorted(p.name for p in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+ONE = [name for name in ALL if name.startswith("02_")] or ALL[:1]
+CHROMIUM = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(CHROMIUM is None, reason="no browser installed (Debian: apt install chromium)"),
+]
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """A JupyterLab server of its own on a copy of the notebooks; yields its address with the token."""
+    home = tmp_path_factory.mktemp("lab")
+    # The notebooks find data beside them; pictures are written once, into the copy.
+    shutil.copytree(ROOT / "notebooks", home / "notebooks")
+    shutil.copytree(ROOT / "data", home / "data", ignore=shutil.ignore_patterns("runs"))
+    environment = {
+        **os.environ,
+        "JUPYTER_RUNTIME_DIR": str(home / "runtime"),
+        "JUPYTER_CONFIG_DIR": str(home / "config"),
+        "SAGE_RUNS": str(home / "runs"),
+    }
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--port=0"]
+    command += ["--IdentityProvider.token=test", f"--ServerApp.root_dir={home / 'notebooks'}"]
+    command += ["--LabApp.news_url=", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
+    with open(home / "log.txt", "w") as log:
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=home)
+    try:
+        deadline = time.monotonic() + 120
+        while not (found := list((home / "runtime").glob("jpserver-*.json"))):
+            assert server.poll() is None and time.monotonic() < deadline, (home / "log.txt").read_text()
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{json.loads(found[0].read_text())['port']}"
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.mark.parametrize("name", ALL if os.environ.get("SAGE_BROWSER") == "all" else ONE)
+def test_a_notebook_runs_in_jupyterlab_and_its_slider_changes_the_output(lab, browser, name):
+    page = browser.new_page(viewport={"width": 1280, "height": 1600})
+    page.set_default_timeout(180_000)
+    page.goto(f"{lab}/lab/tree/{name}?token=test&reset")
+    page.wait_for_selector(".jp-Notebook .jp-CodeCell")
+    page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]')
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_text("Run All Cells", exact=True).click()
+    cells = [c for c in json.loads((ROOT / "notebooks" / name).read_text())["cells"] if c["cell_type"] == "code"]
+    last = len(cells)
+    # The count in the prompt of the last cell appears when it has run; an error would stop before it.
+    page.wait_for_function(
+        """last => document.querySelector('.jp-mod-rendered-error, [data-mime-type="application/vnd.jupyter.stderr"] .ansi-red-fg')
+                  || [...document.querySelectorAll('.jp-InputPrompt')].some(p => p.textContent.trim() === `[${last}]:`)""",
+        arg=last,
+        timeout=240_000,
+    )
+    page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]')
+    assert page.locator('[data-mime-type="application/vnd.jupyter.error"]').count() == 0, "a cell ended in an error"
+    shots = os.environ.get("SAGE_SCREENSHOTS")
+    if shots:
+        page.screenshot(path=f"{shots}/{Path(name).stem}.png")
+
+    slider = page.locator(".widget-slider .noUi-handle, .jupyter-widgets .noUi-handle").first
+    if slider.count() == 0:
+        assert "widgets." not in (ROOT / "notebooks" / name).read_text(), f"{name} has a widget but no slider was drawn"
+        return
+    slider.scroll_into_view_if_needed()
+    output = page.locator(".jp-OutputArea-child:has(.noUi-handle)").first
+    before = output.inner_html()
+    slider.focus()
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function(
+        "([node, before]) => node.innerHTML.replace(/noUi[^>]*|aria-[^>]*/g, '') !== before.replace(/noUi[^>]*|aria-[^>]*/g, '')",
+        arg=[output.element_handle(), before],
+    )
+    page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]')
+    if shots:
+        page.screenshot(path=f"{shots}/{Path(name).stem}-slider.png")
+    page.close()
