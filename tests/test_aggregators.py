@@ -1,0 +1,363 @@
+"""The comparators: equal to slow float64 versions of their papers' equations, and well-behaved as modules."""
+
+import doctest
+import math
+
+import numpy as np
+import oracles_aggregators as oracle
+import pytest
+import torch
+
+from sagelib import aggregators
+from sagelib.aggregators import (
+    CLS,
+    SALAD,
+    BoQ,
+    GeM,
+    Mean,
+    MixVPR,
+    NetVLAD,
+    aggregator_names,
+    build_aggregator,
+    log_sinkhorn,
+    options_for_dim,
+)
+
+WIDTH, GRID = 12, (4, 5)
+SMALL = {
+    "cls": {},
+    "mean": {},
+    "gem": {},
+    "netvlad": {"clusters": 3},
+    "salad": {"clusters": 5, "channels": 4, "token_dim": 6, "hidden": 10},
+    "mixvpr": {"grid": GRID, "depth": 2, "channels": 7, "rows": 3},
+    "boq": {"channels": 8, "queries": 4, "layers": 2, "rows": 3, "heads": 2},
+}
+MORE = [
+    ("gem", {"grid": 2}),
+    ("gem", {"negative": "sign", "dim": 9}),
+    ("netvlad", {"clusters": 3, "channels": 5}),
+    ("salad", {"clusters": 5, "channels": 4, "token_dim": 0, "hidden": 10}),
+    ("boq", {"channels": 8, "queries": 4, "rows": 3, "kernel": 1}),
+    ("cls", {"dim": 5}),
+]
+ALL = [*SMALL.items(), *MORE]
+
+
+def tokens(seed=0, batch=3, grid=GRID, width=WIDTH, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    cls = torch.randn(batch, width, generator=generator, dtype=dtype)
+    return cls, torch.randn(batch, grid[0] * grid[1], width, generator=generator, dtype=dtype), grid
+
+
+def made(name, options, seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return build_aggregator(name, WIDTH, **options)
+
+
+@pytest.mark.parametrize("name, options", ALL)
+def test_unit_norm_and_stated_width(name, options):
+    module = made(name, options)
+    out = module(*tokens())
+    assert out.shape == (3, module.out_dim)
+    torch.testing.assert_close(out.norm(dim=1), torch.ones(3))
+
+
+@pytest.mark.parametrize("name, options", ALL)
+def test_an_image_does_not_see_its_batch(name, options):
+    module = made(name, options).eval()
+    cls, patches, grid = tokens()
+    alone = torch.cat([module(cls[i : i + 1], patches[i : i + 1], grid) for i in range(3)])
+    torch.testing.assert_close(module(cls, patches, grid), alone, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name, options", ALL)
+def test_every_parameter_and_input_gets_a_finite_gradient(name, options):
+    module = made(name, options).eval()
+    cls, patches, grid = tokens()
+    cls.requires_grad_(), patches.requires_grad_()
+    target = torch.randn(3, module.out_dim, generator=torch.Generator().manual_seed(5))
+    (module(cls, patches, grid) * target).sum().backward()
+    for key, parameter in module.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), key
+        # A shift of all of a query's keys cancels in the softmax, so the key third of that bias gets nothing.
+        assert parameter.grad.abs().max() > 0, key
+    read = {"cls": [cls], "salad": [cls, patches]}.get(name, [patches])
+    if name == "salad" and options["token_dim"] == 0:
+        read = [patches]
+    for tensor in read:
+        assert tensor.grad.isfinite().all() and tensor.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("name, options", ALL)
+def test_order_of_the_patches(name, options):
+    """Only the aggregators that know a patch's position may notice a permutation; and those must."""
+    module = made(name, options).eval()
+    cls, patches, grid = tokens()
+    order = torch.randperm(patches.shape[1], generator=torch.Generator().manual_seed(3))
+    change = (module(cls, patches, grid) - module(cls, patches[:, order], grid)).abs().max()
+    positional = (
+        name == "mixvpr" or (name == "boq" and options.get("kernel", 3) > 1) or options.get("grid") == 2
+    )
+    assert change > 1e-3 if positional else change < 1e-5
+
+
+@pytest.mark.parametrize("name, options", ALL)
+def test_state_round_trip_and_training_mode(name, options):
+    first, second = made(name, options, seed=0), made(name, options, seed=1)
+    second.load_state_dict(first.state_dict(), strict=True)
+    first.eval(), second.eval()
+    torch.testing.assert_close(first(*tokens()), second(*tokens()), rtol=0, atol=0)
+
+
+def test_gem_equals_the_oracle():
+    cls, patches, grid = tokens(dtype=torch.float64)
+    for options in ({}, {"p": 1.7}, {"grid": 2}, {"grid": 3, "negative": "sign"}, {"negative": "sign"}):
+        out = GeM(WIDTH, **options).double()(cls, patches, grid)
+        for i in range(3):
+            expected = oracle.gem(
+                patches[i].numpy(),
+                grid,
+                options.get("p", 3.0),
+                options.get("grid", 1),
+                options.get("negative", "clamp"),
+            )
+            np.testing.assert_allclose(out[i].detach().numpy(), expected, atol=1e-6)
+
+
+def test_gem_is_the_mean_at_one_and_nears_the_maximum():
+    cls, patches, grid = tokens(dtype=torch.float64)
+    positive = patches.abs() + 0.1
+    torch.testing.assert_close(
+        GeM(WIDTH, p=1.0).double()(cls, positive, grid), Mean(WIDTH)(cls, positive, grid)
+    )
+    peak = torch.nn.functional.normalize(positive.amax(dim=1), dim=1)
+    torch.testing.assert_close(GeM(WIDTH, p=400.0).double()(cls, positive, grid), peak, atol=5e-3, rtol=0)
+
+
+def test_gem_p_is_a_parameter_only_when_learned():
+    assert sum(p.numel() for p in GeM(WIDTH).parameters()) == 1
+    fixed = GeM(WIDTH, learn_p=False)
+    assert not list(fixed.parameters()) and float(fixed.p) == 3.0
+
+
+def test_gem_of_an_all_zero_image_is_finite():
+    """A black picture may give zero features: the descriptor and its gradient stay finite."""
+    for negative in ("clamp", "sign"):
+        patches = torch.zeros(1, 20, WIDTH, requires_grad=True)
+        out = GeM(WIDTH, negative=negative)(torch.zeros(1, WIDTH), patches, GRID)
+        out.sum().backward()
+        assert out.isfinite().all() and patches.grad.isfinite().all()
+
+
+def test_netvlad_equals_the_oracle():
+    cls, patches, grid = tokens(dtype=torch.float64)
+    for options in ({"clusters": 3}, {"clusters": 4, "channels": 5}):
+        module = made("netvlad", options).double()
+        out = module(cls, patches, grid).detach().numpy()
+        for i in range(3):
+            np.testing.assert_allclose(out[i], oracle.netvlad(module, patches[i].numpy()), atol=1e-10)
+
+
+def test_netvlad_start_is_as_sharp_as_asked():
+    _, patches, _ = tokens(batch=20, dtype=torch.float64)
+    flat = patches.reshape(-1, WIDTH)
+    module = made("netvlad", {"clusters": 6}).double()
+    alpha = module.start_from_patches(flat, seed=0)
+    inner = torch.nn.functional.normalize(flat, dim=1)
+    soft = module.assign(inner).softmax(dim=1)
+    top = soft.topk(2, dim=1).values
+    ratio = (top[:, 0] / top[:, 1]).log().mean().item()
+    assert math.isclose(ratio, math.log(100.0), rel_tol=1e-6)
+    # the softmax is over -alpha ||x - c||^2, so the heaviest centre is the nearest one
+    assert torch.equal(soft.argmax(dim=1), torch.cdist(inner, module.centres).argmin(dim=1))
+    distances = torch.cdist(inner, module.centres).square()
+    torch.testing.assert_close(soft, (-alpha * distances).softmax(dim=1))
+
+
+def test_netvlad_start_refuses_other_shapes():
+    module = NetVLAD(WIDTH, clusters=3)
+    with pytest.raises(ValueError, match=r"centres must have shape \(3, 12\), got \(4, 12\)"):
+        module.start_from(torch.zeros(4, WIDTH), torch.zeros(10, WIDTH))
+    with pytest.raises(ValueError, match="at least as many as the 3 clusters, got 2"):
+        module.start_from_patches(torch.zeros(2, WIDTH))
+
+
+def test_sinkhorn_equals_multiplication_and_reaches_its_sums():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(2, 7, 4, generator=generator, dtype=torch.float64)
+    rows, columns = (
+        torch.ones(7, dtype=torch.float64),
+        torch.tensor([1.0, 1.0, 1.0, 4.0], dtype=torch.float64),
+    )
+    for iterations in (1, 3, 200):
+        plan = log_sinkhorn(scores, rows.log(), columns.log(), iterations).exp()
+        for i in range(2):
+            np.testing.assert_allclose(
+                plan[i], oracle.sinkhorn(scores[i], rows, columns, iterations), rtol=1e-9
+            )
+        torch.testing.assert_close(plan.sum(dim=2), rows.expand(2, 7))
+    torch.testing.assert_close(plan.sum(dim=1), columns.expand(2, 4))
+
+
+def test_sinkhorn_survives_scores_whose_exponential_does_not():
+    scores = 300.0 * torch.randn(1, 6, 3, generator=torch.Generator().manual_seed(1))
+    plan = log_sinkhorn(scores, torch.zeros(6), torch.tensor([1.0, 1.0, 4.0]).log(), 50)
+    assert plan.exp().isfinite().all()
+    torch.testing.assert_close(plan.exp().sum(dim=2), torch.ones(1, 6))
+
+
+def test_salad_equals_the_oracle():
+    cls, patches, grid = tokens(dtype=torch.float64)
+    module = made("salad", SMALL["salad"]).double().eval()
+    out = module(cls, patches, grid).detach().numpy()
+    for i in range(3):
+        expected = oracle.salad(module, cls[i].numpy(), patches[i].numpy())
+        np.testing.assert_allclose(out[i], expected, atol=2e-6)  # its transport runs in float32
+
+
+def test_salad_mass_and_dustbin():
+    module = made("salad", SMALL["salad"]).eval()
+    _, patches, _ = tokens()
+    mass = module.assignment(patches)
+    assert mass.shape == (3, 20, 5) and (mass > 0).all() and (mass.sum(dim=2) < 1).all()
+    module.iterations = 500
+    torch.testing.assert_close(module.assignment(patches).sum(dim=1), torch.ones(3, 5), atol=1e-4, rtol=0)
+
+
+def test_salad_refuses_fewer_patches_than_clusters():
+    with pytest.raises(ValueError, match="more patches than clusters, got 20 patches for 20 clusters"):
+        SALAD(WIDTH, clusters=20).eval()(*tokens())
+
+
+def test_mixvpr_equals_the_oracle():
+    cls, patches, grid = tokens(dtype=torch.float64)
+    module = made("mixvpr", {**SMALL["mixvpr"], "mlp_ratio": 1.5}).double()
+    out = module(cls, patches, grid).detach().numpy()
+    for i in range(3):
+        np.testing.assert_allclose(out[i], oracle.mixvpr(module, patches[i].numpy()), atol=1e-10)
+
+
+def test_mixvpr_reads_its_own_grid_only():
+    module = made("mixvpr", SMALL["mixvpr"])
+    with pytest.raises(ValueError, match="built for a grid of 4 x 5 patches and got 5 x 4"):
+        module(*tokens(grid=(5, 4)))
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("training", [False, True])
+def test_boq_equals_the_oracle(kernel, training):
+    cls, patches, grid = tokens(batch=2, dtype=torch.float64)
+    module = made("boq", {**SMALL["boq"], "kernel": kernel}).double().train(training)
+    out = module(cls, patches, grid).detach().numpy()
+    for i in range(2):
+        np.testing.assert_allclose(out[i], oracle.boq(module, patches[i].numpy(), grid, heads=2), atol=1e-9)
+
+
+def test_dropout_acts_in_training_only():
+    module = made("salad", SMALL["salad"])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        first, second = module.train()(*tokens()), module(*tokens())
+    assert (first - second).abs().max() > 1e-3
+    torch.testing.assert_close(module.eval()(*tokens()), module(*tokens()), rtol=0, atol=0)
+
+
+def test_parameter_counts_of_the_papers_sizes():
+    """Counted by hand from the layer sizes, for a ViT-B's width of 768."""
+
+    def count(name, **options):
+        return sum(p.numel() for p in build_aggregator(name, 768, **options).parameters())
+
+    assert count("cls") == count("mean") == 0
+    assert count("gem") == 1
+    assert count("netvlad") == 64 * 768 + 64 + 64 * 768
+    # 1.4 M, as the paper says of its head
+    assert (
+        count("salad") == 3 * (768 * 512 + 512) + 512 * (64 + 128 + 256) + (64 + 128 + 256) + 1 == 1_411_009
+    )
+    n = 16 * 16
+    mixer = 2 * n + 2 * (n * n + n)
+    assert count("mixvpr", grid=(16, 16)) == 4 * mixer + 768 * 1024 + 1024 + n * 4 + 4
+    c = 384
+    attend = 4 * c * c + 4 * c
+    layer = (attend + 8 * c * c + 5 * c + 4 * c) + 64 * c + 2 * attend + 4 * c
+    assert count("boq") == 768 * 9 * c + c + 2 * c + 2 * layer + 128 * 32 + 32
+
+
+def test_widths_of_the_papers_sizes():
+    assert build_aggregator("netvlad", 512).out_dim == 32768
+    assert build_aggregator("salad", 768).out_dim == 8448
+    assert build_aggregator("mixvpr", 1024, grid=(20, 20)).out_dim == 4096
+    assert build_aggregator("boq", 768).out_dim == 12288
+
+
+@pytest.mark.parametrize("name", [n for n in aggregator_names() if n not in ("softp", "cfp")])
+@pytest.mark.parametrize("dim", [768, 8448])
+def test_widths_can_be_matched(name, dim):
+    settled = {"mixvpr": {"grid": (4, 4)}}.get(name, {})
+    module = build_aggregator(name, 192, **options_for_dim(name, dim, **settled))
+    assert module.out_dim == dim
+
+
+def test_a_width_that_cannot_be_matched_says_the_arithmetic():
+    with pytest.raises(ValueError, match=r"must be 256 \+ 64 \* channels, for instance 1024"):
+        options_for_dim("salad", 1000)
+    with pytest.raises(ValueError, match="was given as well"):
+        options_for_dim("salad", 1024, channels=3)
+    with pytest.raises(ValueError, match="there is no aggregator 'vlad'"):
+        options_for_dim("vlad", 1024)
+
+
+def test_cfp_is_soft_probing_without_its_weighting():
+    pytest.importorskip("sagelib.softp", reason="soft probing is not here: its dispatch is left out")
+    soft, plain = build_aggregator("softp", WIDTH), build_aggregator("cfp", WIDTH)
+
+    def count(m):
+        return sum(p.numel() for p in m.parameters())
+
+    assert soft.out_dim == plain.out_dim == 8448
+    assert count(soft) - count(plain) == 385
+    with pytest.raises(ValueError, match="no option 'alpha'"):
+        build_aggregator("cfp", WIDTH, alpha=0.5)
+
+
+def test_names_and_options_are_refused_with_those_that_exist():
+    with pytest.raises(ValueError, match="no aggregator 'vlad'; there are cls, mean, gem, netvlad, salad"):
+        build_aggregator("vlad", WIDTH)
+    with pytest.raises(ValueError, match="'gem' has no option 'cluster'; it has p, learn_p, grid"):
+        build_aggregator("gem", WIDTH, cluster=3)
+    with pytest.raises(ValueError, match="'mixvpr' needs the option 'grid'"):
+        build_aggregator("mixvpr", WIDTH)
+
+
+@pytest.mark.parametrize(
+    "make, sentence",
+    [
+        (lambda: GeM(WIDTH, p=0), "p must be above 0, got 0"),
+        (lambda: GeM(WIDTH, negative="drop"), "negative must be"),
+        (lambda: GeM(WIDTH, grid=0), "grid must be at least 1, got 0"),
+        (lambda: SALAD(WIDTH, token_dim=-1), "token_dim must be at least 0, got -1"),
+        (lambda: SALAD(WIDTH, iterations=0), "iterations must be at least 1, got 0"),
+        (lambda: MixVPR(WIDTH, grid=(4,)), "grid must be a height and a width"),
+        (lambda: BoQ(WIDTH, kernel=2), "kernel must be odd"),
+        (lambda: BoQ(WIDTH, channels=10, heads=3), "multiple of heads, got 10 and 3"),
+        (lambda: CLS(WIDTH, dim=0), "dim must be at least 1, got 0"),
+    ],
+)
+def test_values_out_of_range_are_named(make, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        make()
+
+
+def test_shapes_that_disagree_are_named():
+    cls, patches, _ = tokens()
+    with pytest.raises(ValueError, match="grid must hold the 20 patches, got 3 x 5 = 15"):
+        Mean(WIDTH)(cls, patches, (3, 5))
+    with pytest.raises(ValueError, match=r"got \(2, 12\) and \(3, 20, 12\)"):
+        Mean(WIDTH)(cls[:2], patches, GRID)
+
+
+def test_the_documented_examples():
+    assert doctest.testmod(aggregators).failed == 0
