@@ -1,0 +1,192 @@
+"""The cross-image encoder: descriptors that look at each other, or at fixed anchors.
+
+A descriptor that has passed through it depends on the images in its *context*. The context is an argument
+here, never a consequence of how a loader happened to cut its batches.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["AnchorStates", "InteractHead"]
+
+
+class AnchorStates(NamedTuple):
+    """Keys and values of the anchors in each layer; each (segments, heads, m, segment_width / heads)."""
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+
+class InteractHead(nn.Module):
+    """A post-norm Transformer encoder across images, separately for each segment of their descriptors.
+
+    Each descriptor is cut into segments; the s-th segments of all images in the context form a sequence without
+    position code or mask. The output is not brought back to unit length (its length is about
+    ``sqrt(width)``), as in the released model.
+
+    Parameters
+    ----------
+    width : int
+        Width of the descriptors; a multiple of ``segment_width``.
+    segment_width : int
+        Width of a segment, which is the encoder's width (768: 8,448 = 11 x 768).
+    heads : int
+        Attention heads; divides ``segment_width``.
+    layers : int
+        Encoder layers.
+    ffn : int
+        Hidden width of the feed-forward part (GELU).
+    dropout : float
+        Dropout probability.
+    normalise : bool
+        Bring the output to unit length; not in the paper.
+    learned_anchors : int
+        Not in the paper: so many anchors, (m, width), are parameters that train with the head.
+    stored_anchors : int
+        Not in the paper: room for so many fixed anchors, set by :meth:`set_anchors`, saved with the model.
+
+    Raises
+    ------
+    ValueError
+        If the widths do not divide; the message has the arithmetic.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        segment_width: int = 768,
+        heads: int = 16,
+        layers: int = 2,
+        ffn: int = 1024,
+        dropout: float = 0.1,
+        normalise: bool = False,
+        learned_anchors: int = 0,
+        stored_anchors: int = 0,
+    ):
+        super().__init__()
+        if segment_width < 1 or width % segment_width:
+            fits = [d for d in range(16, width + 1) if width % d == 0 and d % heads == 0]
+            near = sorted(sorted(fits, key=lambda d: abs(d - segment_width))[:3])
+            raise ValueError(
+                f"descriptors of width {width} cannot be cut into segments of {segment_width}: {width} = "
+                f"{width // max(segment_width, 1)} x {segment_width} + {width % max(segment_width, 1)}"
+                + (f"; segment_width could be {', '.join(map(str, near))}" if near else "")
+            )
+        if heads < 1 or segment_width % heads:
+            raise ValueError(
+                f"a segment of {segment_width} cannot be shared by {heads} heads: {segment_width} = "
+                f"{segment_width // max(heads, 1)} x {heads} + {segment_width % max(heads, 1)}"
+            )
+        if learned_anchors and stored_anchors:
+            raise ValueError(
+                "anchors are either learned or stored: give one of learned_anchors, stored_anchors"
+            )
+        self.width, self.segment_width, self.heads = width, segment_width, heads
+        self.segments = width // segment_width
+        self.normalise = normalise
+        # Only the parameters and their names are taken from torch's layer; the arithmetic is written out below,
+        # because a query may look at other rows than those it stands in.
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(segment_width, heads, ffn, dropout, activation="gelu")
+            for _ in range(layers)
+        )
+        self.learned = (
+            nn.Parameter(F.normalize(torch.randn(learned_anchors, width), dim=-1))
+            if learned_anchors
+            else None
+        )
+        self.register_buffer("stored", torch.zeros(stored_anchors, width) if stored_anchors else None)
+
+    @property
+    def anchors(self) -> Tensor | None:
+        """The anchors (m, width) that belong to the head, learned or stored; ``None`` where it has none."""
+        return self.learned if self.learned is not None else self.stored
+
+    @torch.no_grad()
+    def set_anchors(self, descriptors: Tensor) -> None:
+        """Store reference descriptors (m, width), as they are before the head, as the head's anchors."""
+        if self.learned is not None:
+            raise ValueError("this head learns its anchors; build it with stored_anchors to set them")
+        if descriptors.ndim != 2 or descriptors.shape[1] != self.width:
+            raise ValueError(f"anchors must have shape (m, {self.width}); got {tuple(descriptors.shape)}")
+        like = next(self.parameters())
+        self.stored = descriptors.detach().clone().to(like.device, like.dtype)
+
+    def forward(self, descriptors: Tensor, anchors: "Tensor | AnchorStates | None" = None) -> Tensor:
+        """Descriptors (B, width) in their context, (B, width).
+
+        Parameters
+        ----------
+        descriptors : Tensor (B, width)
+            As they are before the head.
+        anchors : Tensor (m, width) or AnchorStates, optional
+            ``None``: the context is the batch, each image attends over all B. Otherwise each image attends over
+            itself and the m anchors only, so that its output depends on no other image; m = 0 is the context
+            of an image alone.
+        """
+        self._check(descriptors, "descriptors")
+        x = self._cut(descriptors)
+        if anchors is not None and not isinstance(anchors, AnchorStates):
+            anchors = self.encode_anchors(anchors)
+        for i, layer in enumerate(self.layers):
+            q, k, v = self._project(layer, x)
+            if anchors is None:
+                mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=self._attention_dropout(layer))
+            else:
+                mixed = self._attend_to_self_and(layer, q, k, v, anchors.keys[i], anchors.values[i])
+            x = self._finish(layer, x, mixed)
+        out = x.transpose(0, 1).flatten(1)
+        return F.normalize(out, dim=-1) if self.normalise else out
+
+    def encode_anchors(self, anchors: Tensor) -> AnchorStates:
+        """The anchors' keys and values, to be computed once for many images.
+
+        The anchors, (m, width), attend among themselves only: what images read from them in each layer is then
+        the same for every image.
+        """
+        self._check(anchors, "anchors")
+        x = self._cut(anchors)
+        keys, values = [], []
+        for i, layer in enumerate(self.layers):
+            q, k, v = self._project(layer, x)
+            keys.append(k)
+            values.append(v)
+            if i + 1 < len(self.layers) and len(anchors):
+                mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=self._attention_dropout(layer))
+                x = self._finish(layer, x, mixed)
+        return AnchorStates(tuple(keys), tuple(values))
+
+    def _check(self, descriptors: Tensor, what: str) -> None:
+        if descriptors.ndim != 2 or descriptors.shape[1] != self.width:
+            raise ValueError(f"{what} must have shape (n, {self.width}); got {tuple(descriptors.shape)}")
+
+    def _cut(self, descriptors: Tensor) -> Tensor:
+        """(n, width) to (segments, n, segment_width)."""
+        return descriptors.unflatten(1, (self.segments, self.segment_width)).transpose(0, 1)
+
+    def _project(self, layer: nn.TransformerEncoderLayer, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values (segments, heads, n, segment_width / heads) of x (segments, n, width)."""
+        attention = layer.self_attn
+        qkv = F.linear(x, attention.in_proj_weight, attention.in_proj_bias)
+        return tuple(t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in qkv.chunk(3, dim=-1))
+
+    def _attention_dropout(self, layer: nn.TransformerEncoderLayer) -> float:
+        return layer.self_attn.dropout if self.training else 0.0
+
+    def _attend_to_self_and(self, layer, q, k, v, anchor_k, anchor_v) -> Tensor:
+        own = (q * k).sum(-1, keepdim=True)
+        scores = torch.cat([own, q @ anchor_k.transpose(-2, -1)], dim=-1) / math.sqrt(q.shape[-1])
+        weights = F.dropout(scores.softmax(dim=-1), self._attention_dropout(layer))
+        return weights[..., :1] * v + weights[..., 1:].to(v.dtype) @ anchor_v
+
+    def _finish(self, layer: nn.TransformerEncoderLayer, x: Tensor, mixed: Tensor) -> Tensor:
+        """All of a post-norm layer that follows the attention."""
+        mixed = layer.self_attn.out_proj(mixed.transpose(1, 2).flatten(-2))
+        x = layer.norm1(x + layer.dropout1(mixed))
+        hidden = layer.linear2(layer.dropout(F.gelu(layer.linear1(x))))
+        return layer.norm2(x + layer.dropout2(hidden))

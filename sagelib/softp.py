@@ -1,0 +1,226 @@
+"""Soft Probing: patches weighted softly, probed, and pooled into one descriptor.
+
+``SoftProbing(alpha=None)`` is the centroid-free probing of EMVP; :class:`SoftWeighting`, 385 parameters, is all
+that is added to it.
+"""
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sagelib.backbone import DynamicPowerNorm
+
+__all__ = ["SoftProbing", "SoftWeighting"]
+
+
+class SoftWeighting(nn.Module):
+    """Weights each patch by a function of its norm alone.
+
+    ``s_i = ||x_i|| + 1e-6`` and ``beta_i = alpha * sigmoid(predictor(s_i))``, so that a patch is multiplied by
+    ``1 + beta_i``, between 1 and 1 + alpha.
+
+    Parameters
+    ----------
+    alpha : float
+        The largest weight that can be added; positive.
+    hidden : int
+        Width of the predictor's hidden layer.
+    """
+
+    def __init__(self, alpha: float = 0.5, *, hidden: int = 128):
+        super().__init__()
+        if not alpha > 0:
+            raise ValueError(f"alpha must be positive, or None to switch the weighting off; got {alpha}")
+        self.alpha = alpha
+        self.predictor = nn.Sequential(nn.Linear(1, hidden), nn.ReLU(), nn.Linear(hidden, 1))
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """The weights beta (B, N) of ``patches`` (B, N, M)."""
+        strength = patches.norm(dim=-1, keepdim=True) + 1e-6
+        return self.alpha * torch.sigmoid(self.predictor(strength)).squeeze(-1)
+
+
+class SoftProbing(nn.Module):
+    """Compress, probe, multiply: the descriptor of an image from its CLS token and its patches.
+
+    For patches ``x_i`` (i = 1..N), weighted by :class:`SoftWeighting`::
+
+        F = reduction(x) - mean(reduction(x))        (N, D)   one scalar per image is subtracted
+        P = softmax(probe(x)) over the N positions   (N, K)   constant normalisation: each probe sums to 1
+        G = F^T P / N                                (D, K)
+        G = DPN(G), each of the K columns to length 1
+        t = token(cls) to length 1                   (g,)
+        descriptor = [t ; G row by row] to length 1  (g + D K,)
+
+    The subtraction of a scalar is made by the released model on the probe branch too, where the softmax
+    cancels it; here it is left out there. The softmax cancels the last bias of the probe branch as well: its
+    gradient is zero.
+
+    Parameters
+    ----------
+    width : int
+        M, the width of a token.
+    channels : int
+        D, channels after the reduction.
+    probes : int
+        K, number of probes.
+    token_dim : int
+        g, dimensions of the descriptor that come from the CLS token.
+    alpha : float, optional
+        Strength of the soft weighting; ``None`` switches it off.
+    dropout : float
+        Dropout probability inside the two branches (0.3 in the released model). A small data set trained from a
+        frozen backbone may need 0 to leave the loss's plateau.
+    hidden : int
+        Hidden width of the branches and of the token's layers.
+    norm_dropout : float
+        Dropout probability inside the :class:`~sagelib.backbone.DynamicPowerNorm` on G.
+
+    Attributes
+    ----------
+    out_dim : int
+        g + D K, the descriptor's width.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        channels: int = 128,
+        probes: int = 64,
+        token_dim: int = 256,
+        alpha: float | None = 0.5,
+        dropout: float = 0.3,
+        hidden: int = 512,
+        norm_dropout: float = 0.1,
+    ):
+        super().__init__()
+        for name, value in (("channels", channels), ("probes", probes), ("token_dim", token_dim)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1); got {dropout}")
+        self.channels, self.probes, self.token_dim = channels, probes, token_dim
+        self.out_dim = token_dim + channels * probes
+        self.weighting = None if alpha is None else SoftWeighting(alpha)
+        self.token = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, token_dim))
+        # 1x1 convolutions over a map are linear layers over its positions.
+        self.reduction = _branch(width, hidden, channels, dropout)
+        self.probe = _branch(width, hidden, probes, dropout)
+        self.post_dpn = DynamicPowerNorm(probes, max(1, probes // 2), dropout=norm_dropout)
+
+    def forward(self, cls: Tensor, patches: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """Descriptors (B, g + D K) of unit length, float32 (float64 stays float64).
+
+        Parameters
+        ----------
+        cls : Tensor (B, M)
+        patches : Tensor (B, N, M)
+        grid : (rows, columns), optional
+            Not used: no part of the method looks at where a patch lies.
+        """
+        token = F.normalize(_full(self.token(cls)), dim=-1)
+        pooled = F.normalize(self.post_dpn(self._bilinear(patches)[0]), dim=1)
+        return F.normalize(torch.cat([token, pooled.flatten(1)], dim=-1), dim=-1)
+
+    def patch_weights(self, patches: Tensor) -> Tensor:
+        """The soft weights beta (B, N) of ``patches`` (B, N, M); zeros where the weighting is off."""
+        return patches.new_zeros(patches.shape[:2]) if self.weighting is None else self.weighting(patches)
+
+    def probe_maps(self, patches: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """Where each probe looks: (B, K, N), or (B, K, rows, columns) with ``grid``; each map sums to 1."""
+        maps = self._bilinear(patches)[2].transpose(1, 2)
+        return maps if grid is None else maps.unflatten(-1, grid)
+
+    def patch_contributions(
+        self, cls: Tensor, patches: Tensor, grid: tuple[int, int] | None, other_descriptor: Tensor
+    ) -> Tensor:
+        """What each patch adds to the dot product of the descriptor with another one.
+
+        G is a sum over patches, and the power norm multiplies each of its entries by a gain,
+        ``DPN(G) = r * G`` with ``r = 1 + (|G| + epsilon)^p / |G|``. With these gains and the lengths of the
+        columns held at the values which the image has, the dot product is linear in the patches, and the
+        contributions add up to it exactly, up to the CLS token's share::
+
+            contributions.sum(1) + <token part> == (descriptor * other_descriptor).sum(1)
+
+        A patch stands for the backbone's output at its place, which has seen the whole image.
+
+        Parameters
+        ----------
+        cls, patches, grid
+            As in :meth:`forward`.
+        other_descriptor : Tensor (B, g + D K) or (g + D K,)
+
+        Returns
+        -------
+        Tensor (B, N)
+        """
+        grams, features, maps = self._bilinear(patches)
+        normed = self.post_dpn(grams)
+        gain = torch.where(grams == 0, torch.ones_like(grams), normed / grams)
+        lengths = normed.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        token = F.normalize(_full(self.token(cls)), dim=-1)
+        total = (token.square().sum(-1) + (normed / lengths).square().sum((1, 2))).sqrt()
+        other = other_descriptor.to(grams.dtype).expand(len(grams), -1)[:, self.token_dim :]
+        other = other.unflatten(-1, (self.channels, self.probes)) * gain / lengths
+        share = torch.einsum("bnd,bdk,bnk->bn", features, other, maps)
+        return share / (patches.shape[1] * total[:, None])
+
+    @torch.no_grad()
+    def initialise_from(self, patches: Iterable[Tensor]) -> None:
+        """Centre and scale the outputs of both branches on given images, before the first step.
+
+        Not in the paper: a data-dependent initialisation. Each output channel is shifted and scaled, by
+        changing weight and bias of the branch's last layer, so that over all given patches its mean is 0 and
+        its standard deviation 1. Untrained descriptors of different images are otherwise nearly parallel.
+
+        Parameters
+        ----------
+        patches : iterable of Tensor (B, N, M)
+            A few hundred images' patches, as the backbone gives them.
+        """
+        was_training = self.training
+        self.eval()
+        moments = {branch: [0, 0.0, 0.0] for branch in (self.reduction, self.probe)}
+        for batch in patches:
+            weighted = self._weighted(batch)
+            for branch, sums in moments.items():
+                out = branch(weighted).flatten(0, 1).double()
+                sums[0] += len(out)
+                sums[1] = sums[1] + out.sum(0)
+                sums[2] = sums[2] + out.square().sum(0)
+        self.train(was_training)
+        for branch, (n, total, squares) in moments.items():
+            if n < 2:
+                raise ValueError("initialise_from needs the patches of at least one image; got none")
+            mean = total / n
+            scale = (squares / n - mean.square()).clamp_min(1e-12).sqrt()
+            last = branch[-1]
+            last.weight.copy_(last.weight / scale[:, None])
+            last.bias.copy_((last.bias - mean) / scale)
+
+    def _weighted(self, patches: Tensor) -> Tensor:
+        if self.weighting is None:
+            return patches
+        return patches * (1 + self.weighting(patches))[..., None]
+
+    def _bilinear(self, patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """G (B, D, K), features (B, N, D) and probe maps (B, N, K), not below float32."""
+        weighted = self._weighted(patches)
+        features, scores = _full(self.reduction(weighted)), _full(self.probe(weighted))
+        with torch.autocast(patches.device.type, enabled=False):
+            features = features - features.mean(dim=(1, 2), keepdim=True)
+            maps = scores.softmax(dim=1)
+            return features.transpose(1, 2) @ maps / patches.shape[1], features, maps
+
+
+def _branch(width: int, hidden: int, out: int, dropout: float) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, hidden), nn.Dropout(dropout), nn.ReLU(), nn.Linear(hidden, out))
+
+
+def _full(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
