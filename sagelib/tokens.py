@@ -1,0 +1,213 @@
+"""Tokens of the frozen prefix, kept on disk: what no trained part can change is computed once.
+
+In a model whose first trained part sits behind block b, the tokens after block b are a function of the image alone. Without
+augmentation the image is a function of its index, so every epoch, every refresh of the graph and every validation would compute
+the same tokens again. Here they are written once, in float16, and read from a memory-mapped file by all three; all of them see
+the same rounding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from sagelib import runs
+from sagelib.images import Preprocess, loader
+
+__all__ = ["TokenStore", "open_tokens", "token_shape"]
+
+
+class TokenStore:
+    """The tokens of the images of one `Places`, in its order.
+
+    Attributes
+    ----------
+    values : np.memmap (N, T, M) float16
+        T tokens of width M an image, as ``model.backbone.prefix`` gives them.
+    grid : (int, int)
+        Rows and columns of the patch grid.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        self.manifest = runs.read_json(self.folder / "manifest.json")
+        self.grid = tuple(self.manifest["grid"])
+        self.values = np.load(self.folder / "tokens.npy", mmap_mode="r")
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, indices: np.ndarray) -> torch.Tensor:
+        """The tokens of some images.
+
+        Parameters
+        ----------
+        indices : array (n,) of int
+
+        Returns
+        -------
+        Tensor (n, T, M), float32
+        """
+        return torch.from_numpy(np.asarray(self.values[np.asarray(indices)])).float()
+
+
+def token_shape(model: torch.nn.Module, image_size: tuple[int, int]) -> tuple[int, int]:
+    """Number of tokens T and width M that the frozen prefix gives for one image of `image_size` (height, width) pixels."""
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        tokens = model.backbone.prefix(torch.zeros(1, 3, *image_size, device=device))
+    return tokens.shape[1], tokens.shape[2]
+
+
+def open_tokens(
+    folder: str | Path,
+    model: torch.nn.Module,
+    places,
+    *,
+    preprocess: Preprocess,
+    limit_gb: float,
+    batch_size: int = 32,
+    workers: int = 0,
+    autocast: torch.dtype | None = None,
+    progress: bool = True,
+) -> TokenStore:
+    """The stored tokens of `places`, computed now where they are missing.
+
+    They are found by a key over the frozen prefix's weights, the images, their size and preparation, and the precision, so
+    another model, set or size gets a folder of its own. A build that was killed goes on where it stopped. A second process
+    that asks for the same tokens waits for the first.
+
+    Parameters
+    ----------
+    folder : path
+        Where all token stores live.
+    model : module with ``backbone.prefix`` and ``backbone.prefix_fingerprint``
+    places : Places
+    preprocess : Preprocess
+        No augmentation: a function of the image alone.
+    limit_gb : float
+        Gigabytes (1e9 bytes) that this store may take.
+    batch_size : int
+        Images at a time.
+    workers : int
+        Processes that load images.
+    autocast : torch.dtype, optional
+        Lower precision in which the prefix runs; None is float32.
+    progress : bool
+        Print the bytes needed and a bar.
+
+    Raises
+    ------
+    ValueError
+        If the tokens would take more than `limit_gb`, or do not fit into float16.
+    """
+    # A square size may be one number of pixels.
+    height, width = (
+        (preprocess.image_size,) * 2 if isinstance(preprocess.image_size, int) else preprocess.image_size
+    )
+    tokens, channels = token_shape(model, (height, width))
+    need_gb = len(places) * tokens * channels * 2 / 1e9
+    if need_gb > limit_gb:
+        raise ValueError(
+            f"the frozen tokens of {len(places)} images would take {need_gb:.3g} GB (each {tokens} x {channels} in float16), more than "
+            f"cache_limit_gb = {limit_gb:g}: raise the limit, or switch the cache off with cache_limit_gb = None"
+        )
+    key = runs.fingerprint(
+        {
+            "prefix": model.backbone.prefix_fingerprint(),
+            "data": _files_fingerprint(places),
+            "size": [height, width],
+            "mode": preprocess.mode,
+            "autocast": str(autocast),
+        }
+    )
+    store = Path(folder) / key
+    store.mkdir(parents=True, exist_ok=True)
+    with _locked(store / "lock"):
+        if not (store / "manifest.json").exists():
+            if progress:
+                print(f"frozen tokens of {len(places)} images: {need_gb:.3g} GB on disk")
+            seconds = _build(
+                store,
+                model,
+                places,
+                (len(places), tokens, channels),
+                preprocess,
+                batch_size,
+                workers,
+                autocast,
+                progress,
+            )
+            runs.write_json(
+                store / "manifest.json",
+                {
+                    "images": len(places),
+                    "tokens": tokens,
+                    "width": channels,
+                    "grid": list(model.backbone.grid((1, 3, height, width))),
+                    "gigabytes": need_gb,
+                    "image_size": [height, width],
+                    "mode": preprocess.mode,
+                    "seconds": seconds,
+                },
+            )
+    return TokenStore(store)
+
+
+def _build(store, model, places, shape, preprocess, batch_size, workers, autocast, progress) -> float:
+    """Write ``tokens.npy``, going on behind the last batch that an earlier build had flushed; return the seconds taken."""
+    began = time.perf_counter()
+    device = next(model.parameters()).device
+    partial, counter = store / "tokens.partial.npy", store / "flushed.json"
+    start = runs.read_json(counter)["images"] if counter.exists() and partial.exists() else 0
+    values = np.lib.format.open_memmap(partial, mode="r+" if start else "w+", dtype=np.float16, shape=shape)
+    flushed, done = time.perf_counter(), start
+    with tqdm(total=shape[0], initial=start, unit="image", desc="frozen tokens", disable=not progress) as bar:
+        for images, _ in loader(places[start:], preprocess, batch_size, workers):
+            with torch.no_grad(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+                tokens = model.backbone.prefix(images.to(device)).half()
+            if not torch.isfinite(tokens).all():
+                bad = int((~torch.isfinite(tokens)).flatten(1).any(1).nonzero()[0])
+                raise ValueError(
+                    f"{places.path[done + bad]}: its tokens do not fit into float16 (above 65504): switch the cache off with cache_limit_gb = None"
+                )
+            values[done : done + len(tokens)] = tokens.cpu().numpy()
+            done += len(tokens)
+            bar.update(len(tokens))
+            if time.perf_counter() - flushed > 10:
+                values.flush()
+                runs.write_json(counter, {"images": done})
+                flushed = time.perf_counter()
+    values.flush()
+    del values
+    partial.replace(store / "tokens.npy")
+    counter.unlink(missing_ok=True)
+    return round(time.perf_counter() - began, 2)
+
+
+def _files_fingerprint(places) -> str:
+    """Which files, and their sizes and times: a picture that was replaced under its old name is another one."""
+    rows = []
+    for path in places.path:
+        status = Path(path).stat()
+        rows.append([str(path), status.st_size, status.st_mtime_ns])
+    return runs.fingerprint(rows)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock, which the system gives back when the process ends, however it ends."""
+    with open(path, "a") as handle:
+        try:
+            import fcntl
+        except ImportError:  # Windows: two builds at once would only do the same work twice
+            yield
+            return
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
