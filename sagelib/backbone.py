@@ -7,14 +7,18 @@ The order of the file is the order of the method: the transformer itself (:func:
 
 import hashlib
 import math
+import os
 import re
-from contextlib import nullcontext
+import socket
 from importlib import resources
 from pathlib import Path
+from urllib.parse import urlsplit
 
+import huggingface_hub
 import timm
 import torch
 import torch.nn.functional as F
+from huggingface_hub import try_to_load_from_cache
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
@@ -311,11 +315,12 @@ class Backbone(nn.Module):
 
     def prefix_fingerprint(self) -> str:
         """A hash of all that :meth:`prefix` depends on: its weights, its depth and the resampling."""
-        keep = re.compile(r"(?!blocks\.)|blocks\.(%s)\." % "|".join(map(str, range(self.prefix_blocks))))
+        blocks = tuple(f"blocks.{i}." for i in range(self.prefix_blocks))
         named = {
             n: p
             for n, p in self.vit.named_parameters()
-            if keep.match(n) and not n.startswith(("norm.", "head"))
+            if n.startswith(blocks)
+            or not n.startswith(("blocks.", "norm.", "fc_norm.", "head.", "attn_pool."))
         }
         return self._hash("prefix", named)
 
@@ -363,8 +368,10 @@ def _build_vit(name: str, *, pretrained: bool, weights: str | Path | None) -> Vi
     if name == TINY:
         if weights is None and pretrained:
             weights = _packaged_tiny()
-        vit = vit_tiny()
-        return _load_file(vit, Path(weights)) if weights is not None else vit
+        if weights is None:
+            return vit_tiny()
+        state = read_state_dict(weights)
+        return _load_state(vit_tiny(img_size=_trained_side(state) or 224), state, Path(weights))
     if not timm.is_model(name):
         near = timm.list_models(f"*{name.split('.')[0]}*")[:5] or [TINY, *PLAIN_DINOV2]
         raise ValueError(f"timm has no model named {name!r}; there is, for instance, {', '.join(near)}")
@@ -372,17 +379,28 @@ def _build_vit(name: str, *, pretrained: bool, weights: str | Path | None) -> Vi
     if weights is not None:
         path = Path(weights)
         state = read_state_dict(path)
-        options["img_size"] = _trained_side(name, state)
+        options["img_size"] = _trained_side(state)
         return _load_state(_create(name, **options), state, path)
     if not pretrained:
         return _create(name, **options)
+    repository = getattr(timm.get_pretrained_cfg(name), "hf_hub_id", None)
+    if not repository:
+        raise ValueError(
+            f"timm has no pre-trained weights for {name}: give weights=<file>, or pretrained=False"
+        )
     try:
+        cached = try_to_load_from_cache(repository, "model.safetensors")
+        if isinstance(cached, str):
+            options["pretrained_cfg_overlay"] = {"file": cached}
+        elif not any(key.lower() == "https_proxy" for key in os.environ):
+            # Without a network the hub's client would try again and again, for most of a minute.
+            socket.getaddrinfo(urlsplit(huggingface_hub.constants.ENDPOINT).hostname, 443)
         return _create(name, pretrained=True, **options)
-    except (OSError, RuntimeError, ConnectionError) as error:
+    except (OSError, RuntimeError) as error:
         raise OSError(
-            f"the weights of {name} could not be downloaded from the Hugging Face hub ({type(error).__name__}): "
-            "give weights=<a local .pth or .safetensors file, timm's or the original DINOv2's format>, "
-            "or pretrained=False for random weights"
+            f"the weights of {name} could not be had from the Hugging Face hub, {repository} "
+            f"({type(error).__name__}): give weights=<a local .pth or .safetensors file, in timm's or the original "
+            "DINOv2's format>, or pretrained=False for random weights"
         ) from error
 
 
@@ -432,7 +450,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _trained_side(name: str, state: dict[str, Tensor]) -> int | None:
+def _trained_side(state: dict[str, Tensor]) -> int | None:
     """Side in pixels of the images that the file's position embeddings were trained for."""
     kernel, position = state.get("patch_embed.proj.weight"), state.get("pos_embed")
     if kernel is None or position is None:
@@ -444,12 +462,10 @@ def _trained_side(name: str, state: dict[str, Tensor]) -> int | None:
     return None
 
 
-def _load_file(vit: VisionTransformer, path: Path) -> VisionTransformer:
-    return _load_state(vit, read_state_dict(path), path)
-
-
 def _load_state(vit: VisionTransformer, state: dict[str, Tensor], path: Path) -> VisionTransformer:
-    # timm's filter knows the original DINOv2's names by their mask_token, and reshapes what must be reshaped.
+    # timm's filter knows the original DINOv2 by its mask_token, and renames and reshapes what must be.
+    if "register_tokens" in state or "blocks.0.mlp.w12.weight" in state:
+        state.setdefault("mask_token", state["cls_token"])
     state = {
         k: v.float() for k, v in checkpoint_filter_fn(dict(state), vit).items() if not k.startswith("head.")
     }
@@ -505,5 +521,4 @@ def _inject_tuner(vit: VisionTransformer, adapter: str, blocks: range, options: 
         config = kind(target_modules=pattern, **{**defaults, **options})
     except TypeError as error:
         raise ValueError(f"adapter_options of {adapter}: {error}") from error
-    with nullcontext():
-        peft.inject_adapter_in_model(config, vit)
+    peft.inject_adapter_in_model(config, vit)

@@ -1,6 +1,5 @@
 """SAGE: backbone, aggregator and, if wanted, the cross-image head, in one module."""
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sagelib.backbone import Backbone
+from sagelib.backbone import PLAIN_DINOV2, Backbone
 from sagelib.interact import AnchorStates, InteractHead
 from sagelib.runs import atomic_path, write_json
 from sagelib.softp import SoftProbing
@@ -218,7 +217,7 @@ class SAGE(
             (f"{backbone.adapter_blocks} x {backbone.adapter}", adapter, adapter),
             ("final LayerNorm", norm, norm),
         ]
-        dead = None
+        dead, mask = None, 0
         if isinstance(aggregator, SoftProbing):
             parts = {
                 "token MLP": aggregator.token,
@@ -231,19 +230,23 @@ class SAGE(
             # The released model's unused branch: M -> hidden -> D + K.
             hidden, out = aggregator.reduction[0].out_features, aggregator.channels + aggregator.probes
             dead = (backbone.width + 1) * hidden + (hidden + 1) * out
+            # ... and DINOv2's mask token, which timm leaves out.
+            mask = backbone.width if backbone.name.split(".")[0] in PLAIN_DINOV2 else 0
         else:
             rows += [(type(aggregator).__name__, _count(aggregator, trained=True), None)]
         live = sum(row[1] for row in rows)
         head = _count(self.head) if self.has_head else 0
         whole = sum(p.numel() for p in self.parameters()) - head
-        published = None if dead is None else live + dead
-        rows += [("head off", live, published)]
         if dead is not None:
-            rows.insert(-1, ("single branch (never called)", 0, dead))
-        rows += [("whole model, head off", whole, None if dead is None else whole + dead)]
+            rows += [("single branch (never called)", 0, dead)]
+        rows += [("trained, head off", live, None if dead is None else live + dead)]
         if self.has_head:
             rows += [("InteractHead", head, head)]
-            rows += [("whole model", whole + head, None if dead is None else whole + dead + head)]
+        rows += [("whole model, head off", whole, None if dead is None else whole + dead + mask)]
+        if self.has_head:
+            rows += [
+                ("whole model, head on", whole + head, None if dead is None else whole + dead + mask + head)
+            ]
         return ParameterReport(tuple(rows))
 
     def trainable_state_dict(self) -> dict[str, Tensor]:

@@ -4,7 +4,6 @@
 that is added to it.
 """
 
-import math
 from collections.abc import Iterable
 
 import torch
