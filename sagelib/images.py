@@ -1,7 +1,8 @@
 """Pictures to tensors: decode, transform, load in order.
 
-Three named ways to prepare a picture for a model (`Preprocess`), one way to vary it in training (`TrainTransform`), and a data
-set and loader that go through `sagelib.places.Places` by index. torchvision is imported when the first tensor is made.
+Three named ways to prepare a picture for a model (`Preprocess`), one way to vary it in training
+(`TrainTransform`), and a data set and loader that go through `sagelib.places.Places` by index. torchvision is
+imported when the first tensor is made.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ MODES = ("paper", "antialias", "autocontrast")
 def load_image(path: str | os.PathLike) -> Image.Image:
     """Decode one picture wholly, as RGB, upright.
 
-    The orientation that phones write beside the pixels (EXIF) is applied: without it a photograph held upright would
-    lie on its side.
+    The orientation that phones write beside the pixels (EXIF) is applied: without it a photograph held
+    upright would lie on its side.
 
     Raises
     ------
@@ -63,19 +64,21 @@ def load_image(path: str | os.PathLike) -> Image.Image:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """A picture as the float tensor a model reads: to [0, 1], ImageNet normalisation, resize of the tensor, bilinear.
+    """A picture as a tensor: to [0, 1], ImageNet normalisation, then bilinear resize of the tensor.
 
     The aspect ratio is not kept: every picture fills the size.
 
     Parameters
     ----------
     image_size : int or (int, int)
-        Side, or height and width, in pixels. 322 is the size of the paper's evaluation; with a patch of 14 pixels use multiples of 14.
+        Side, or height and width, in pixels. 322 is the size of the paper's evaluation; with a patch of 14
+        pixels use multiples of 14.
     mode : {"paper", "antialias", "autocontrast"}
         ``"paper"``: no antialias, as the authors' evaluation code does; the mode for released weights.
         ``"antialias"``: the same with antialias, the better practice where pictures shrink.
-        ``"autocontrast"``: before that, each colour channel is stretched to 0..255 (`PIL.ImageOps.autocontrast`, per
-        channel, so a colour cast goes too), then as ``"antialias"``. Meant for dark photographs.
+        ``"autocontrast"``: before that, each colour channel is stretched to 0..255
+        (`PIL.ImageOps.autocontrast`, per channel, so a colour cast goes too), then as ``"antialias"``. Meant
+        for dark photographs.
 
     Raises
     ------
@@ -107,11 +110,12 @@ class Preprocess:
 
 
 class TrainTransform:
-    """A training picture: resize, RandAugment, to [0, 1], ImageNet normalisation; the same for the same (seed, epoch, index).
+    """A training picture: resize, RandAugment, to [0, 1], ImageNet normalisation, repeatably.
 
     The paper does not state its training transform. Size, RandAugment with three operations and its bilinear
-    interpolation are those of the direct ancestors (EMVP, SALAD). The random numbers of a picture come from (seed, epoch, index) alone,
-    so they depend on neither workers nor order, and torch's global generator is left as it was.
+    interpolation are those of the direct ancestors (EMVP, SALAD). The random numbers of a picture come from
+    (seed, epoch, index) alone, so they depend on neither workers nor order, and torch's global generator is
+    left as it was.
 
     Parameters
     ----------
@@ -142,7 +146,8 @@ class TrainTransform:
         self.randaugment = randaugment
         self.magnitude = magnitude
         self.seed = seed
-        # In shared memory, so that the loader's worker processes, which live on between epochs, see a change too.
+        # In shared memory, so that the loader's worker processes, which live on between epochs, see a change
+        # too.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     @property
@@ -164,7 +169,8 @@ class TrainTransform:
             picture = picture.resize((width, height), Image.Resampling.BILINEAR)
         if self.randaugment is not None:
             augment = RandAugment(self.randaugment, self.magnitude, interpolation=InterpolationMode.BILINEAR)
-            # torchvision draws from torch's global CPU generator: lend it a seed, and put its state back after.
+            # torchvision draws from torch's global CPU generator: lend it a seed, and put its state back
+            # after.
             with torch.random.fork_rng(devices=[]):
                 torch.random.default_generator.manual_seed(
                     torch_seed(self.seed, "augment", self.epoch, int(index))
@@ -225,16 +231,16 @@ def loader(
     workers : int
         Processes that decode ahead; 0: the calling process does.
     batches : iterable of list of int, optional
-        The indices of every batch instead of `batch_size`: a sampler, or batches composed on purpose. Workers then live
-        on between epochs.
+        The indices of every batch instead of `batch_size`: a sampler, or batches composed on purpose. Workers
+        then live on between epochs.
     pin_memory : bool
         Page-locked batches, faster to copy to a CUDA device.
 
     Raises
     ------
     ValueError
-        Unless exactly one of `batch_size` (at least 1) and `batches` is given, or if `workers` is negative. While
-        iterating: if a picture does not decode.
+        Unless exactly one of `batch_size` (at least 1) and `batches` is given, or if `workers` is negative.
+        While iterating: if a picture does not decode.
     """
     if (batch_size is None) == (batches is None):
         raise ValueError("give either batch_size or batches, and not both")

@@ -1,13 +1,14 @@
-"""Places: where every photograph was taken. One frozen table, the readers of each folder format, and who is a positive of whom.
+"""Places: where every photograph was taken, read from each folder format, and who is a positive of whom.
 
-A `Places` table holds parallel arrays (path, position in metres, UTM zone, heading, city, place, date). Each reader turns one
-format of the field into it and checks what it reads: a mistake in the data gives one sentence with file and line, or, with
-``on_error="skip"``, an entry in `Places.left_out`. `open_set` opens a benchmark by its name, `positives` says which references
-answer a query.
+A `Places` table holds parallel arrays (path, position in metres, UTM zone, heading, city, place, date). Each
+reader turns one format of the field into it and checks what it reads: a mistake in the data gives one
+sentence with file and line, or, with ``on_error="skip"``, an entry in `Places.left_out`. `open_set` opens a
+benchmark by its name, `positives` says which references answer a query.
 
-Positions are UTM metres, and metres of two UTM zones have nothing to do with each other: no function here takes a
-distance across zones. The zone is the number and the hemisphere. The letter of ``"10S"`` is the latitude band; bands C to M lie in
-the south, N to X in the north, and two bands of one hemisphere share one grid, so a distance may cross them.
+Positions are UTM metres, and metres of two UTM zones have nothing to do with each other: no function here
+takes a distance across zones. The zone is the number and the hemisphere. The letter of ``"10S"`` is the
+latitude band; bands C to M lie in the south, N to X in the north, and two bands of one hemisphere share one
+grid, so a distance may cross them.
 """
 
 from __future__ import annotations
@@ -52,19 +53,20 @@ __all__ = [
 ]
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
-# File names carry centimetres. A northing of millions of metres is exact to about 1e-9 m in float64, so without this a pair that
-# lies 25.00 m apart in decimal numbers would be in or out by the accident of binary rounding.
+# File names carry centimetres. A northing of millions of metres is exact to about 1e-9 m in float64, so
+# without this a pair that lies 25.00 m apart in decimal numbers would be in or out by the accident of binary
+# rounding.
 ROUNDING_M = 1e-6
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The table
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Places:
-    """A frozen table of photographs: parallel arrays of length N that cannot be written to. Made by `Places.build` and the readers.
+    """A frozen table of photographs: parallel arrays of length N, read-only; made by the readers or `build`.
 
     Attributes
     ----------
@@ -77,8 +79,8 @@ class Places:
         Clockwise from north; NaN where unknown.
     city : (N,) str array
     place : (N,) int64
-        The label of the format (GSV-Cities ``place_id``, Mapillary SLS ``unique_cluster``), else -1. Such labels are
-        unique only within a city: use `labels` for training.
+        The label of the format (GSV-Cities ``place_id``, Mapillary SLS ``unique_cluster``), else -1. Such
+        labels are unique only within a city: use `labels` for training.
     date : (N,) datetime64[D]
         NaT where unknown; the first of the month or year where only that is known.
     note : (N,) str array
@@ -87,13 +89,14 @@ class Places:
         The picture's own name in its source (panorama id, image key); ``""`` where there is none.
     sequence : (N,) str array
     frame : (N,) int64
-        The drive a picture belongs to and its number within it, where the format tells (Mapillary SLS); ``""`` and -1 elsewhere.
+        The drive a picture belongs to and its number within it, where the format tells (Mapillary SLS);
+        ``""`` and -1 elsewhere.
     left_out : tuple of str
         What a reader with ``on_error="skip"`` left out: one sentence each.
 
     Examples
     --------
-    >>> places = Places.build(["a.jpg", "b.jpg", "c.jpg"], east_m=[0, 3, 0], north_m=[0, 4, 9], utm_zone="10S")
+    >>> places = Places.build(["a.jpg", "b.jpg", "c.jpg"], east_m=[0, 3, 0], north_m=[0, 4, 9])
     >>> len(places[places.east_m > 0])
     1
     >>> pairwise_m(places[:1], places).tolist()
@@ -199,9 +202,9 @@ class Places:
     def with_clusters(self, radius_m: float) -> Places:
         """Group the photographs by geography: `place` becomes a label that is unique in the whole table.
 
-        Within each city and UTM zone, in order of easting and northing, the first photograph without a group leads one, and all others
-        without a group within the radius join it. So a group spans at most twice the radius, and two leaders lie farther apart than
-        the radius. Photographs without a position get -1.
+        Within each city and UTM zone, in order of easting and northing, the first photograph without a group
+        leads one, and all others without a group within the radius join it. So a group spans at most twice
+        the radius, and two leaders lie farther apart than the radius. Photographs without a position get -1.
 
         Parameters
         ----------
@@ -234,16 +237,20 @@ class Places:
         return pandas.DataFrame({name: getattr(self, name) for name in _COLUMNS})
 
     def fingerprint(self) -> str:
-        """A hash of what the table says: changes with any row, not with the folder that holds the data. The pixels are not read."""
-        paths = [Path(p).as_posix() for p in self.path]
-        root = os.path.commonpath([os.path.dirname(p) for p in paths]) if paths else ""
+        """A hash of what the table says; it does not change where the data are moved. Pixels are not read."""
+        # What counts of a path is what lies below the common folder, and the names of that folder and its
+        # parent: queries and references often have the same file names.
+        paths = [Path(p).as_posix().split("/") for p in self.path]
+        shared = 0
+        while paths and all(len(p) > shared + 1 and p[shared] == paths[0][shared] for p in paths):
+            shared += 1
         columns = {name: getattr(self, name).astype("int64") for name in ("place", "date", "frame")}
         columns |= {
             name: np.nan_to_num(getattr(self, name), nan=1e99)
             for name in ("east_m", "north_m", "heading_deg")
         }
         columns |= {n: "\n".join(getattr(self, n)) for n in ("utm_zone", "city", "note", "key", "sequence")}
-        return _fingerprint(columns | {"path": "\n".join(os.path.relpath(p, root or ".") for p in paths)})
+        return _fingerprint(columns | {"path": "\n".join("/".join(p[max(0, shared - 2) :]) for p in paths)})
 
     def __repr__(self) -> str:
         cities = sorted(set(self.city))
@@ -269,9 +276,9 @@ _COLUMNS = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # UTM
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 _BANDS = "CDEFGHJKLMNPQRSTUVWX"  # 8 degrees each from 80 S; X has 12
 
@@ -288,8 +295,8 @@ def latlon_to_utm(
     lon_deg : (N,) array
         -180 to 180.
     zone : int, optional
-        Project everything into this zone number, so that a town on a zone's border has one grid. By default each
-        point has its own zone, with the exceptions for Norway (32V) and Svalbard (31X, 33X, 35X, 37X).
+        Project everything into this zone number, so that a town on a zone's border has one grid. By default
+        each point has its own zone, with the exceptions for Norway (32V) and Svalbard (31X, 33X, 35X, 37X).
 
     Returns
     -------
@@ -338,14 +345,14 @@ def _zone_numbers(lat: np.ndarray, lon: np.ndarray) -> np.ndarray:
 
 
 def _town_to_utm(lat: np.ndarray, lon: np.ndarray, zone: int | None = None) -> tuple[np.ndarray, ...]:
-    """One town, one grid: everything in the zone of its middle, unless it spreads over more than a zone's width."""
+    """One town, one grid: all in the zone of its middle, unless it spreads over more than a zone."""
     if zone is None and len(lat) and np.ptp(lon) <= 6:
         zone = int(_zone_numbers(np.array([np.median(lat)]), np.array([np.median(lon)]))[0])
     return latlon_to_utm(lat, lon, zone=zone)
 
 
 def same_grid(utm_zone: np.ndarray) -> np.ndarray:
-    """The grid each zone name belongs to: zone number and hemisphere, such as ``"10 north"``; ``""`` for an unknown zone.
+    """The grid of each zone name: number and hemisphere, such as ``"10 north"``; ``""`` where unknown.
 
     Metres may be compared where this is equal, and nowhere else.
 
@@ -387,9 +394,9 @@ def pairwise_m(a: Places, b: Places) -> np.ndarray:
     return np.hypot(a.east_m[:, None] - b.east_m[None], a.north_m[:, None] - b.north_m[None])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Positives
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -422,8 +429,8 @@ class PositiveRule:
 def positives(database: Places, queries: Places, rule: PositiveRule | None = None) -> list[np.ndarray]:
     """The references that answer each query.
 
-    Each UTM zone is searched by itself. The radius is inclusive, to within a micrometre for the rounding of decimal
-    coordinates in binary numbers.
+    Each UTM zone is searched by itself. The radius is inclusive, to within a micrometre for the rounding of
+    decimal coordinates in binary numbers.
 
     Parameters
     ----------
@@ -439,8 +446,8 @@ def positives(database: Places, queries: Places, rule: PositiveRule | None = Non
     Raises
     ------
     ValueError
-        If a position is not known, if queries lie in a zone that holds no reference, or if the references are no equally spaced drive
-        though the rule counts frames.
+        If a position is not known, if queries lie in a zone that holds no reference, or if the references are
+        no equally spaced drive though the rule counts frames.
     """
     from scipy.spatial import cKDTree
 
@@ -477,7 +484,7 @@ def positives(database: Places, queries: Places, rule: PositiveRule | None = Non
 
 
 def _in_frames(database: Places, queries: Places) -> tuple[Places, Places]:
-    """Both tables with the frame number as easting: derived from the references' equal spacing along their line."""
+    """Both tables with the frame number as easting, derived from the equal spacing of the references."""
     start = np.array([database.east_m.min(initial=np.inf), database.north_m.min(initial=np.inf)])
     span = np.hypot(np.ptp(database.east_m), np.ptp(database.north_m)) if len(database) else 0.0
     spacing_m = span / max(1, len(database) - 1)
@@ -491,15 +498,15 @@ def _in_frames(database: Places, queries: Places) -> tuple[Places, Places]:
 
     if not np.array_equal(np.sort(number(database)), np.arange(len(database))):
         raise ValueError(
-            "the rule counts frames, but the references' coordinates are no equally spaced straight line with one "
-            "picture a frame: use a radius in metres"
+            "the rule counts frames, but the references' coordinates are no equally spaced straight line with "
+            "one picture a frame: use a radius in metres"
         )
     return tuple(t.replace(east_m=number(t), north_m=0.0) for t in (database, queries))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Reading: what is wrong, where
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class _Problems:
@@ -529,7 +536,7 @@ def _list_pictures(folder: Path) -> list[Path]:
 
 
 def _undecodable(path: str | os.PathLike) -> str | None:
-    """Why a picture will not decode, or None. Reads the header and the end; decodes wholly only where these look odd."""
+    """Why a picture will not decode, or None: by header and end, and decoded wholly where these look odd."""
     from PIL import Image
 
     try:
@@ -542,7 +549,7 @@ def _undecodable(path: str | os.PathLike) -> str | None:
     except FileNotFoundError:
         return "there is no such picture"
     except Exception as error:  # Pillow's plugins raise many kinds on broken bytes
-        return f"this picture does not decode ({str(error).split(' <_io')[0].split(' /')[0]})"
+        return f"this picture does not decode ({str(error).split(' <_io')[0]})"
     if {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}.get(kind, b"\0never\0") in tail:
         return None
     try:
@@ -619,7 +626,7 @@ def _numbers(
     high: float = np.inf,
     empty: float | None = None,
 ) -> np.ndarray:
-    """A column as float64. A cell that is no number in low..high is a problem, and its row is cleared in `good`.
+    """A column as float64; a cell that is no number in low..high is a problem and cleared in `good`.
 
     With `empty`, an empty cell means that value.
     """
@@ -672,9 +679,9 @@ def _refuse_twice(
             first[name] = row
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # @-folders
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 _FIELDS = (
     "east_m north_m zone_number zone_letter lat lon pano_id tile heading_deg pitch roll height timestamp note"
@@ -699,10 +706,12 @@ def folder_name(
     *,
     extension: str = ".jpg",
 ) -> str:
-    """The file name of the field: ``@UTM_east@UTM_north@zone@letter@lat@lon@pano_id@tile@heading@pitch@roll@height@timestamp@note@.jpg``.
+    """The file name of the field, with everything that is known of a picture between ``@``.
 
-    Metres get two decimals (fixed width, so that names sort by easting), latitude and longitude five, angles and height two. None and "" leave a field
-    empty.
+    ``@UTM_east@UTM_north@zone@letter@lat@lon@pano_id@tile@heading@pitch@roll@height@timestamp@note@.jpg``
+
+    Metres get two decimals (fixed width, so that names sort by easting), latitude and longitude five, angles
+    and height two. None and "" leave a field empty.
 
     Raises
     ------
@@ -744,7 +753,8 @@ def parse_name(name: str | os.PathLike) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``east_m``, ``north_m``, ``heading_deg`` (NaN if empty) as float; ``utm_zone``; all other fields as text.
+        ``east_m``, ``north_m``, ``heading_deg`` (NaN if empty) as float; ``utm_zone``; all other fields as
+        text.
 
     Raises
     ------
@@ -784,7 +794,7 @@ def parse_name(name: str | os.PathLike) -> dict[str, Any]:
 
 
 def _city_of_note(note: str) -> str | None:
-    """``town1000-night`` -> ``town1000``; ``day_forward_cph`` (converted Mapillary SLS) -> ``cph``; else None."""
+    """``town1000-night`` -> ``town1000``; ``day_forward_cph`` (converted MSLS) -> ``cph``; else None."""
     if "-" in note:
         return note.split("-")[0]
     converted = re.fullmatch(r"(?:day|night)_[a-z]+_(\w+)", note)
@@ -800,15 +810,16 @@ def read_folder(
 ) -> Places:
     """Read one part of a set, such as ``<set>/images/test/database``, from its file names.
 
-    All pictures below the folder count, in the order of their sorted paths; names that begin with a dot do not.
+    All pictures below the folder count, in the order of their sorted paths; names that begin with a dot do
+    not.
 
     Parameters
     ----------
     part_folder : path
     city : str or callable, optional
-        One name for all, or a function of the fields (`parse_name`). By default the note tells: what stands before its
-        first hyphen (``town1000-night``), or the city in the notes of converted Mapillary SLS files (``day_forward_cph``); other notes
-        name no city, and the set's folder name is taken.
+        One name for all, or a function of the fields (`parse_name`). By default the note tells: what stands
+        before its first hyphen (``town1000-night``), or the city in the notes of converted Mapillary SLS
+        files (``day_forward_cph``); other notes name no city, and the set's folder name is taken.
     on_error : {"raise", "skip"}
     check_pictures : bool
         Also look whether every file is a whole picture (header and end of the file: about 0.1 ms each).
@@ -818,8 +829,8 @@ def read_folder(
     FileNotFoundError
         If the folder does not exist.
     ValueError
-        If it holds no picture, a name has no two ``@`` numbers, two files have one key (panorama id, tile, angles, time
-        and note, or the whole name), or a picture does not decode.
+        If it holds no picture, a name has no two ``@`` numbers, two files have one key (panorama id, tile,
+        angles, time and note, or the whole name), or a picture does not decode.
     """
     folder = Path(part_folder)
     problems = _Problems(on_error)
@@ -870,9 +881,9 @@ def read_folder(
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # GSV-Cities
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def read_gsv_cities(
@@ -884,7 +895,8 @@ def read_gsv_cities(
 ) -> Places:
     """Read GSV-Cities: ``Dataframes/<City>.csv`` and ``Images/<City>/``.
 
-    Latitude and longitude become UTM metres, each city in the one zone of its middle. `Places.place` is ``place_id``.
+    Latitude and longitude become UTM metres, each city in the one zone of its middle. `Places.place` is
+    ``place_id``.
 
     Parameters
     ----------
@@ -894,7 +906,8 @@ def read_gsv_cities(
         By default all that have a CSV, sorted.
     on_error : {"raise", "skip"}
     check_pictures : bool
-        Also look into every picture. Off by default, for the half million of them; that the files exist is always checked.
+        Also look into every picture. Off by default, for the half million of them; that the files exist is
+        always checked.
 
     Raises
     ------
@@ -927,17 +940,14 @@ def _gsv_city(root: Path, city: str, problems: _Problems, check_pictures: bool) 
     folder = root / "Images" / city
     there = {entry.name for entry in os.scandir(folder)} if folder.is_dir() else set()
     names = [""] * len(frame)
+    text = {n: frame[n].str.strip().tolist() for n in ("city_id", "lat", "lon", "panoid")}
     for row in np.flatnonzero(good):
-        cell = frame.iloc[row]
         whole = (int(value[n][row]) for n in ("place_id", "year", "month", "northdeg"))
-        head = "{}_{:07d}_{:04d}_{:02d}_{:03d}".format(cell["city_id"].strip() or city, *whole)
+        head = "{}_{:07d}_{:04d}_{:02d}_{:03d}".format(text["city_id"][row] or city, *whole)
         # Names were made from numbers, the CSV holds their text: 48.10 in one may be 48.1 in the other.
         candidates = [
-            f"{head}_{lat}_{lon}_{cell['panoid'].strip()}.jpg"
-            for lat, lon in (
-                (cell["lat"].strip(), cell["lon"].strip()),
-                (value["lat"][row], value["lon"][row]),
-            )
+            f"{head}_{lat}_{lon}_{text['panoid'][row]}.jpg"
+            for lat, lon in ((text["lat"][row], text["lon"][row]), (value["lat"][row], value["lon"][row]))
         ]
         names[row] = next((name for name in candidates if name in there), "")
         if not names[row]:
@@ -964,13 +974,13 @@ def _gsv_city(root: Path, city: str, problems: _Problems, check_pictures: bool) 
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Mapillary Street-level Sequences
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 MSLS_TRAIN_CITIES = (
-    "trondheim london boston melbourne amsterdam helsinki tokyo toronto saopaulo moscow zurich paris bangkok budapest "
-    "austin berlin ottawa phoenix goa amman nairobi manila"
+    "trondheim london boston melbourne amsterdam helsinki tokyo toronto saopaulo moscow zurich paris bangkok "
+    "budapest austin berlin ottawa phoenix goa amman nairobi manila"
 ).split()
 MSLS_VAL_CITIES = ("cph", "sf")
 MSLS_SUBTASKS = ("all", "s2w", "w2s", "o2n", "n2o", "d2n", "n2d")
@@ -985,34 +995,36 @@ def read_msls(
     on_error: str = "raise",
     check_pictures: bool = False,
 ) -> Places:
-    """Read Mapillary Street-level Sequences as downloaded: ``train_val/<city>/{query,database}`` with its CSVs.
+    """Read Mapillary Street-level Sequences as downloaded: ``train_val/<city>/{query,database}``.
 
-    Panoramas are dropped. `Places.place` is ``unique_cluster``, the heading is ``ca``, `Places.note` is view direction and
-    light (``"forward-night"``). Eastings and northings are the set's own; where a city lies in two UTM zones, each
-    photograph gets the zone in which its latitude and longitude give these metres.
+    Panoramas are dropped. `Places.place` is ``unique_cluster``, the heading is ``ca``, `Places.note` is view
+    direction and light (``"forward-night"``). Eastings and northings are the set's own; where a city lies in
+    two UTM zones, each photograph gets the zone in which its latitude and longitude give these metres.
 
     Parameters
     ----------
     root : path
         The folder that holds ``train_val``.
     cities : sequence of str, optional
-        By default the training cities found. Copenhagen (``cph``) and San Francisco (``sf``), on which models are compared, are
-        read only when named here.
+        By default the training cities found. Copenhagen (``cph``) and San Francisco (``sf``), on which models
+        are compared, are read only when named here.
     part : {"query", "database"}, optional
         Both by default.
     subtask : str, optional
-        Only the pictures of a sub-task: ``all`` (the benchmark's choice), or summer, winter, old, new, day, night against each other:
-        ``s2w``, ``w2s``, ``o2n``, ``n2o``, ``d2n``, ``n2d``.
+        Only the pictures of a sub-task: ``all`` (the benchmark's choice), or summer, winter, old, new, day,
+        night against each other: ``s2w``, ``w2s``, ``o2n``, ``n2o``, ``d2n``, ``n2d``.
     on_error : {"raise", "skip"}
     check_pictures : bool
-        Also look into every picture. Off by default, for the 1.6 million of them; that the files exist is always checked.
+        Also look into every picture. Off by default, for the 1.6 million of them; that the files exist is
+        always checked.
 
     Raises
     ------
     FileNotFoundError
         If a folder or CSV is missing.
     ValueError
-        For a CSV without a column, a bad value, a key given twice or without picture, or an unknown part or sub-task.
+        For a CSV without a column, a bad value, a key given twice or without picture, or an unknown part or
+        sub-task.
     """
     root = Path(root)
     problems = _Problems(on_error)
@@ -1099,7 +1111,7 @@ def _msls_part(
 
 
 def _msls_join(frame: pandas.DataFrame, path: Path, columns: Sequence[str]) -> pandas.DataFrame:
-    """Another CSV of the folder, whose rows must be the pictures of `frame`, row by row (as the set is published)."""
+    """Another CSV of the folder; its rows must be the pictures of `frame`, row by row, as published."""
     other = _read_csv(path, columns)
     if len(other) != len(frame):
         raise ValueError(
@@ -1110,8 +1122,8 @@ def _msls_join(frame: pandas.DataFrame, path: Path, columns: Sequence[str]) -> p
         if differs.any():
             row = int(np.argmax(differs))
             raise ValueError(
-                f"{path}, line {row + 2}, column 'key': expected {frame['key'].iloc[row]!r} as in postprocessed.csv, "
-                f"got {other['key'].iloc[row]!r}"
+                f"{path}, line {row + 2}, column 'key': expected {frame['key'].iloc[row]!r} as in "
+                f"postprocessed.csv, got {other['key'].iloc[row]!r}"
             )
     return other
 
@@ -1128,9 +1140,9 @@ def _zones_of_metres(lat: np.ndarray, lon: np.ndarray, east: np.ndarray, north: 
     return latlon_to_utm(lat, lon, zone=int(numbers[0]))[2]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # One's own photographs
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def read_photos(
@@ -1148,13 +1160,15 @@ def read_photos(
     ----------
     folder : path
     csv : path
-        Relative to the folder, or absolute. Columns (case does not matter): ``file`` (a path in the folder), and either ``lat`` and
-        ``lon`` (degrees, WGS 84) or ``east`` and ``north`` (metres) with, if known, ``zone`` (such as ``10S``); if wanted
-        ``heading`` (degrees), ``date`` (YYYY[-MM[-DD]]), ``place`` (integer), ``city``, ``note``. ``latitude``, ``longitude``, ``east_m``,
-        ``north_m``, ``utm_zone`` and ``heading_deg`` are understood too; empty optional cells mean "unknown".
+        Relative to the folder, or absolute. Columns (case does not matter): ``file`` (a path in the folder),
+        and either ``lat`` and ``lon`` (degrees, WGS 84) or ``east`` and ``north`` (metres) with, if known,
+        ``zone`` (such as ``10S``); if wanted ``heading`` (degrees), ``date`` (YYYY[-MM[-DD]]), ``place``
+        (integer), ``city``, ``note``. ``latitude``, ``longitude``, ``east_m``, ``north_m``, ``utm_zone`` and
+        ``heading_deg`` are understood too; empty optional cells mean "unknown".
     zone : int, optional
-        UTM zone number for ``lat`` and ``lon``. By default the zone of their middle, for all, or each its own if they spread over
-        more than 6 degrees. Give it where two tables to be compared lie on a zone's border.
+        UTM zone number for ``lat`` and ``lon``. By default the zone of their middle, for all, or each its own
+        if they spread over more than 6 degrees. Give it where two tables to be compared lie on a zone's
+        border.
     city : str, optional
         Where the CSV has no such column; by default the folder's name.
     on_error : {"raise", "skip"}
@@ -1166,7 +1180,8 @@ def read_photos(
     FileNotFoundError
         If folder or CSV is missing.
     ValueError
-        With file, line and column: for a missing column, a bad value, a file given twice or not there, or a picture that does not decode.
+        With file, line and column: for a missing column, a bad value, a file given twice or not there, or a
+        picture that does not decode.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -1223,7 +1238,8 @@ def read_photos(
             match = re.fullmatch(rf"0*(\d+)\s*([{_BANDS}]?)", zones[row].upper())
             if match is None or not 1 <= int(match[1]) <= 60:
                 problems.add(
-                    f"{csv}, line {row + 2}, column 'zone': expected a UTM zone such as 10S, got {zones[row]!r}"
+                    f"{csv}, line {row + 2}, column 'zone': expected a UTM zone such as 10S, "
+                    f"got {zones[row]!r}"
                 )
                 good[row] = False
             else:
@@ -1309,9 +1325,9 @@ def read_unlabelled(
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Benchmarks
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1343,7 +1359,8 @@ class Benchmark:
     where_to_get: str
 
 
-_DOWNLOADER = "the VPR-datasets-downloader project on GitHub"
+_DOWNLOADER = "the VPR-datasets-downloader project"
+_MSLS_SITE = "the Mapillary Street-level Sequences site"
 
 BENCHMARKS: dict[str, Benchmark] = {
     benchmark.name: benchmark
@@ -1371,8 +1388,8 @@ BENCHMARKS: dict[str, Benchmark] = {
             n_database=18871,
             n_queries=740,
             sorted_batch=16,
-            where_to_get="the Mapillary Street-level Sequences site (after registration); as downloaded, or converted with "
-            "format_mapillary.py of the VPR-datasets-downloader project and then with the list of the 740 query keys",
+            where_to_get=f"{_MSLS_SITE}; as downloaded, or converted by {_DOWNLOADER} (format_mapillary.py), "
+            "and then with the list of the 740 query keys",
         ),
         Benchmark(
             name="pitts30k-test",
@@ -1380,7 +1397,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             n_database=10000,
             n_queries=6816,
             sorted_batch=8,
-            where_to_get=f"the authors of Pittsburgh 250k, on request; then {_DOWNLOADER} (format_pitts30k.py)",
+            where_to_get=f"the authors of Pittsburgh 250k; then {_DOWNLOADER} (format_pitts30k.py)",
         ),
         Benchmark(
             name="tokyo247",
@@ -1388,7 +1405,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             n_database=75984,
             n_queries=315,
             sorted_batch=16,
-            where_to_get=f"the authors of Tokyo 24/7, on request; then {_DOWNLOADER} (format_tokyo247.py)",
+            where_to_get=f"the authors of Tokyo 24/7; then {_DOWNLOADER} (format_tokyo247.py)",
         ),
         Benchmark(
             name="pitts250k-test",
@@ -1396,7 +1413,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             n_database=83952,
             n_queries=8280,
             sorted_batch=8,
-            where_to_get=f"the authors of Pittsburgh 250k, on request; then {_DOWNLOADER} (format_pitts250k.py)",
+            where_to_get=f"the authors of Pittsburgh 250k; then {_DOWNLOADER} (format_pitts250k.py)",
         ),
         Benchmark(
             name="nordland-full",
@@ -1430,8 +1447,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             n_database=18871,
             n_queries=None,
             sorted_batch=16,
-            where_to_get="the Mapillary Street-level Sequences site (after registration), converted with "
-            "format_mapillary.py of the VPR-datasets-downloader project, or as downloaded",
+            where_to_get=f"{_MSLS_SITE}; as downloaded, or converted by {_DOWNLOADER} (format_mapillary.py)",
         ),
     )
 }
@@ -1472,8 +1488,8 @@ class TestSet:
             return ""
         return (
             f"{self.name} has {len(self.database):,} references and {len(self.queries):,} queries here, but "
-            f"{self.spec.n_database:,} and {self.spec.n_queries:,} in the published evaluations: its recalls cannot be "
-            "compared with published ones"
+            f"{self.spec.n_database:,} and {self.spec.n_queries:,} in the published evaluations: its recalls "
+            "cannot be compared with published ones"
         )
 
     @property
@@ -1496,8 +1512,8 @@ class TestSet:
             self.counts_as_expected
         ]
         return (
-            f"TestSet({self.name!r}: {len(self.database):,} references, {len(self.queries):,} queries, positives within "
-            f"{self.rule}{expected})"
+            f"TestSet({self.name!r}: {len(self.database):,} references, {len(self.queries):,} queries, "
+            f"positives within {self.rule}{expected})"
         )
 
 
@@ -1521,17 +1537,17 @@ def open_set(
     split : str, optional
         ``"test"`` by default; a benchmark brings its own.
     query_keys : path or sequence of str, optional
-        Only for ``msls-val``: the keys of its 740 queries, as a list, a text file with one key (or picture path) a line, or a ``.npy``
-        array of such texts. A file ``query_keys.txt`` in the set's folder is found by itself. Sets as downloaded need none:
-        there the sub-task ``all`` selects the queries.
+        Only for ``msls-val``: the keys of its 740 queries, as a list, a text file with one key (or picture
+        path) a line, or a ``.npy`` array of such texts. A file ``query_keys.txt`` in the set's folder is
+        found by itself. Sets as downloaded need none: there the sub-task ``all`` selects the queries.
     on_error, check_pictures
         As in `read_folder`.
 
     Notes
     -----
-    ``nordland-2760`` swaps the seasons of the full set (winter references, summer queries) and asks for every tenth frame; a
-    folder ``nordland-2760`` of one's own is taken as it is. ``msls-val-full`` takes all of the validation queries (about 11,000 after
-    conversion), and is another benchmark than ``msls-val``.
+    ``nordland-2760`` swaps the seasons of the full set (winter references, summer queries) and asks for every
+    tenth frame; a folder ``nordland-2760`` of one's own is taken as it is. ``msls-val-full`` takes all of the
+    validation queries (about 11,000 after conversion), and is another benchmark than ``msls-val``.
 
     Raises
     ------
@@ -1549,8 +1565,8 @@ def open_set(
         part = _split_folder(root / name, split or "test")
         if part is None:
             raise FileNotFoundError(
-                f"{root / name}: there is no images/{split or 'test'} with database and queries in it, and {name!r} is "
-                f"none of the benchmarks {', '.join(BENCHMARKS)}"
+                f"{root / name}: there is no images/{split or 'test'} with database and queries in it, and "
+                f"{name!r} is none of the benchmarks {', '.join(BENCHMARKS)}"
             )
         return TestSet(
             name=name,
@@ -1559,9 +1575,7 @@ def open_set(
         )
 
     if split is not None and split != spec.split:
-        raise ValueError(
-            f"the benchmark {name} has the split {spec.split!r}, got {split!r}; open its folder by name for others"
-        )
+        raise ValueError(f"the benchmark {name} has the split {spec.split!r}, got {split!r}")
     folder, missing = _find_benchmark(root, spec)
     if missing:
         raise FileNotFoundError(
@@ -1581,8 +1595,8 @@ def open_set(
         keys = _query_keys(folder, query_keys)
         if keys is None:
             raise ValueError(
-                f"{folder}: msls-val asks only the curated 740 of its {len(queries):,} converted queries: give their "
-                f"keys as query_keys or in {folder / 'query_keys.txt'}, or open msls-val-full for all of them"
+                f"{folder}: msls-val asks only the curated 740 of its {len(queries):,} converted queries: give "
+                f"their keys as query_keys or in {folder / 'query_keys.txt'}, or open msls-val-full for all of them"
             )
         queries = _select_keys(queries, keys, folder)
     return TestSet(name=name, database=database, queries=queries, rule=spec.rule, spec=spec)
@@ -1661,7 +1675,7 @@ def _select_keys(queries: Places, keys: Sequence[str], folder: Path) -> Places:
     absent = sorted(set(keys) - set(queries.key.tolist()))
     if absent:
         raise ValueError(
-            f"{folder}: {len(absent)} of {len(set(keys))} query keys have no picture, the first is {absent[0]!r}"
+            f"{folder}: {len(absent)} of {len(set(keys))} query keys have no picture, such as {absent[0]!r}"
         )
     return queries[np.isin(queries.key, list(keys))]
 
@@ -1672,9 +1686,9 @@ def available(root: str | os.PathLike) -> pandas.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        One row for each benchmark, then one for each other folder of the layout, with the columns ``name``, ``present`` (bool),
-        ``references``, ``queries`` (files found), ``expected`` (counts of the published evaluations), ``positives``,
-        ``missing`` (a sentence) and ``where_to_get``.
+        One row for each benchmark, then one for each other folder of the layout, with the columns ``name``,
+        ``present`` (bool), ``references``, ``queries`` (files found), ``expected`` (counts of the published
+        evaluations), ``positives``, ``missing`` (a sentence) and ``where_to_get``.
     """
     import pandas
 
@@ -1694,7 +1708,7 @@ def available(root: str | os.PathLike) -> pandas.DataFrame:
                     keys = _query_keys(folder, None)
                     row["queries"] = len(keys or ())
                     if keys is None:
-                        missing = f"the list of the 740 query keys (query_keys.txt in {folder.name}, or the argument query_keys)"
+                        missing = f"the list of the 740 query keys ({folder.name}/query_keys.txt)"
             else:
                 cities = [folder / "train_val" / city for city in MSLS_VAL_CITIES]
                 row["references"] = sum(_count(city / "database") for city in cities)

@@ -1,9 +1,10 @@
 """A run: one directory that says what was done, with which numbers, and whether it was finished.
 
 Everything that lasts is written here by three rules. A file appears under its own name only when it is whole
-(`atomic_path`). Every random stream is derived from one integer seed and the names of what it is for (`rng`), so adding
-a stream never shifts another. A directory belongs to one configuration (`Run.open`): the same configuration comes back to
-the same run, finished or to be resumed, and another one is refused with the keys that differ.
+(`atomic_path`). Every random stream is derived from one integer seed and the names of what it is for (`rng`),
+so adding a stream never shifts another. A directory belongs to one configuration (`Run.open`): the same
+configuration comes back to the same run, finished or to be resumed, and another one is refused with the keys
+that differ.
 """
 
 from __future__ import annotations
@@ -45,26 +46,26 @@ __all__ = [
 ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Files that are whole or absent
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike, *, sync: bool = True) -> Iterator[Path]:
-    """Yield a temporary sibling of `path`; rename it to `path` when the block succeeds, remove it when it fails.
+    """Yield a temporary sibling of `path`, renamed to it when the block succeeds, removed when it fails.
 
-    The sibling's name starts with a dot and ends as `path` does, so writers that look at the suffix work and readers
-    of this package, which skip dotted names, never see it. A process killed inside the block leaves only such a
-    dotted file behind.
+    The sibling's name starts with a dot and ends as `path` does, so writers that look at the suffix work and
+    readers of this package, which skip dotted names, never see it. A process killed inside the block leaves
+    only such a dotted file behind.
 
     Parameters
     ----------
     path : path
         The final name of one file. Missing parent directories are made.
     sync : bool
-        Flush file and directory to the disk before and after the rename, so that a power cut cannot leave an empty
-        file under the final name. Off for thousands of small files that can be made again.
+        Flush file and directory to the disk before and after the rename, so that a power cut cannot leave an
+        empty file under the final name. Off for thousands of small files that can be made again.
 
     Examples
     --------
@@ -112,8 +113,8 @@ def write_text(path: str | os.PathLike, text: str) -> Path:
 def write_json(path: str | os.PathLike, obj: Any) -> Path:
     """Write `obj` as indented JSON, atomically; return the path.
 
-    NumPy scalars and arrays, dates, paths, tuples, sets and dataclasses become plain JSON; NaN and infinities are written the way
-    Python's `json` reads them back.
+    NumPy scalars and arrays, dates, paths, tuples, sets and dataclasses become plain JSON; NaN and infinities
+    are written the way Python's `json` reads them back.
     """
     return write_text(path, json.dumps(_plain(obj), indent=2, ensure_ascii=False) + "\n")
 
@@ -151,16 +152,16 @@ def save_array(path: str | os.PathLike, array: np.ndarray) -> Path:
     return path
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Random streams and fingerprints
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def rng(seed: int, *names: str | int) -> np.random.Generator:
     """An independent NumPy generator for what `names` say, from one integer seed.
 
-    The stream depends on the seed and the names alone: not on the process, the platform, or on how many other streams
-    were drawn.
+    The stream depends on the seed and the names alone: not on the process, the platform, or on how many other
+    streams were drawn.
 
     Parameters
     ----------
@@ -196,8 +197,8 @@ def _entropy(seed: int, names: tuple) -> list[int]:
 def fingerprint(obj: Any) -> str:
     """A short hash of a configuration, of arrays or of bytes: equal things give equal hashes on any machine.
 
-    Mappings do not depend on the order of their keys, a tuple equals a list, and 1 equals 1.0, as after a trip through
-    JSON. Arrays count with dtype and shape.
+    Mappings do not depend on the order of their keys, a tuple equals a list, and 1 equals 1.0, as after a
+    trip through JSON. Arrays count with dtype and shape.
 
     Returns
     -------
@@ -276,27 +277,27 @@ def _plain(obj: Any) -> Any:
     raise ValueError(f"a {type(obj).__name__} cannot be written as JSON: {obj!r}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The run
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 MANIFEST = "manifest.json"
 _PACKAGES = ("sagelib", "torch", "torchvision", "timm", "peft", "faiss-cpu", "numpy", "scipy", "pillow")
 
 
 class RunConflict(ValueError):
-    """A run directory already holds a run of another configuration; the sentence names the keys that differ."""
+    """A directory already holds a run of another configuration; the sentence names what differs."""
 
 
 class Run:
-    """A directory ``root/stage/name`` with a manifest, a log and whatever the stage writes. Made by `Run.open`.
+    """A directory ``root/stage/name`` with a manifest, a log and what the stage writes; see `Run.open`.
 
     Attributes
     ----------
     dir : Path
     manifest : dict
-        stage, name, config, config_hash, seed, data_fingerprint, git_commit, versions, device, platform, started,
-        finished (ISO 8601, UTC), wall_time_s, status (``"unfinished"`` or ``"finished"``), metrics.
+        stage, name, config, config_hash, seed, data_fingerprint, git_commit, versions, device, platform,
+        started, finished (ISO 8601, UTC), wall_time_s, status (``"unfinished"`` or ``"finished"``), metrics.
     """
 
     def __init__(self, directory: str | os.PathLike, manifest: dict) -> None:
@@ -332,15 +333,16 @@ class Run:
         stage, name : str
             One folder name each, such as ``"evaluate"`` and ``"sage-town"``.
         config : mapping
-            Everything that the result depends on, able to be written as JSON. Seed and data fingerprint count as part of it;
-            device, versions and commit are recorded and do not.
+            Everything that the result depends on, able to be written as JSON. Seed and data fingerprint count
+            as part of it; device, versions and commit are recorded and do not.
         seed, data_fingerprint, device
             Recorded in the manifest.
 
         Raises
         ------
         RunConflict
-            If the directory holds a run of another configuration, seed or data: keys, old and new values are named.
+            If the directory holds a run of another configuration, seed or data: keys, old and new values are
+            named.
         ValueError
             If `stage` or `name` is no single folder name.
         """
@@ -376,8 +378,8 @@ class Run:
                 f"{key.removeprefix('config.')}: {old!r} -> {new!r}" for key, old, new in rows
             )
             raise RunConflict(
-                f"{directory} holds a run of another configuration ({changes}): choose another name, or remove "
-                "that folder"
+                f"{directory} holds a run of another configuration ({changes}): choose another name, or "
+                "remove that folder"
             )
         if found["status"] != "finished":
             found.update({key: fresh[key] for key in ("git_commit", "versions", "device", "platform")})
@@ -407,7 +409,7 @@ class Run:
 
     @property
     def wall_time_s(self) -> float:
-        """Seconds of work so far, over all the sessions of a resumed run (a killed one counts to its last log line)."""
+        """Seconds of work over all sessions of a resumed run; a killed one counts to its last log line."""
         if self.finished:
             return self.manifest["wall_time_s"]
         return self._spent_s + time.monotonic() - self._opened
@@ -574,8 +576,8 @@ def compare_runs(a: Run, b: Run) -> list[dict]:
     Returns
     -------
     list of dict
-        ``{"key", "a", "b"}`` for every differing seed, data fingerprint and ``config.*``, then for every ``metrics.*``;
-        a missing value is None. `pandas.DataFrame` takes it as it is.
+        ``{"key", "a", "b"}`` for every differing seed, data fingerprint and ``config.*``, then for every
+        ``metrics.*``; a missing value is None. `pandas.DataFrame` takes it as it is.
     """
     kinds = ("seed", "data_fingerprint", "config", "metrics")
     left, right = ({kind: run.manifest.get(kind) for kind in kinds} for run in (a, b))
@@ -612,7 +614,7 @@ def _versions() -> dict[str, str]:
 
 
 def _git_commit() -> str | None:
-    """The commit of this package's own source, with ``+changes`` where the files differ from it; None outside git."""
+    """The commit of this package's source, with ``+changes`` where files differ; None outside git."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
