@@ -138,7 +138,8 @@ def place_map(
                 s=marker_size,
                 color=PALETTE[i % len(PALETTE)],
                 marker=MARKERS[i % len(MARKERS)],
-                alpha=0.75, linewidths=0,
+                alpha=0.75,
+                linewidths=0,
             )
             if heading_deg is not None:
                 angle = np.deg2rad(np.asarray(heading_deg, dtype=float)[at])
@@ -150,8 +151,15 @@ def place_map(
             axis.set_title(f"{name} ({here.sum():,})")
     if any(groups):
         handles = [
-            Line2D([], [], linestyle="", color=PALETTE[i % len(PALETTE)], marker=MARKERS[i % len(MARKERS)], markersize=7,
-                   label=f"{label} ({np.sum(group == label):,})")
+            Line2D(
+                [],
+                [],
+                linestyle="",
+                color=PALETTE[i % len(PALETTE)],
+                marker=MARKERS[i % len(MARKERS)],
+                markersize=7,
+                label=f"{label} ({np.sum(group == label):,})",
+            )
             for i, label in enumerate(groups)
         ]
         figure.legend(handles=handles, loc="outside lower center", ncols=4)
@@ -218,7 +226,7 @@ def distance_histogram(
             edges = np.concatenate([[0], np.geomspace(0.5, top * 1.001, 45)])
             axis.set_xscale("symlog", linthresh=0.5)
             axis.xaxis.set_major_formatter(FuncFormatter(_plain))
-            else:
+        else:
             edges = np.linspace(0, top * 1.001, 46)
         axis.hist(finite, bins=edges, color=BLUE, alpha=0.9)
         axis.set_xlim(0, top * 1.02)
@@ -640,7 +648,9 @@ def recall_bars(
     axis.grid(axis="x", visible=False)
     handles, labels = axis.get_legend_handles_labels()
     order = sorted(range(len(labels)), key=lambda i: labels[i].startswith("published"))
-    figure.legend([handles[i] for i in order], [labels[i] for i in order], loc="outside lower center", ncols=3)
+    figure.legend(
+        [handles[i] for i in order], [labels[i] for i in order], loc="outside lower center", ncols=3
+    )
     axis.set_title(title or f"Recall at {k}, with 95 % intervals")
     return figure
 
@@ -867,7 +877,9 @@ def context_audit(audits: Mapping[str, Mapping], *, k: int = 1, title: str | Non
         if audit.get("interval") is not None:
             half, (low, high) = float(audit["interval"]), axis.get_ylim()
             at, centre = n[0] / 1.7, (low + high) / 2
-            axis.errorbar([at], [centre], yerr=[[half], [half]], fmt="none", ecolor=GREY, elinewidth=2, capsize=4)
+            axis.errorbar(
+                [at], [centre], yerr=[[half], [half]], fmt="none", ecolor=GREY, elinewidth=2, capsize=4
+            )
             axis.annotate(
                 "95 %",
                 (at, centre + half),
@@ -947,7 +959,15 @@ def ablation_figure(
                 zorder=3,
             )
         elif not len(stuck):
-            left.text(0.97, row, "not run", transform=left.get_yaxis_transform(), ha="right", va="center", color=GREY)
+            left.text(
+                0.97,
+                row,
+                "not run",
+                transform=left.get_yaxis_transform(),
+                ha="right",
+                va="center",
+                color=GREY,
+            )
         if c == reference:
             right.text(0, row, "  the full method", va="center", color="#555555")
         elif np.isfinite(difference[c]):
@@ -1207,7 +1227,9 @@ def greedy_steps(
         raise ValueError(f"scores must have shape ({len(chosen)}, {len(east)}), got {scores.shape}")
     columns = min(len(chosen), 2 if len(chosen) in (2, 4) else 3)
     rows = -(-len(chosen) // columns)
-    figure, axes = _panels(rows, columns, size=(3.7 * columns + 1.2, 3.1 * rows + 0.8), sharex=True, sharey=True)
+    figure, axes = _panels(
+        rows, columns, size=(3.7 * columns + 1.2, 3.1 * rows + 0.8), sharex=True, sharey=True
+    )
     finite = scores[np.isfinite(scores)]
     norm = Normalize(finite.min(), finite.max()) if len(finite) else Normalize(-1, 0)
     spread = max(np.ptp(east), np.ptp(north), 1.0)
