@@ -11,6 +11,7 @@ from scipy import linalg, stats
 from scipy.special import ndtri
 
 from sagelib import runs
+from sagelib.places import same_grid
 
 KS = (1, 5, 10, 20)
 _BLOCK_BYTES = 256 * 2**20  # float32 copies of the descriptors are never larger than this at once
@@ -443,7 +444,7 @@ def write_rankings(path, indices, distances, database, queries, positives, *, ro
     first = np.where(hit.any(axis=1), hit.argmax(axis=1) + 1, 0)
     q_east, q_north = np.asarray(queries.east_m)[query], np.asarray(queries.north_m)[query]
     r_east, r_north = np.asarray(database.east_m)[reference], np.asarray(database.north_m)[reference]
-    same_zone = np.asarray(queries.utm_zone)[query] == np.asarray(database.utm_zone)[reference]
+    same_zone = same_grid(queries.utm_zone)[query] == same_grid(database.utm_zone)[reference]
     metres = np.where(same_zone, np.hypot(q_east - r_east, q_north - r_north), np.nan)
     table = pd.DataFrame(
         {
