@@ -41,13 +41,13 @@ from tqdm.auto import tqdm
 
 from sagelib import runs
 from sagelib.describe import pick_device
+from sagelib.graph import GeoVisualGraph
 from sagelib.images import Preprocess, TrainTransform, loader
 from sagelib.model import SAGE
 from sagelib.places import (
     Places,
     TestSet,
     open_set,
-    positives,
     read_folder,
     read_gsv_cities,
     read_msls,
@@ -105,9 +105,11 @@ class TrainConfig:
         Images of each place, k.
     batches_per_epoch : int, optional
         Batches in an epoch (the paper is silent; 4,000 in CliqueMining). None, with labelled places alone: one pass over them.
+    small_places : {"refuse", "leave_out"}
+        What to do with labelled places of fewer than `images_per_place` images.
     epochs : int
         The paper is silent; 30 in EMVP.
-    similar_places, radius_m, max_heading_deg, min_clique, tau, top_k, prefer, node_descriptor, schedule, refresh_every, remove, min_distance_m
+    similar_places, radius_m, max_heading_deg, min_clique, fallback, tau, top_k, prefer, node_descriptor, schedule, refresh_every, remove, min_distance_m
         Of `sagelib.sampler.CliqueSampler`, for the mined source.
     graph_context : {"none", "solo", "anchors"}
         The cross-image head while the graph's descriptors are made: off, each image alone, or with the head's anchors. The paper is
@@ -195,12 +197,14 @@ class TrainConfig:
     places_per_batch: int = 30
     images_per_place: int = 4
     batches_per_epoch: int | None = 4000
+    small_places: str = "refuse"
     epochs: int = 30
 
     similar_places: int = 15
     radius_m: float = 25.0
     max_heading_deg: float | None = None
     min_clique: int = 10
+    fallback: str | None = "draw"
     tau: float | None = None
     top_k: int | None = None
     prefer: str = "affine"
@@ -291,6 +295,7 @@ class TrainConfig:
             ("lr_schedule", ("linear", "cosine", "constant")),
             ("precision", tuple(PRECISIONS)),
             ("train_context", CONTEXTS),
+            ("small_places", ("refuse", "leave_out")),
             ("graph_context", ("none", "solo", "anchors")),
             ("graph_descriptors", ("fresh", "training")),
         ):
@@ -555,9 +560,7 @@ def open_run(
     prints = {
         "mined": None if mined is None else mined.fingerprint(),
         "labelled": None if labelled is None else labelled.fingerprint(),
-        "validation": None
-        if validation is None
-        else [validation.database.fingerprint(), validation.queries.fingerprint()],
+        "validation": None if validation is None else validation.fingerprint(),
     }
     processes = _Processes(device)
     for turn in range(2):  # the main process makes the directory, the others read it
@@ -736,7 +739,7 @@ class _Loop:
                 self._feed(part, config.validation_size, folder)
                 for part in (validation.database, validation.queries)
             )
-            self.positives = positives(validation.database, validation.queries, validation.rule)
+            self.positives = validation.positives()
 
         self.optimiser = torch.optim.AdamW(
             _parameter_groups(self.model, config), weight_decay=config.weight_decay
@@ -836,14 +839,13 @@ class _Loop:
         began, state = time.perf_counter(), self.state
         if epoch > 1:
             self._refresh_anchors()
-        plan, state.graph = {}, {}
+        plan, records = {}, {}
         for source in self.sources:
             if self.processes.main:
-                self._refresh_graph(source, epoch)
+                records[source.name] = self._refresh_graph(source, epoch)
                 plan[source.name] = np.array(
                     [batch for batch, _ in zip(source.sampler, range(self.batches), strict=False)], np.int32
                 )
-                state.graph[source.name] = self._graph_report(source)
                 self.processes.broadcast(None)
             else:  # describe what the main process asks for, until it asks no more
                 while (indices := self.processes.broadcast(None)) is not None:
@@ -852,13 +854,21 @@ class _Loop:
         state.plan, state.position = plan, 0
         state.epoch_sums = _zeros()
         state.epoch_seconds = {"refresh": time.perf_counter() - began, "train": 0.0}
+        if self.processes.main:
+            state.graph = {
+                source.name: self._graph_report(source, records[source.name]) for source in self.sources
+            }
 
-    def _refresh_graph(self, source: _Source, epoch: int) -> None:
-        """Describe what the sampler asks for, and give the sampler its new graph."""
-        number = epoch - 1
+    def _refresh_graph(self, source: _Source, epoch: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Give the sampler its new graph; returns which images it asked for and what their descriptors are."""
+        number, record = epoch - 1, []
         replay = self.run.dir / "graph" / f"{source.name}.npz"
+        if not source.refreshed and replay.exists():
+            # A resumed run has a new sampler: give it the graph that an earlier epoch made, which may still serve.
+            with np.load(replay) as stored:
+                made = [(stored[f"0_{i}"], stored[f"1_{i}"]) for i in range(int(stored["calls"]))]
+                source.sampler.refresh(int(stored["epoch"]), lambda indices: _replayed(made, indices))
         if source.sampler.needs_refresh(number):
-            record = []
 
             def describe(indices: np.ndarray) -> np.ndarray:
                 indices = np.asarray(indices, np.int64)
@@ -869,17 +879,14 @@ class _Loop:
 
             source.sampler.refresh(number, describe)
             if number + 1 < self.config.epochs and not source.sampler.needs_refresh(number + 1):
-                # Later epochs draw from this graph: a resumed run must be able to make it again.
+                # Later epochs draw from this graph too.
                 arrays = {f"{part}_{i}": pair[part] for i, pair in enumerate(record) for part in (0, 1)}
                 with runs.atomic_path(replay) as path:
                     with open(path, "wb") as stream:
                         np.savez(stream, epoch=number, calls=len(record), **arrays)
-        elif not source.refreshed and replay.exists():
-            with np.load(replay) as stored:
-                made = [(stored[f"0_{i}"], stored[f"1_{i}"]) for i in range(int(stored["calls"]))]
-                source.sampler.refresh(int(stored["epoch"]), lambda indices: _replayed(made, indices))
         source.refreshed = True
         source.sampler.set_epoch(number)
+        return record
 
     def _describe_for_graph(self, source: _Source, indices: np.ndarray) -> np.ndarray:
         """Descriptors (n, D) of some images of a source: fresh, or what training left behind."""
@@ -900,8 +907,35 @@ class _Loop:
                 ]
             )
 
-    def _graph_report(self, source: _Source) -> dict:
-        return dict(getattr(source.sampler, "report", None) or {})
+    def _graph_report(self, source: _Source, record: list) -> dict:
+        """What the sampler tells, and which edges have come and gone since the last refresh.
+
+        Edges are compared on a fixed part of the images, whole clusters of about 2,000, where both refreshes described both ends.
+        """
+        report = dict(source.sampler.report)
+        if not record or self.config.node_descriptor != "image":
+            return report
+        clusters = source.sampler.clusters
+        order = runs.rng(self.config.seed, "graph report").permutation(int(clusters.max()) + 1)
+        chosen = order[: np.searchsorted(np.cumsum(np.bincount(clusters)[order]), 2000) + 1]
+        part = np.isin(clusters, chosen)
+        rows = [(indices[part[indices]], values[part[indices]]) for indices, values in record]
+        images, first = np.unique(np.concatenate([r for r, _ in rows]), return_index=True)
+        values = np.concatenate([v for _, v in rows])[first]
+        pairs = _edges(self.config, source.places, images, values)
+        report |= {"compared_images": len(images), "edges": len(pairs)}
+        before = self.state.edges.get(source.name)
+        self.state.edges[source.name] = (images, pairs)
+        if before is not None:
+            both = np.intersect1d(images, before[0])
+            now, then = (
+                p[np.isin(p, both).all(axis=1)] @ np.array([len(source.places), 1])
+                for p in (pairs, before[1])
+            )
+            report["edges_gained"] = len(np.setdiff1d(now, then))
+            report["edges_lost"] = len(np.setdiff1d(then, now))
+            report["edges_kept"] = len(np.intersect1d(now, then))
+        return report
 
     # -- the steps of an epoch ---------------------------------------------------------------------------------------
 
@@ -1243,6 +1277,10 @@ class _Loop:
             content = {
                 "facts": json.dumps(facts),
                 "plan": {name: torch.from_numpy(plan) for name, plan in (self.state.plan or {}).items()},
+                "edges": {
+                    name: tuple(torch.from_numpy(array) for array in arrays)
+                    for name, arrays in self.state.edges.items()
+                },
                 "weights": self.model.trainable_state_dict(),
                 "optimiser": self.optimiser.state_dict(),
                 "scaler": self.scaler.state_dict(),
@@ -1265,6 +1303,9 @@ class _Loop:
         self._cut_log(facts.pop("log_bytes"))
         self.state.take(facts)
         self.state.plan = {name: plan.cpu().numpy() for name, plan in content["plan"].items()} or None
+        self.state.edges = {
+            name: tuple(t.cpu().numpy() for t in arrays) for name, arrays in content["edges"].items()
+        }
         self.model.load_trainable_state_dict(content["weights"])
         self.optimiser.load_state_dict(content["optimiser"])
         self.scaler.load_state_dict(content["scaler"])
@@ -1291,41 +1332,60 @@ class _Loop:
 
 def _clique_sampler(config: TrainConfig, places: Places) -> CliqueSampler:
     names = (
-        "places_per_batch images_per_place similar_places radius_m max_heading_deg min_clique tau top_k prefer node_descriptor "
+        "places_per_batch images_per_place similar_places radius_m max_heading_deg min_clique fallback tau top_k prefer node_descriptor "
         "schedule refresh_every remove min_distance_m seed"
     ).split()
-    batches = {} if config.batches_per_epoch is None else {"batches_per_epoch": config.batches_per_epoch}
-    return CliqueSampler.from_places(
-        places,
-        **{name: getattr(config, name) for name in names},
-        **batches,
-        graph_context=config.graph_context,
-    )
+    if config.batches_per_epoch is None:
+        raise ValueError("mined places have no natural pass over them: give batches_per_epoch a number")
+    names += ["batches_per_epoch", "graph_context"]
+    return CliqueSampler.from_places(places, **{name: getattr(config, name) for name in names})
 
 
 def _place_sampler(config: TrainConfig, places: Places) -> PlaceSampler:
-    labels, counts = np.unique(places.place[places.place >= 0], return_counts=True)
+    place = places.labels()
+    labels, counts = np.unique(place[place >= 0], return_counts=True)
     if not len(labels):
         raise ValueError(
             "the labelled places carry no labels: give them as mined places, whose positions make the places"
         )
-    if counts.min() < config.images_per_place:
-        few = labels[counts < config.images_per_place]
+    few = labels[counts < config.images_per_place]
+    if len(few) and config.small_places == "refuse":
+        row = np.flatnonzero(place == few[0])[0]
         raise ValueError(
-            f"place {few[0]} has {counts.min()} images, fewer than images_per_place = {config.images_per_place} ({len(few)} of {len(labels)} places "
-            "are so small): leave such places out, or lower images_per_place"
+            f"place {places.place[row]} of city {places.city[row]!r} has {(place == few[0]).sum()} images, fewer than images_per_place = "
+            f"{config.images_per_place} ({len(few)} of {len(labels)} places are so small): leave them out with small_places = 'leave_out', "
+            "or lower images_per_place"
         )
-    if len(labels) < config.places_per_batch:
+    if len(labels) - len(few) < config.places_per_batch:
         raise ValueError(
-            f"a batch of {config.places_per_batch} places is larger than the set of {len(labels)} places: lower places_per_batch"
+            f"a batch of {config.places_per_batch} places is larger than the set of {len(labels) - len(few)} places of "
+            f"{config.images_per_place} images: lower places_per_batch"
         )
     return PlaceSampler(
-        places.place,
+        place,
         places_per_batch=config.places_per_batch,
         images_per_place=config.images_per_place,
         batches_per_epoch=config.batches_per_epoch,
         seed=config.seed,
     )
+
+
+def _edges(config: TrainConfig, places: Places, images: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The edges (E, 2) that pruning leaves among some images, city by city."""
+    found = [np.empty((0, 2), np.int64)]
+    for city in np.unique(places.city[images]):
+        of_city = np.flatnonzero(places.city[images] == city)
+        graph = GeoVisualGraph.from_places(
+            places[images[of_city]],
+            values[of_city],
+            radius_m=config.radius_m,
+            max_heading_deg=config.max_heading_deg,
+            tau=config.tau,
+            top_k=config.top_k,
+            min_distance_m=config.min_distance_m,
+        )
+        found.append(images[of_city[graph.edges()]].reshape(-1, 2))
+    return np.concatenate(found)
 
 
 class _Feed:
@@ -1481,6 +1541,9 @@ class _State:
     step: int = 0  # steps of the optimiser
     position: int = 0  # batches taken from the current epoch
     plan: dict[str, np.ndarray] | None = None  # the current epoch's batches of each source, (batches, images)
+    edges: dict[str, tuple] = field(
+        default_factory=dict
+    )  # of each source's last graph: images compared, pairs
     graph: dict = field(default_factory=dict)
     tail: list = field(default_factory=list)
     window_sums: dict = field(default_factory=dict)
@@ -1492,7 +1555,7 @@ class _State:
     bad_validations: int = 0
 
     def facts(self) -> dict:
-        return runs._plain({key: value for key, value in vars(self).items() if key != "plan"})
+        return runs._plain({key: value for key, value in vars(self).items() if key not in ("plan", "edges")})
 
     def take(self, facts: dict) -> None:
         for key, value in facts.items():
