@@ -220,8 +220,8 @@ class _Dice:
 
 def _hash(a, b, key: int) -> np.ndarray:
     """Integer arrays ``a`` and ``b`` (broadcast) to float32 in [0, 1), by a multiply-xorshift hash."""
-    h = np.asarray(a).astype(np.int64).astype(np.uint32) * np.uint32(0x9E3779B1)
-    h = h ^ (np.asarray(b).astype(np.int64).astype(np.uint32) * np.uint32(0x85EBCA77) + np.uint32(key))
+    a, b = np.asarray(a).astype(np.int32).view(np.uint32), np.asarray(b).astype(np.int32).view(np.uint32)
+    h = (a * np.uint32(0x9E3779B1)) ^ (b * np.uint32(0x85EBCA77) + np.uint32(key))
     h = h ^ (h >> np.uint32(16))
     h = h * np.uint32(0x7FEB352D)
     h = h ^ (h >> np.uint32(15))
@@ -232,12 +232,36 @@ def _hash(a, b, key: int) -> np.ndarray:
 
 def _noise(x, y, key: int) -> np.ndarray:
     """Smooth value noise in [0, 1) with one lattice point per unit."""
-    xi, yi = np.floor(x).astype(np.int64), np.floor(y).astype(np.int64)
+    xi, yi = np.floor(x).astype(np.int32), np.floor(y).astype(np.int32)
     fx, fy = (x - xi).astype(np.float32), (y - yi).astype(np.float32)
     fx, fy = fx * fx * (3 - 2 * fx), fy * fy * (3 - 2 * fy)
     low = _hash(xi, yi, key) * (1 - fx) + _hash(xi + 1, yi, key) * fx
     high = _hash(xi, yi + 1, key) * (1 - fx) + _hash(xi + 1, yi + 1, key) * fx
     return low * (1 - fy) + high * fy
+
+
+_TILE = 512
+
+
+@lru_cache(maxsize=2)
+def _tile(lattice: int) -> np.ndarray:
+    """A square of noise that repeats without a seam, with ``lattice`` lattice points along a side."""
+    at = np.arange(_TILE, dtype=np.float32) * np.float32(lattice / _TILE)
+    i = np.floor(at).astype(np.int32)
+    f = at - i
+    f = f * f * (3 - 2 * f)
+    n = np.arange(lattice)
+    table = _hash(n[:, None], n[None, :], 99 + lattice)
+    rows = table[i] * (1 - f[:, None]) + table[(i + 1) % lattice] * f[:, None]
+    return np.ascontiguousarray(rows[:, i] * (1 - f) + rows[:, (i + 1) % lattice] * f)
+
+
+def _quick_noise(x, y, scale: float, key: int = 0) -> np.ndarray:
+    """Noise in [0, 1) by one look-up; ``scale`` lattice points a metre, the same again after 128 of them."""
+    step = np.float32(scale * _TILE / 128)
+    i = (x * step + np.float32(key % 499 + 100 * _TILE)).astype(np.int32) & (_TILE - 1)
+    j = (y * step + np.float32(key % 491 + 100 * _TILE)).astype(np.int32) & (_TILE - 1)
+    return _tile(128).ravel()[i * _TILE + j]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -805,7 +829,9 @@ def _card(kind: int, variant: int) -> list[np.ndarray]:
         leaf = _noise(x * 28, y * 28, key) * np.float32(0.6) + _noise(x * 11, y * 11, key + 1) * np.float32(
             0.5
         )
-        alpha = (crown + (leaf - np.float32(0.55)) * np.float32(1.1) > np.float32(0.12)).astype(np.float32)
+        alpha = (
+            (crown + (leaf - np.float32(0.55)) * np.float32(1.1) > np.float32(0.12)) & (crown > 0.02)
+        ).astype(np.float32)
         light = np.float32(0.55) + np.float32(0.5) * leaf + np.float32(0.35) * (np.float32(0.5) - y)
         hue = np.float32([dice.real(0.20, 0.30), dice.real(0.34, 0.44), dice.real(0.12, 0.18)])
         rgb = light[..., None] * hue
@@ -903,7 +929,7 @@ _LIGHTS = {
                    glow=0.75, clouds=0.35, haze_m=400),
     "night": _Light((0.012, 0.018, 0.05), (0.07, 0.07, 0.11), (0.075, 0.085, 0.13), (0.0, 0.0, 0.0), lamps=1.0,
                     glow=1.0, clouds=0.03),
-    "rain": _Light((0.40, 0.43, 0.47), (0.60, 0.62, 0.64), (0.56, 0.58, 0.62), (0.0, 0.0, 0.0), clouds=-0.12,
+    "rain": _Light((0.50, 0.53, 0.57), (0.66, 0.68, 0.70), (0.66, 0.68, 0.72), (0.0, 0.0, 0.0), clouds=-0.10,
                    cover=0.9, haze_m=150, wet=1.0, glow=0.25),
     "fog": _Light((0.70, 0.71, 0.73), (0.76, 0.77, 0.78), (0.66, 0.67, 0.69), (0.03, 0.03, 0.03), clouds=0.0,
                   haze_m=16, glow=0.2),
@@ -962,6 +988,7 @@ class Town:
         turn = np.deg2rad(_Dice(self.seed, "turn").real(-45.0, 45.0))
         self._cos, self._sin = float(np.cos(turn)), float(np.sin(turn))
         self.turn_deg = float(np.rad2deg(turn))
+        self._sun_azimuth = float(np.deg2rad(_Dice(self.seed, "sun").real(130.0, 230.0) + self.turn_deg))
         self._streets, self._lots, self._extent = _plan(self.seed, self.config)
         lots = self._lots
         self._box = np.array([lot.box for lot in lots])
@@ -1040,25 +1067,34 @@ class Town:
 
     # -- textures ----------------------------------------------------------------------------------------------
 
-    def _texture(self, box: int, face: int, year: int, density: float):
-        """Levels of the texture of one face: (offset, texels along, texels up) each, painted when first seen."""
+    def _texture(self, box: int, face: int, year: int, density: float, fine: bool):
+        """Five levels of the texture of one face: (offset, texels along, texels up), painted when first seen.
+
+        Level n has ``density / 2**n`` texels a metre. Walls seen from afar alone (``fine`` false) start at level 2.
+        """
         lot, change = self._lots[box], self.config.appearance_change
         paint = sum(_key(lot.key, "repaint", y) / 2**32 < change for y in range(1, year + 1))
         shop = sum(_key(lot.key, "new sign", y) / 2**32 < change for y in range(1, year + 1))
         key = (box, face, paint, shop if lot.is_shop and lot.fronts[face] else 0, density)
+        if not fine and (*key, True) in self._textures:
+            return self._textures[(*key, True)]
+        key = (*key, fine)
         if key not in self._textures:
             x0, x1, y0, y1 = lot.box
             width = y1 - y0 if face < 2 else x1 - x0
-            canvas = _paint_facade(lot.style, lot, lot.fronts[face], width, paint, shop, density)
+            painted = density if fine else density / 2
+            canvas = _paint_facade(lot.style, lot, lot.fronts[face], width, paint, shop, painted)
             levels = []
-            for (nu, nv), colour, glow in canvas.packed():
+            for (nu, nv), colour, glow in canvas.packed()[0 if fine else 1 :]:
                 while self._used + nu * nv > self._atlas.shape[1]:
                     self._atlas = np.concatenate([self._atlas, np.zeros_like(self._atlas)], axis=1)
                 self._atlas[0, self._used : self._used + nu * nv] = colour
                 self._atlas[1, self._used : self._used + nu * nv] = glow
                 levels.append((self._used, nu, nv))
                 self._used += nu * nv
-            self._textures[key] = levels
+            if not fine:
+                levels = [levels[0], levels[0], *levels]
+            self._textures[key] = (levels + [levels[-1]] * 5)[:5]
         return self._textures[key]
 
     # -- the picture -------------------------------------------------------------------------------------------
@@ -1107,9 +1143,11 @@ class Town:
             raise ValueError(f"year must be 0 or later, got {year}")
         light = _LIGHTS[condition]
         view = _View(self, pose, h_out * oversample, w_out * oversample)
-        ground = self._paint_ground(view, light)
-        self._paint_sky(view, light, pose, visit)
-        self._paint_buildings(view, light, year, ground)
+        sun_at = self._sun_azimuth + (1.4 if condition == "dusk" else 0.0)
+        sun = np.sin(sun_at), np.cos(sun_at)
+        self._paint_sky(view, light, sun_at, visit)
+        self._paint_buildings(view, light, year, sun)
+        self._paint_ground(view, light, sun)
         self._paint_objects(view, light, year, visit)
         picture = view.lit(light)
         if light.wet:
@@ -1132,77 +1170,92 @@ class Town:
             out.append(np.ascontiguousarray(view.depth[n // 2 :: n, n // 2 :: n]))
         return out[0] if len(out) == 1 else tuple(out)
 
-    def _paint_ground(self, view, light):
-        """Carriageway, markings, kerbs and pavements for the rows below the horizon."""
-        top = view.horizon
-        if top >= view.h:
+    def _paint_ground(self, view, light, sun):
+        """Carriageway, markings, kerbs, pavements and grass where no wall stands in front."""
+        line = np.where(np.isfinite(view.wall_at), -view.cam / np.maximum(view.wall_at, 1e-3), 0.0)
+        pixel = np.flatnonzero((view.y[:, None] < line[None, :]) & (view.y[:, None] < -view.cam / 400))
+        if not len(pixel):
             return
-        s = (-view.cam / view.y[top:]).astype(np.float64)
-        s = np.minimum(s, 400.0)
-        x = (view.ox + s[:, None] * view.dx[None, :]).astype(np.float32)
-        y = (view.oy + s[:, None] * view.dy[None, :]).astype(np.float32)
-        edges, marks, tone = [], [], None
-        for direction, (across, along) in enumerate(((x, y), (y, x))):
+        row, column = pixel // view.w, pixel % view.w
+        s = np.divide(-view.cam, view.y, out=np.ones_like(view.y), where=view.y < 0)[row]
+        x = (view.ox + s * view.dx[column]).astype(np.float32)
+        y = (view.oy + s * view.dy[column]).astype(np.float32)
+        s = s.astype(np.float32)
+        edges, offsets, tones, dashes, borders = [], [], [], [], []
+        for direction, across in enumerate((x, y)):
             streets = self._streets[direction]
-            middles = [(a.centre + b.centre) / 2 for a, b in zip(streets, streets[1:], strict=False)]
             which = np.zeros(across.shape, np.int8)
-            for m in middles:
-                which += across > np.float32(m)
-            table = np.float32([[q.centre, q.half_road, q.pavement, q.tone, q.dashed] for q in streets])
+            for a, b in zip(streets, streets[1:], strict=False):
+                which += across > np.float32((a.centre + b.centre) / 2)
+            table = np.float32([[q.centre, q.half_road, q.tone, q.dashed, q.pavement] for q in streets])
             offset = across - table[:, 0][which]
-            half = table[:, 1][which]
-            edges.append((np.abs(offset) - half, table[:, 2][which], offset, half))
-            marks.append((along, table[:, 4][which], table[:, 3][which]))
-        ex, ey = edges[0][0], edges[1][0]
+            offsets.append(offset)
+            edges.append(np.abs(offset) - table[:, 1][which])
+            tones.append(table[:, 2][which])
+            dashes.append(table[:, 3][which] > 0.5)
+            borders.append(table[:, 4][which])
+        ex, ey = edges
         edge = np.minimum(ex, ey)
         road = edge < 0
-        near = view.cam * 2.5 > 0
-        fine = np.clip(np.float32(30.0) / s, 0, 1).astype(np.float32)[:, None]
-        grain = _hash(np.floor(x * 7), np.floor(y * 7), 5) - np.float32(0.5)
-        patch = _noise(x * np.float32(0.45), y * np.float32(0.45), _key(self.seed, "asphalt")) - np.float32(
-            0.5
-        )
-        tone = np.where(ex < ey, marks[0][2], marks[1][2])
-        grey = np.where(road, np.float32(0.30) * tone, np.float32(0.56))
-        kerb = (~road) & (edge < 0.22)
-        grey[kerb] = 0.70
-        slab = (~road) & (~kerb)
-        joint = ((x * np.float32(1.25)) % 1 < 0.06) | ((y * np.float32(1.25)) % 1 < 0.06)
+        fine = np.minimum(np.float32(25.0) / s, 1)
+        grain = _quick_noise(x, y, 9.0) - np.float32(0.5)
+        patch = _quick_noise(x, y, 0.45, _key(self.seed, "asphalt")) - np.float32(0.5)
+        grey = np.where(road, np.float32(0.29) * np.where(ex < ey, *tones), np.float32(0.56))
+        grey[road & (edge > -0.35)] *= np.float32(0.8)
+        slab = edge > 0.22
+        grey[~road & ~slab] = 0.70
+        jx, jy = x * np.float32(1.25), y * np.float32(1.25)
+        joint = (jx - np.floor(jx) < 0.06) | (jy - np.floor(jy) < 0.06)
         grey -= (slab & joint) * np.float32(0.09) * fine
-        grey *= 1 + grain * fine * np.float32(0.16) + patch * np.float32(0.22)
-        gutter = road & (edge > -0.35)
-        grey[gutter] *= np.float32(0.8)
+        grey *= 1 + grain * fine * np.float32(0.22) + patch * np.float32(0.30)
         white = np.zeros(road.shape, bool)
-        for (e, _, offset, _), (along, dashed, _), (other, _, _, _) in (
-            (edges[0], marks[0], edges[1]),
-            (edges[1], marks[1], edges[0]),
-        ):
-            inside, away = e < -0.25, other > 1.0
+        for across, along in ((0, 1), (1, 0)):
+            other = edges[along]
+            inside = edges[across] < -0.25
+            dash = (y if across == 0 else x) * np.float32(1 / 6)
+            stripe = offsets[across] * np.float32(1 / 1.1)
             white |= (
-                inside & (dashed > 0.5) & (np.abs(offset) < 0.08) & (other > 5.5) & ((along / 6) % 1 < 0.5)
+                inside
+                & (other > 5.5)
+                & dashes[across]
+                & (np.abs(offsets[across]) < 0.09)
+                & (dash - np.floor(dash) < 0.5)
             )
-            white |= inside & away & (other < 4.0) & ((offset + 40) % 1.1 < 0.55)
-        worn = _noise(x * 3, y * 3, 11) > np.float32(0.22)
-        grey = np.where(white & worn, np.float32(0.80), grey)
-        rgb = grey[:, :, None] * np.float32((1.0, 0.985, 0.96))
+            white |= inside & (other > 1.0) & (other < 4.0) & (stripe - np.floor(stripe) < 0.5)
+        white &= _quick_noise(x, y, 3.0, 11) > np.float32(0.2)
+        grey[white] = 0.80
+        rgb = grey[:, None] * np.float32((1.0, 0.985, 0.96))
+        grass = (ex > borders[0] + 0.05) & (ey > borders[1] + 0.05)
+        if grass.any():
+            blade = np.float32(0.8) + np.float32(0.5) * grain[grass] + np.float32(0.5) * patch[grass]
+            rgb[grass] = blade[:, None] * np.float32((0.30, 0.40, 0.18))
         if light.snow:
-            cover = _noise(x * np.float32(0.9), y * np.float32(0.9), 3) + np.float32(0.35) * grain
-            track = np.zeros(road.shape, np.float32)
-            for e, _, offset, _ in edges:
-                track = np.maximum(track, (e < 0) * (np.abs(np.abs(offset) - np.float32(1.5)) < 0.5))
-            amount = np.clip(np.float32(2.6) * cover + np.float32(0.55) - np.float32(1.5) * track, 0, 1)[
-                ..., None
+            cover = _quick_noise(x, y, 0.9, 3) + np.float32(0.35) * grain
+            track = np.zeros(road.shape, bool)
+            for e, offset in zip(edges, offsets, strict=True):
+                track |= (e < 0) & (np.abs(np.abs(offset) - np.float32(1.5)) < 0.45)
+            amount = np.clip(np.float32(2.4) * cover + np.float32(0.6) - np.float32(1.3) * track, 0, 1)[
+                :, None
             ]
             rgb = rgb * (1 - amount) + amount * np.float32((0.90, 0.92, 0.96))
         elif light.wet:
-            rgb *= np.float32(0.62)
-        del near
-        view.rgb[top:] = rgb
-        view.label[top:] = np.where(road, np.uint8(_ROAD), np.uint8(_PAVEMENT))
-        view.depth[top:] = s[:, None]
-        view.sun[top:] = 0.9
+            rgb *= np.float32(0.70)
+        bright = np.full(len(pixel), 0.9, np.float32)
+        if light.sun[0] > 0.4:  # the shadow of the houses on the sun's side of each street
+            for across, (own, other) in enumerate(((0, 1), (1, 0))):
+                along = y if across == 0 else x
+                reach = np.float32(8.5 * abs(sun[across]))
+                cell = np.floor(along * np.float32(1 / 7))
+                reach = reach * (np.float32(0.8) + np.float32(0.4) * _hash(cell, across, self.seed))
+                line_at = borders[own] + np.abs(offsets[own]) - edges[own]  # half road + pavement
+                distance = line_at - offsets[own] * np.float32(1 if sun[across] > 0 else -1)
+                bright[(distance < reach) & (edges[own] < borders[own]) & (edges[other] > borders[other])] = (
+                    0.14
+                )
+        label = np.where(road, np.uint8(_ROAD), np.uint8(_PAVEMENT))
+        view.put(pixel, rgb, label, s, bright)
         if light.lamps:
-            view.lamp[top:] = self._lamp_light(view, x, y, np.float32(_LAMP_HEIGHT_M**2))
+            view.lamp.ravel()[pixel] = self._lamp_light(view, x, y, np.float32(_LAMP_HEIGHT_M**2))
 
     def _near_lamps(self, view):
         d2 = (self._lamps[:, 0] - view.ox) ** 2 + (self._lamps[:, 1] - view.oy) ** 2
@@ -1218,7 +1271,7 @@ class Town:
             total += np.float32(1.9) / (q * q)
         return np.minimum(total, np.float32(1.15))
 
-    def _paint_sky(self, view, light, pose, visit):
+    def _paint_sky(self, view, light, sun_at, visit):
         """Gradient, clouds and the sun's side, by direction, so that turning the camera turns the sky."""
         bottom = view.horizon
         if bottom <= 0:
@@ -1227,7 +1280,6 @@ class Town:
         up = np.clip(view.y[:bottom], 0, 1.2).astype(np.float32)
         mix = (up / (up + np.float32(0.35)) * np.float32(1.3)).clip(0, 1)[:, None, None]
         azimuth = np.arctan2(view.dx, view.dy)
-        sun_at = np.deg2rad(dice.real(80, 280)) + np.deg2rad(self.turn_deg)
         side = (0.5 + 0.5 * np.cos(azimuth - sun_at)).astype(np.float32)
         zenith, horizon = np.float32(light.zenith), np.float32(light.horizon)
         sky = horizon * (1 - mix) + zenith * mix
@@ -1249,7 +1301,7 @@ class Town:
         )
         view.depth[:bottom] = np.inf
 
-    def _paint_buildings(self, view, light, year, _ground):
+    def _paint_buildings(self, view, light, year, sun_from):
         """Walls and roofs, by columns: the nearest boxes, the rows that each covers, then one look-up a pixel."""
         rel = self._centre - (view.ox, view.oy)
         forward = rel @ np.array([view.fx, view.fy])
@@ -1293,19 +1345,21 @@ class Town:
         cover = np.maximum.accumulate(roof_y, axis=1)
         seen = hit & (roof_y > np.concatenate([np.full((view.w, 1), -1e8), cover[:, :-1]], axis=1))
         # texture addresses of the walls in sight
-        density = 16.0 if view.focal < 400 else 32.0
+        density = 8.0 if view.focal < 110 else 16.0 if view.focal < 330 else 32.0
         base, up_scale, n_up = (np.zeros(t.shape, np.int64), np.zeros(t.shape), np.ones(t.shape, np.int64))
         columns, ks = np.nonzero(seen)
         walls, inverse = np.unique(which[columns, ks] * 4 + face[columns, ks], return_inverse=True)
-        longest = 5
-        table = np.zeros((len(walls), longest, 3), np.int64)
-        for n, wall in enumerate(walls):
-            levels = self._texture(int(wall) // 4, int(wall) % 4, year, density)
-            for l in range(longest):
-                table[n, l] = levels[min(l, len(levels) - 1)]
         cosine = incidence[columns, ks] / np.sqrt(view.dx[columns] ** 2 + view.dy[columns] ** 2)
         texels = tt[columns, ks] / view.focal * density / np.maximum(cosine, 0.06) ** 0.5
         level = np.searchsorted(np.array([1.5, 3.0, 6.0, 12.0]), texels)
+        finest = np.full(len(walls), 5)
+        np.minimum.at(finest, inverse, level)
+        table = np.array(
+            [
+                self._texture(int(wall) // 4, int(wall) % 4, year, density, bool(f < 2 and n > 2))
+                for wall, f, n in zip(walls, finest, np.bincount(inverse), strict=True)
+            ]
+        )
         offset, nu, nv = table[inverse, level].T
         iu = np.clip((u[columns, ks] / length[columns, ks] * nu).astype(np.int64), 0, nu - 1)
         base[columns, ks] = offset + iu * nv
@@ -1317,7 +1371,7 @@ class Town:
         rows = view.y[:, None]
         for k in range(k_hits):
             index += rows >= cover[:, k][None, :]
-        ground_y = np.where(np.isfinite(view.wall_at), -view.cam / np.where(hit[:, 0], t[:, 0], 1.0), 0.0)
+        ground_y = np.where(hit[:, 0], -view.cam / tt[:, 0], 0.0)
         pixel = np.flatnonzero((index < k_hits) & (rows >= ground_y[None, :]))
         row, column = pixel // view.w, pixel % view.w
         ck = column * k_hits + index.reshape(-1)[pixel]
@@ -1336,8 +1390,7 @@ class Town:
             if light.glow
             else None
         )
-        sun_dir = np.array([np.sin(0.9), np.cos(0.9)])
-        facing = np.clip(_FACE_NORMALS @ sun_dir, 0, 1)
+        facing = np.clip(_FACE_NORMALS @ np.array(sun_from), 0, 1)
         sun = (np.float32(0.18) + np.float32(0.95) * facing.astype(np.float32))[face].reshape(-1)[ck]
         roof = np.flatnonzero(~on_wall)
         if len(roof):
@@ -1349,18 +1402,19 @@ class Town:
                 glow[roof] = 0
             if light.snow:
                 rgb[roof] = rgb[roof] * np.float32(0.15) + np.float32((0.78, 0.80, 0.84))
-        flat = view.h * view.w
-        view.rgb.reshape(flat, 3)[pixel] = rgb
-        view.glow.reshape(flat, 3)[pixel] = 0 if glow is None else glow * np.float32(light.glow / 255)
-        view.label.reshape(flat)[pixel] = label
-        view.depth.reshape(flat)[pixel] = tp
-        view.sun.reshape(flat)[pixel] = sun
+        low = np.minimum(up.astype(np.float32), 2.0)
+        rgb *= (np.float32(0.82) + np.float32(0.09) * low)[:, None]
+        view.put(pixel, rgb, label, tp, sun)
+        if glow is not None:
+            view.glow.reshape(-1, 3)[pixel] = glow * np.float32(light.glow / 255)
+        else:
+            view.glow.reshape(-1, 3)[pixel] = 0
         if light.lamps:
             rise2 = (up.astype(np.float32) - np.float32(_LAMP_HEIGHT_M - 1)) ** 2
             lit = self._lamp_light(
                 view, px.reshape(-1)[ck].astype(np.float32), py.reshape(-1)[ck].astype(np.float32), rise2
             )
-            view.lamp.reshape(flat)[pixel] = lit * np.float32(0.8)
+            view.lamp.ravel()[pixel] = lit * np.float32(0.8)
 
     def _paint_objects(self, view, light, year, visit):
         """Cars, trees, lamps and persons, far to near, hidden by the nearest wall of each column."""
@@ -1595,6 +1649,13 @@ class _View:
         self.depth = np.full((h, w), np.inf, np.float32)
         self.wall_at = np.full(w, np.inf)
 
+    def put(self, pixel, rgb, label, depth, sun):
+        """Write what opaque surfaces show, at flat pixel numbers."""
+        self.rgb.reshape(-1, 3)[pixel] = rgb
+        self.label.ravel()[pixel] = label
+        self.depth.ravel()[pixel] = depth
+        self.sun.ravel()[pixel] = sun
+
     def row_of(self, height, ahead):
         return self.h / 2 - ((height - self.cam) / ahead - self.shift) * self.focal
 
@@ -1630,11 +1691,15 @@ class _View:
         y = self.y[top:, None]
         mirrored = -y - np.where(np.isfinite(self.wall_at), 2 * self.cam / self.wall_at, 0.0)[None, :]
         row = self.h / 2 - 0.5 - (mirrored - self.shift) * self.focal
-        ripple = _noise(np.arange(self.w)[None, :] * 0.11, (1 / np.maximum(-y, 1e-3)) * 3.0, key)
-        row = np.clip(row + (ripple - 0.5) * 10, 0, self.h - 1).astype(int)
+        far = 1 / np.maximum(-y, 0.02)
+        column = np.arange(self.w)[None, :] / self.w
+        ripple = _noise(column * 9 + 0.2 * far, far * 1.6, key)
+        puddle = _noise((column - 0.5) * far * 1.1, far * 0.5, key + 1)
+        row = np.clip(row + (ripple - 0.5) * (self.h / 42), 0, self.h - 1).astype(int)
         other = picture[row, np.arange(self.w)[None, :]]
         ground = (self.label[top:] == _ROAD) | (self.label[top:] == _PAVEMENT)
-        share = np.clip(0.30 + 0.45 * (ripple > 0.55) - 0.5 * np.minimum(-y, 0.6), 0, 1) * amount * ground
+        share = np.clip(0.62 - 0.45 * np.minimum(-y, 0.9) + 0.9 * np.clip(puddle - 0.5, 0, 0.25), 0, 0.75)
+        share = share * amount * ground
         share = share.astype(np.float32)[..., None]
         picture[top:] = picture[top:] * (1 - share) + other * share
         return picture
@@ -1964,11 +2029,8 @@ def _render_in_processes(folder: Path, settings: dict, workers: int, bar) -> Non
             running.append(process)
             process.stdin.write(json.dumps(job))
             process.stdin.close()
-        for (
-            process
-        ) in running:  # a worker whose lines wait in its pipe goes on: the pipe holds 64 thousand of them
-            for _ in process.stdout:
-                bar.update()
+        with ThreadPoolExecutor(workers) as listeners:
+            list(listeners.map(lambda process: [bar.update() for _ in process.stdout], running))
         for process in running:
             trouble = process.stderr.read()
             if process.wait():
