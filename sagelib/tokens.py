@@ -22,6 +22,8 @@ from sagelib.images import Preprocess, loader
 
 __all__ = ["TokenStore", "open_tokens", "token_shape"]
 
+FLUSH_S = 10.0  # seconds of work that a killed build may lose
+
 
 class TokenStore:
     """The tokens of the images of one `Places`, in its order.
@@ -180,7 +182,7 @@ def _build(store, model, places, shape, preprocess, batch_size, workers, autocas
             values[done : done + len(tokens)] = tokens.cpu().numpy()
             done += len(tokens)
             bar.update(len(tokens))
-            if time.perf_counter() - flushed > 10:
+            if time.perf_counter() - flushed >= FLUSH_S:
                 values.flush()
                 runs.write_json(counter, {"images": done})
                 flushed = time.perf_counter()
