@@ -188,8 +188,8 @@ def resample_positions(table, rows, columns):
     return out
 
 
-def vit_tokens(image, p, *, patch, heads, position):
-    """One image (3, H, W) through embedding and blocks; p: arrays by timm's names; position (T, M)."""
+def vit_embed(image, p, *, patch, position):
+    """Tokens of one image (3, H, W) before the first block; p: arrays by timm's names, position (T, M)."""
     _, height, width = image.shape
     kernel, bias = p["patch_embed.proj.weight"], p["patch_embed.proj.bias"]
     tokens = [p["cls_token"][0, 0]]
@@ -197,9 +197,7 @@ def vit_tokens(image, p, *, patch, heads, position):
         for c in range(width // patch):
             window = image[:, r * patch : (r + 1) * patch, c * patch : (c + 1) * patch]
             tokens.append(np.array([(kernel[o] * window).sum() + bias[o] for o in range(len(bias))]))
-    x = np.array(tokens) + position
-    blocks = 1 + max(int(name.split(".")[1]) for name in p if name.startswith("blocks."))
-    return x, [lambda x, b=b: vit_block(x, p, f"blocks.{b}", heads) for b in range(blocks)]
+    return np.array(tokens) + position
 
 
 def vit_block(x, p, block, heads):

@@ -1,0 +1,392 @@
+"""The backbone: equal to its equations, frozen where it says so, and cut in two without a difference."""
+
+import math
+import socket
+
+import numpy as np
+import oracles
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.models import register_model
+from timm.models.vision_transformer import SwiGLUPacked, VisionTransformer
+
+from sagelib import backbone as module
+from sagelib.backbone import ADAPTERS, PLAIN_DINOV2, Backbone, vit_tiny
+
+WIDTH, DEPTH, HEADS, SIDE = 12, 3, 2, 5
+
+
+@register_model
+def vit_for_tests(pretrained=False, **options):
+    """Small enough for oracles in loops: 12 wide, 3 blocks, trained on a grid of 5 x 5."""
+    fixed = {"patch_size": 14, "embed_dim": WIDTH, "depth": DEPTH, "num_heads": HEADS, "mlp_ratio": 2}
+    options = {"img_size": SIDE * 14, **options}
+    for name in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
+        options.pop(name, None)
+    return VisionTransformer(**fixed, init_values=1.0, **options)
+
+
+@register_model
+def vit_reg_for_tests(pretrained=False, **options):
+    """The same with two registers and the gated layers of the largest DINOv2."""
+    return vit_for_tests(
+        reg_tokens=2, no_embed_class=True, mlp_layer=SwiGLUPacked, act_layer=torch.nn.SiLU, **options
+    )
+
+
+def build(name="vit_for_tests", seed=0, **options):
+    torch.manual_seed(seed)
+    model = Backbone(name, pretrained=False, **{"adapter_blocks": 2, **options})
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.2)
+    return model.eval()
+
+
+def images(height=56, width=70, batch=2, seed=0):
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def numpy_state(module):
+    return {k: v.detach().numpy() for k, v in module.state_dict().items()}
+
+
+# -- the forward pass ------------------------------------------------------------------------------------------
+
+
+def test_equals_the_equations_in_float64():
+    model = build(position="dinov2", adapter_blocks=2).double()
+    x = images().double()
+    p = numpy_state(model.vit)
+    table = oracles.resample_positions(p["pos_embed"][0, 1:].reshape(SIDE, SIDE, WIDTH), 4, 5)
+    position = np.concatenate([p["pos_embed"][0, :1], table.reshape(20, WIDTH)])
+    expected = []
+    for image in x.numpy():
+        tokens = oracles.vit_embed(image, p, patch=14, position=position)
+        for i in range(DEPTH):
+            tokens = oracles.vit_block(tokens, p, f"blocks.{i}", HEADS)
+            if i >= DEPTH - 2:
+                first, _, _, second = model.dpn[i - 1].projection
+                pairs = [(m.weight.detach().numpy(), m.bias.detach().numpy()) for m in (first, second)]
+                tokens = oracles.power_norm(tokens, *pairs)
+        expected.append([oracles.layer_norm(t, p["norm.weight"], p["norm.bias"], 1e-6) for t in tokens])
+    torch.testing.assert_close(model(x), torch.tensor(np.array(expected)), rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("size", [(70, 70), (56, 98), (322, 322)])
+def test_without_adapter_it_is_timms_own_model(size):
+    model = build(adapter="none")
+    torch.testing.assert_close(
+        model(images(*size)), model.vit.forward_features(images(*size)), rtol=0, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_prefix_then_suffix_is_forward_and_prefix_builds_no_graph(adapter):
+    model = build(adapter=adapter, adapter_blocks=2, **_small(adapter)).train()
+    for m in model.modules():
+        if isinstance(m, torch.nn.Dropout):
+            m.p = 0.0
+    tokens = model.prefix(images())
+    assert not tokens.requires_grad and tokens.grad_fn is None
+    out = model.suffix(tokens)
+    assert out.requires_grad
+    torch.testing.assert_close(out, model(images()), rtol=0, atol=0)
+    # One of three blocks is left to the suffix, or two, or none.
+    assert model.prefix_blocks == {"dpn": 2, "none": 3}.get(adapter, 1)
+
+
+def _small(adapter):
+    return {"adapter_options": {"oft_block_size": 4}} if adapter == "oft" else {}
+
+
+def test_prefix_keeps_9_of_12_blocks_and_21_of_24():
+    with torch.device("meta"):
+        assert Backbone("vit_base_patch14_dinov2", pretrained=False).prefix_blocks == 9
+        assert Backbone("vit_large_patch14_dinov2", pretrained=False).prefix_blocks == 21
+        assert Backbone("vit_base_patch14_dinov2", pretrained=False, adapter="lora").prefix_blocks == 8
+
+
+def test_features_at_every_block():
+    model, x = build(adapter_blocks=2), images()
+    before = model.features(x, 0)
+    for block in range(1, DEPTH + 1):
+        expected = model.vit.blocks[block - 1](before)
+        if block > DEPTH - 2:
+            expected = model.dpn[block - 2](expected)
+        before = model.features(x, block)
+        torch.testing.assert_close(before, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(model.features(x, DEPTH, norm=True), model(x), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="block must be between 0 and 3; got 4"):
+        model.features(x, 4)
+
+
+def test_registers_are_left_out_of_the_patches_but_not_of_the_mean():
+    model = build("vit_reg_for_tests", adapter_blocks=1)
+    tokens = model(images())
+    cls, patches = model.split(tokens)
+    assert tokens.shape == (2, 3 + 20, WIDTH) and cls.shape == (2, WIDTH) and patches.shape == (2, 20, WIDTH)
+    assert torch.equal(cls, tokens[:, 0]) and torch.equal(patches, tokens[:, 3:])
+    inside = model.prefix(images())
+    changed = inside.clone()
+    changed[:, 1] += 1.0
+    assert (model.suffix(inside)[:, 3:] - model.suffix(changed)[:, 3:]).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("size", [(57, 70), (56, 7), (320, 322)])
+def test_sizes_that_patches_do_not_divide_are_refused(size):
+    with pytest.raises(
+        ValueError, match=f"{size[0]} x {size[1]} pixels cannot be cut into patches of 14.*such as"
+    ):
+        build()(images(*size))
+
+
+# -- position embeddings ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grid", [(4, 5), (5, 4), (23, 23), (7, 13), (2, 3)])
+def test_resampling_as_the_original_does(grid):
+    model = build(position="dinov2").double()
+    table = model.vit.pos_embed[0, 1:].reshape(SIDE, SIDE, WIDTH).numpy()
+    found = model.position_embedding(grid)[0]
+    expected = oracles.resample_positions(table, *grid).reshape(-1, WIDTH)
+    torch.testing.assert_close(found[1:], torch.tensor(expected), rtol=0, atol=1e-12)
+    torch.testing.assert_close(found[:1], model.vit.pos_embed[0, :1], rtol=0, atol=0)
+
+
+def test_the_two_ways_agree_at_the_trained_size_only():
+    one, other = build(position="dinov2"), build(position="timm")
+    assert torch.equal(one.position_embedding((SIDE, SIDE)), other.position_embedding((SIDE, SIDE)))
+    assert (one.position_embedding((3, 3)) - other.position_embedding((3, 3))).abs().max() > 1e-3
+
+
+def test_the_way_is_chosen_by_the_name_and_can_be_asked_for():
+    with torch.device("meta"):
+        for name in PLAIN_DINOV2[:2]:
+            assert Backbone(name, pretrained=False).position == "dinov2"
+            assert Backbone(name + ".lvd142m", pretrained=False).position == "dinov2"
+        assert Backbone(PLAIN_DINOV2[0], pretrained=False, position="timm").position == "timm"
+        for name in ("vit_small_patch14_reg4_dinov2", "vit_tiny_patch16_224", "sage_vit_tiny"):
+            assert Backbone(name, pretrained=False).position == "timm"
+
+
+def test_remembered_positions_follow_the_weights():
+    model = build(position="dinov2")
+    first = model.position_embedding((3, 3))
+    assert model.position_embedding((3, 3)) is first
+    with torch.no_grad():
+        model.vit.pos_embed.mul_(2.0)
+    torch.testing.assert_close(model.position_embedding((3, 3)), 2 * first)
+    with torch.inference_mode():
+        kept = model.position_embedding((4, 4))
+    assert not kept.is_inference()
+
+
+# -- what trains ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_only_the_adapter_and_the_norm_train(adapter):
+    model = build(adapter=adapter, adapter_blocks=2, **_small(adapter))
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert {"vit.norm.weight", "vit.norm.bias"} <= trained
+    trained -= {"vit.norm.weight", "vit.norm.bias"}
+    if adapter == "none":
+        assert not trained
+    elif adapter == "dpn":
+        assert trained == {n for n, _ in model.named_parameters() if n.startswith("dpn.")}
+    elif adapter == "unfreeze":
+        assert trained == {
+            n for n, _ in model.named_parameters() if n.startswith(("vit.blocks.1.", "vit.blocks.2."))
+        }
+    else:
+        tuner = "oft_" if adapter == "oft" else "lora_"
+        assert trained and all(n.startswith(("vit.blocks.1.attn.", "vit.blocks.2.attn.")) for n in trained)
+        assert all(tuner in n for n in trained)
+    assert model.frozen_names == {n for n, p in model.named_parameters() if not p.requires_grad}
+    model.train()(images()).square().mean().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+def test_the_norm_can_be_left_frozen():
+    model = build(adapter="none", train_norm=False)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("adapter", ["lora", "dora", "oft"])
+def test_a_fresh_tuner_changes_nothing_and_a_trained_one_does(adapter):
+    torch.manual_seed(0)
+    plain = Backbone("vit_for_tests", pretrained=False, adapter="none").eval()
+    torch.manual_seed(0)
+    model = Backbone(
+        "vit_for_tests", pretrained=False, adapter=adapter, adapter_blocks=2, **_small(adapter)
+    ).eval()
+    torch.testing.assert_close(model(images()), plain(images()), rtol=0, atol=1e-5)
+    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    for _ in range(2):
+        optimiser.zero_grad()
+        model(images())[:, 0, 0].sum().backward()
+        optimiser.step()
+    assert (model.features(images(), 3) - plain.features(images(), 3)).abs().max() > 1e-4
+
+
+def test_target_modules_may_be_any_linear_of_the_blocks():
+    model = build(
+        adapter="lora", adapter_blocks=1, adapter_options={"target_modules": ["mlp.fc1", "proj"], "r": 2}
+    )
+    tuned = {n.split(".lora")[0] for n, p in model.named_parameters() if ".lora" in n}
+    assert tuned == {"vit.blocks.2.mlp.fc1", "vit.blocks.2.attn.proj"}
+    assert all(min(p.shape) == 2 for n, p in model.named_parameters() if ".lora" in n)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {"adapter": "lora", "adapter_options": {"target_modules": ["to_q"]}},
+            "'to_q' matches no linear.*attn.qkv",
+        ),
+        (
+            {"adapter": "lora", "adapter_options": {"target_modules": ["qkv", "to_q"]}},
+            "'to_q' matches no linear",
+        ),
+        ({"adapter": "lora", "adapter_options": {"rank": 3}}, "adapter_options of lora.*rank"),
+        ({"adapter": "none", "adapter_options": {"r": 3}}, "takes no adapter_options; got r"),
+        ({"adapter": "dpm"}, "adapter must be one of dpn, none.*got 'dpm'"),
+        ({"adapter_blocks": 4}, "adapter_blocks must be between 1 and 3.*got 4"),
+        ({"adapter_blocks": 0}, "adapter_blocks must be between 1 and 3"),
+        ({"position": "bicubic"}, "position must be 'dinov2', 'timm' or None"),
+    ],
+)
+def test_wrong_options_are_refused_in_a_sentence(options, words):
+    with pytest.raises(ValueError, match=words):
+        Backbone("vit_for_tests", pretrained=False, **{"adapter_blocks": 2, **options})
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    grads = []
+    for on in (False, True):
+        model = build(adapter="unfreeze", adapter_blocks=3).train()
+        model.set_gradient_checkpointing(on)
+        model(images())[:, 0].square().sum().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-6)
+
+
+def test_fingerprint_is_of_the_frozen_part_alone():
+    one, same = build(), build()
+    assert one.prefix_fingerprint() == same.prefix_fingerprint()
+    with torch.no_grad():
+        same.vit.norm.weight.add_(1.0)
+        same.dpn[0].projection[0].weight.add_(1.0)
+        same.vit.blocks[2].mlp.fc1.weight.add_(1.0)
+    model = build(adapter_blocks=1)
+    assert one.frozen_fingerprint() != same.frozen_fingerprint()
+    # With three blocks adapted, the prefix ends after the first; the last one is not part of it.
+    assert build(adapter_blocks=3).prefix_fingerprint() != model.prefix_fingerprint()
+    changed = build(adapter_blocks=1)
+    before = changed.prefix_fingerprint()
+    with torch.no_grad():
+        changed.vit.norm.weight.add_(1.0)
+        changed.dpn[0].projection[0].weight.add_(1.0)
+    assert changed.prefix_fingerprint() == before
+    with torch.no_grad():
+        changed.vit.blocks[0].mlp.fc1.weight[0, 0] += 1e-3
+    assert changed.prefix_fingerprint() != before
+
+
+# -- weights ----------------------------------------------------------------------------------------------------
+
+
+def test_files_of_weights_are_read_in_either_container(tmp_path):
+    model = build(adapter="none")
+    torch.save({"model": model.vit.state_dict()}, tmp_path / "w.pth")
+    save_file(model.vit.state_dict(), tmp_path / "w.safetensors")
+    for name in ("w.pth", "w.safetensors"):
+        again = Backbone("vit_for_tests", weights=tmp_path / name, adapter="none").eval()
+        torch.testing.assert_close(again(images()), model(images()), rtol=0, atol=0)
+
+
+def test_the_grid_is_read_off_the_weights(tmp_path):
+    torch.manual_seed(0)
+    large = vit_for_tests(img_size=8 * 14, num_classes=0)
+    torch.save(large.state_dict(), tmp_path / "w.pth")
+    model = Backbone("vit_for_tests", weights=tmp_path / "w.pth", position="dinov2", adapter="none")
+    assert torch.equal(model.vit.pos_embed, large.pos_embed)
+    assert torch.equal(model.position_embedding((8, 8)), large.pos_embed)
+    torch.save(vit_tiny(img_size=126).state_dict(), tmp_path / "tiny.pth")
+    assert Backbone("sage_vit_tiny", weights=tmp_path / "tiny.pth").vit.pos_embed.shape == (1, 82, 192)
+
+
+def test_the_original_names_are_read(tmp_path):
+    model = build("vit_reg_for_tests", adapter="none")
+    state = dict(model.vit.state_dict())
+    original = {"mask_token": torch.zeros(1, WIDTH), "register_tokens": state.pop("reg_token")}
+    cls_position = torch.full((1, 1, WIDTH), 0.25)
+    original["cls_token"] = state.pop("cls_token") - cls_position[:, 0]
+    original["pos_embed"] = torch.cat([cls_position, state.pop("pos_embed")], dim=1)
+    for name, tensor in state.items():
+        original[name.replace("mlp.fc1", "mlp.w12").replace("mlp.fc2", "mlp.w3")] = tensor
+    for left_out in ((), ("mask_token",)):
+        torch.save({k: v for k, v in original.items() if k not in left_out}, tmp_path / "w.pth")
+        again = Backbone("vit_reg_for_tests", weights=tmp_path / "w.pth", adapter="none").eval()
+        torch.testing.assert_close(again(images()), model(images()), rtol=0, atol=1e-5)
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path):
+    state = dict(build(adapter="none").vit.state_dict())
+    state["extra.weight"] = state.pop("norm.weight")
+    state["norm.bias"] = torch.zeros(5)
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(
+        ValueError, match="missing norm.weight; left over extra.weight; of another shape norm.bias"
+    ):
+        Backbone("vit_for_tests", weights=tmp_path / "w.pth")
+    with pytest.raises(FileNotFoundError, match="no weights file .*nowhere.pth"):
+        Backbone("vit_for_tests", weights=tmp_path / "nowhere.pth")
+    torch.save({"epoch": 3}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="holds no named tensors"):
+        Backbone("vit_for_tests", weights=tmp_path / "w.pth")
+
+
+def test_without_the_hub_the_error_says_what_to_do(monkeypatch):
+    def no_network(*_, **__):
+        raise socket.gaierror("no network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    monkeypatch.setattr(module, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.delenv("HTTPS_PROXY", raising=False)
+    monkeypatch.delenv("https_proxy", raising=False)
+    with pytest.raises(
+        OSError, match="vit_small_patch14_dinov2 could not be had.*give weights=<a local .pth"
+    ):
+        Backbone("vit_small_patch14_dinov2")
+
+
+def test_the_packaged_foundation_is_found_or_missed_in_a_sentence(monkeypatch, tmp_path):
+    monkeypatch.setattr(module.resources, "files", lambda _: tmp_path)
+    with pytest.raises(OSError, match="packaged weights sage_vit_tiny.safetensors are missing"):
+        Backbone("sage_vit_tiny")
+    torch.manual_seed(0)
+    vit = vit_tiny()
+    save_file({k: v.half() for k, v in vit.state_dict().items()}, tmp_path / "sage_vit_tiny.safetensors")
+    model = Backbone("sage_vit_tiny")
+    assert model.vit.pos_embed.dtype == torch.float32
+    assert torch.equal(model.vit.blocks[3].mlp.fc1.weight, vit.blocks[3].mlp.fc1.weight.half().float())
+    assert (model.width, model.patch, model.depth, model.prefix_blocks) == (192, 14, 12, 9)
+
+
+@pytest.mark.parametrize("name", ["vit_of_nobody", "resnet18", "eva02_tiny_patch14_224"])
+def test_what_is_no_vision_transformer_of_timm_is_refused(name):
+    with pytest.raises(ValueError, match=name):
+        Backbone(name, pretrained=False)
+
+
+def test_the_names_of_the_paper_exist_in_timm():
+    for name in PLAIN_DINOV2:
+        assert timm.is_model(name) and timm.is_model(name.replace("patch14", "patch14_reg4"))
+        assert timm.get_pretrained_cfg(name).hf_hub_id
+    assert math.isclose(37 * 14, timm.get_pretrained_cfg(PLAIN_DINOV2[0]).input_size[1])
