@@ -498,8 +498,8 @@ def _in_frames(database: Places, queries: Places) -> tuple[Places, Places]:
 
     if not np.array_equal(np.sort(number(database)), np.arange(len(database))):
         raise ValueError(
-            "the rule counts frames, but the references' coordinates are no equally spaced straight line with "
-            "one picture a frame: use a radius in metres"
+            "the rule counts frames, but the references' coordinates are no equally spaced straight line "
+            "with one picture a frame: use a radius in metres"
         )
     return tuple(t.replace(east_m=number(t), north_m=0.0) for t in (database, queries))
 
@@ -1595,8 +1595,8 @@ def open_set(
         keys = _query_keys(folder, query_keys)
         if keys is None:
             raise ValueError(
-                f"{folder}: msls-val asks only the curated 740 of its {len(queries):,} converted queries: give "
-                f"their keys as query_keys or in {folder / 'query_keys.txt'}, or open msls-val-full for all of them"
+                f"{folder}: msls-val asks only the curated 740 of its {len(queries):,} converted queries: "
+                f"give their keys as query_keys or in {folder / 'query_keys.txt'}, or open msls-val-full for all"
             )
         queries = _select_keys(queries, keys, folder)
     return TestSet(name=name, database=database, queries=queries, rule=spec.rule, spec=spec)

@@ -1,0 +1,879 @@
+"""Places: the table stays frozen, every reader reads its format and names what is wrong, positives equal a double loop."""
+
+import math
+import subprocess
+import sys
+
+import make_sets
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sagelib import places as P
+from sagelib.places import (
+    BENCHMARKS,
+    Places,
+    PositiveRule,
+    available,
+    folder_name,
+    latlon_to_utm,
+    open_set,
+    pairwise_m,
+    parse_name,
+    positives,
+    read_folder,
+    read_gsv_cities,
+    read_msls,
+    read_photos,
+    read_unlabelled,
+    same_grid,
+)
+
+# ---------------------------------------------------------------------------------------------------
+# The table
+# ---------------------------------------------------------------------------------------------------
+
+
+def test_the_table_cannot_be_changed():
+    east = np.zeros(3)
+    places = Places.build(["a", "b", "c"], east_m=east, north_m=0, city="x")
+    with pytest.raises(ValueError, match="read-only"):
+        places.east_m[0] = 1
+    with pytest.raises(AttributeError):
+        places.east_m = east
+    east[0] = 7  # the table is a copy, not a view on what it was made of
+    assert places.east_m[0] == 0
+
+
+def test_missing_columns_are_unknown_and_lengths_are_checked():
+    places = Places.build(["a", "b"])
+    assert np.isnan(places.east_m).all() and np.isnat(places.date).all()
+    assert (places.place == -1).all() and (places.utm_zone == "").all()
+    with pytest.raises(ValueError, match=r"north_m must have shape \(2,\) as path has, got \(3,\)"):
+        Places.build(["a", "b"], north_m=[1, 2, 3])
+    with pytest.raises(TypeError, match="no column 'nroth_m'"):
+        Places.build(["a"], nroth_m=1)
+
+
+def test_slices_masks_and_indices_give_tables():
+    places = Places.build(list("abcde"), east_m=np.arange(5), left_out=["x: broken"])
+    assert places[2].path.tolist() == ["c"] and places[-1].path.tolist() == ["e"]
+    assert places[1:3].path.tolist() == ["b", "c"]
+    assert places[places.east_m > 2].path.tolist() == ["d", "e"]
+    assert places[[4, 0, 0]].path.tolist() == ["e", "a", "a"]
+    assert places[1:3].left_out == ("x: broken",)
+    with pytest.raises(IndexError):
+        places[5]
+
+
+def test_concat_keeps_order_and_long_texts():
+    table = Places.concat([Places.build(["a"], city="x"), Places.build(["b"], city="a much longer name")])
+    assert table.city.tolist() == ["x", "a much longer name"]
+    assert len(Places.concat([])) == 0
+    assert table.to_frame().shape == (2, 12)
+
+
+def test_fingerprint_follows_the_rows_and_not_the_folder():
+    def table(root, north=(1.0, 2.0)):
+        return Places.build([f"{root}/test/queries/a.jpg", f"{root}/test/queries/b.jpg"], north_m=north)
+
+    assert table("/here").fingerprint() == table("/some/where/else").fingerprint()
+    assert table("/here").fingerprint() != table("/here", (1.0, 2.5)).fingerprint()
+    assert table("/here").fingerprint() != table("/here")[::-1].fingerprint()
+    references = Places.build(["/here/test/database/a.jpg", "/here/test/database/b.jpg"], north_m=[1.0, 2.0])
+    assert references.fingerprint() != table("/here").fingerprint()
+
+
+def test_labels_never_join_two_cities():
+    places = Places.build(list("abcdef"), city=list("xxyyyx"), place=[7, 7, 7, 8, -1, 3])
+    labels = places.labels()
+    assert labels[4] == -1
+    assert labels[0] == labels[1] != labels[2]
+    assert sorted(set(labels[labels >= 0])) == [0, 1, 2, 3]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.floats(1, 60))
+def test_clusters_are_tight_and_apart(seed, radius_m):
+    rng = np.random.default_rng(seed)
+    n = 60
+    places = Places.build(
+        [str(i) for i in range(n)],
+        east_m=rng.uniform(0, 200, n),
+        north_m=rng.uniform(0, 200, n),
+        city=rng.choice(["x", "y"], n),
+        utm_zone=rng.choice(["10S", "10T", "11S"], n),
+    )
+    label = places.with_clusters(radius_m).place
+    grid = same_grid(places.utm_zone)
+    assert sorted(set(label)) == list(range(label.max() + 1))
+    for i in range(n):
+        for j in range(i):
+            if label[i] == label[j]:
+                assert places.city[i] == places.city[j] and grid[i] == grid[j]
+                metres = math.hypot(
+                    places.east_m[i] - places.east_m[j], places.north_m[i] - places.north_m[j]
+                )
+                assert metres <= 2 * radius_m + 1e-5
+
+
+def test_a_street_is_not_one_cluster():
+    street = Places.build([str(i) for i in range(50)], east_m=np.arange(50) * 5.0, north_m=0.0)
+    label = street.with_clusters(25).place
+    assert label.max() + 1 == 9  # leaders every 30 m, the first position beyond 25 m, from 0 to 240 m
+    unknown = Places.build(["a", "b"], east_m=[0, np.nan], north_m=[0, np.nan]).with_clusters(25)
+    assert unknown.place.tolist() == [0, -1]
+
+
+# ---------------------------------------------------------------------------------------------------
+# UTM
+# ---------------------------------------------------------------------------------------------------
+
+
+def kruger_utm(lat_deg, lon_deg, zone):
+    """UTM by Krüger's series to the fourth order in n: an independent float64 oracle, good to well below a centimetre."""
+    a, f, k0 = 6378137.0, 1 / 298.257223563, 0.9996
+    n = f / (2 - f)
+    radius = a / (1 + n) * (1 + n**2 / 4 + n**4 / 64)
+    alpha = [
+        n / 2 - 2 / 3 * n**2 + 5 / 16 * n**3 + 41 / 180 * n**4,
+        13 / 48 * n**2 - 3 / 5 * n**3 + 557 / 1440 * n**4,
+        61 / 240 * n**3 - 103 / 140 * n**4,
+        49561 / 161280 * n**4,
+    ]
+    lat, lon = math.radians(lat_deg), math.radians(lon_deg - (6 * zone - 183))
+    e = 2 * math.sqrt(n) / (1 + n)
+    t = math.sinh(math.atanh(math.sin(lat)) - e * math.atanh(e * math.sin(lat)))
+    xi, eta = math.atan2(t, math.cos(lon)), math.atanh(math.sin(lon) / math.hypot(1, t))
+    east = eta + sum(c * math.cos(2 * j * xi) * math.sinh(2 * j * eta) for j, c in enumerate(alpha, 1))
+    north = xi + sum(c * math.sin(2 * j * xi) * math.cosh(2 * j * eta) for j, c in enumerate(alpha, 1))
+    return 500_000 + k0 * radius * east, (10_000_000 if lat_deg < 0 else 0) + k0 * radius * north
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.floats(-80, 84), st.floats(-180, 180))
+def test_utm_agrees_with_krugers_series(lat, lon):
+    east, north, zone = latlon_to_utm([lat], [lon])
+    expected = kruger_utm(lat, lon, int(zone[0][:-1]))
+    assert east[0] == pytest.approx(expected[0], abs=0.01)
+    assert north[0] == pytest.approx(expected[1], abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("lat", "lon", "zone"),
+    [
+        (37.77, -122.42, "10S"),
+        (60.39, 5.32, "32V"),  # Bergen: Norway's exception, 31 by the rule
+        (60.39, 2.5, "31V"),
+        (78.22, 15.65, "33X"),  # Longyearbyen: Svalbard has no zones 32, 34, 36
+        (78.0, 8.9, "31X"),
+        (80.0, 22.0, "35X"),
+        (78.0, 35.0, "37X"),
+        (-33.87, 151.21, "56H"),
+        (0.0, 0.0, "31N"),
+        (-1e-9, 0.0, "31M"),
+        (10.0, 180.0, "1P"),
+        (84.0, -180.0, "1X"),
+        (-80.0, 179.9, "60C"),
+    ],
+)
+def test_zones_by_name(lat, lon, zone):
+    assert latlon_to_utm([lat], [lon])[2].tolist() == [zone]
+
+
+def test_utm_refuses_what_it_does_not_cover():
+    with pytest.raises(ValueError, match=r"latitude must lie in -80\.\.84 degrees, got 85"):
+        latlon_to_utm([85], [0])
+    with pytest.raises(ValueError, match="longitude must lie in"):
+        latlon_to_utm([0], [np.nan])
+
+
+def test_bands_share_a_grid_and_hemispheres_do_not():
+    assert same_grid(["10S", "10T", "10M", "11S", ""]).tolist() == [
+        "10 north",
+        "10 north",
+        "10 south",
+        "11 north",
+        "",
+    ]
+
+
+def test_pairwise_metres_stay_within_a_zone():
+    a = Places.build(["a", "b"], east_m=[0, 30], north_m=[0, 40], utm_zone=["10S", "10T"])
+    assert pairwise_m(a, a).tolist() == [[0, 50], [50, 0]]
+    with pytest.raises(ValueError, match="different UTM zones cannot be compared"):
+        pairwise_m(a, Places.build(["c"], east_m=0, north_m=0, utm_zone="11S"))
+    with pytest.raises(ValueError, match="different UTM zones cannot be compared"):
+        pairwise_m(a, Places.build(["c"], east_m=0, north_m=0, utm_zone="10M"))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Positives
+# ---------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([0.0, 5.0, 25.0, 200.0]))
+def test_positives_equal_a_double_loop(seed, radius_m):
+    rng = np.random.default_rng(seed)
+
+    def table(n):
+        # A lattice of whole metres: many distances are exactly 5 or 25.
+        return Places.build(
+            [str(i) for i in range(n)],
+            east_m=547_000 + rng.integers(0, 40, n),
+            north_m=4_173_000 + rng.integers(0, 40, n),
+            utm_zone=["10S", "11S"] * (n // 2),
+        )
+
+    database, queries = table(40), table(20)
+    found = positives(database, queries, PositiveRule(radius_m=radius_m))
+    for q in range(len(queries)):
+        expected = [
+            r
+            for r in range(len(database))
+            if database.utm_zone[r] == queries.utm_zone[q]
+            and (database.east_m[r] - queries.east_m[q]) ** 2
+            + (database.north_m[r] - queries.north_m[q]) ** 2
+            <= radius_m**2
+        ]
+        assert found[q].tolist() == expected
+
+
+def test_exactly_25_metres_in_centimetres_is_inside():
+    # 7-24-25 and 15-20-25 triangles on decimal coordinates, whose binary distances fall on both sides of 25.
+    rng = np.random.default_rng(0)
+    base = np.round(rng.uniform(0, 1e6, (300, 2)), 2)
+    legs = np.array([(25, 0), (0, 25), (7, 24), (15, 20)])[rng.integers(0, 4, 300)]
+    for i in range(300):
+        here = Places.build(["r"], east_m=base[i, 0], north_m=base[i, 1])
+        there = Places.build(
+            ["q"], east_m=round(base[i, 0] + legs[i, 0], 2), north_m=round(base[i, 1] + legs[i, 1], 2)
+        )
+        beyond = there.replace(east_m=np.round(there.east_m + 0.01 * np.sign(legs[i, 0] or 1), 2))
+        assert [p.tolist() for p in positives(here, there)] == [[0]]
+        assert len(positives(here, beyond)[0]) == (
+            0 if legs[i, 0] else 1 if math.hypot(25, 0.01) <= 25 else 0
+        )
+
+
+def test_zones_are_searched_apart_and_a_lonely_zone_is_refused():
+    database = Places.build(["a", "b"], east_m=0.0, north_m=0.0, utm_zone=["10S", "33U"])
+    queries = Places.build(["q"], east_m=0.0, north_m=0.0, utm_zone="33U")
+    assert positives(database, queries)[0].tolist() == [1]
+    with pytest.raises(ValueError, match="1 queries lie in UTM zone '55 south', which holds no reference"):
+        positives(database, queries.replace(utm_zone="55H"))
+
+
+def test_no_position_no_positives():
+    with pytest.raises(ValueError, match="q.jpg: this query has no position"):
+        positives(Places.build(["a"], east_m=0, north_m=0), Places.build(["q.jpg"]))
+
+
+def test_frames_count_frames():
+    step = 25 / 10.5
+    database = Places.build(
+        [str(i) for i in range(30)], east_m=0.0, north_m=np.floor(np.arange(30) * step * 10) / 10
+    )
+    queries = database[[0, 10, 29]]
+    rule = PositiveRule(radius_m=None, frames=1)
+    assert [p.tolist() for p in positives(database, queries, rule)] == [[0, 1], [9, 10, 11], [28, 29]]
+    shuffled = np.random.default_rng(0).permutation(30)
+    found = positives(database[shuffled], queries, rule)
+    assert [sorted(shuffled[p].tolist()) for p in found] == [[0, 1], [9, 10, 11], [28, 29]]
+    with pytest.raises(ValueError, match="no equally spaced straight line"):
+        positives(database[[0, 1, 2, 20]], queries, rule)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"radius_m": None}, {"frames": 1}, {"radius_m": -1.0}, {"radius_m": None, "frames": -1}]
+)
+def test_rules_out_of_range(wrong):
+    with pytest.raises(ValueError, match="radius_m|frames"):
+        PositiveRule(**wrong)
+
+
+# ---------------------------------------------------------------------------------------------------
+# @-names and folders
+# ---------------------------------------------------------------------------------------------------
+
+text = st.text(st.characters(exclude_characters="@/\\\0", exclude_categories=("Cs", "Cc")), max_size=12)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    east=st.floats(-1e6, 1e7),
+    north=st.floats(-1e6, 1e7),
+    zone=st.none() | st.integers(1, 60),
+    letter=st.sampled_from(["C", "M", "N", "X"]),
+    lat=st.none() | st.floats(-80, 84),
+    lon=st.none() | st.floats(-180, 180),
+    key=text,
+    tile=st.none() | st.integers(0, 99),
+    heading=st.none() | st.floats(0, 360),
+    note=text,
+)
+def test_names_come_back(east, north, zone, letter, lat, lon, key, tile, heading, note):
+    name = folder_name(
+        east,
+        north,
+        zone,
+        letter if zone else "",
+        lat,
+        lon,
+        key,
+        tile,
+        heading,
+        timestamp="20160102_030405",
+        note=note,
+    )
+    assert name.count("@") == 15 and name.endswith("@.jpg")
+    fields = parse_name("some/folder/" + name)
+    assert fields["east_m"] == pytest.approx(east, abs=0.00501)
+    assert fields["north_m"] == pytest.approx(north, abs=0.00501)
+    assert fields["utm_zone"] == (f"{zone}{letter}" if zone else "")
+    assert (fields["pano_id"], fields["note"], fields["timestamp"]) == (key, note, "20160102_030405")
+    assert (
+        fields["heading_deg"] == pytest.approx(heading, abs=0.00501)
+        if heading is not None
+        else np.isnan(fields["heading_deg"])
+    )
+    for field, value in (("lat", lat), ("lon", lon)):
+        assert (
+            (fields[field] == "")
+            if value is None
+            else float(fields[field]) == pytest.approx(value, abs=0.0000051)
+        )
+
+
+def test_a_known_name():
+    name = "@0547400.64@4173402.98@10@S@037.70664@-122.46225@V7zaBFwChSOVnuyfmJImvQ@@@@@@20150601@day@.jpg"
+    fields = parse_name(name)
+    assert (fields["east_m"], fields["north_m"], fields["utm_zone"]) == (547400.64, 4173402.98, "10S")
+    assert fields["pano_id"] == "V7zaBFwChSOVnuyfmJImvQ" and fields["note"] == "day"
+    assert (
+        folder_name(
+            547400.64,
+            4173402.98,
+            10,
+            "S",
+            37.70664,
+            -122.46225,
+            "V7zaBFwChSOVnuyfmJImvQ",
+            timestamp="20150601",
+            note="day",
+        )
+        == name
+    )
+    assert parse_name("@0@179000@@@@@0179@@@@@@@@.jpg")["utm_zone"] == ""
+    assert parse_name("@12.5@7@.jpg")["east_m"] == 12.5  # only the first two fields are required
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("IMG_2041.jpg", "two numbers"),
+        ("@12.5@.jpg", "two numbers"),
+        ("@12.5@north@.jpg", "two numbers"),
+        ("@nan@7@.jpg", "two numbers"),
+        ("@1@2@77@S@.jpg", "zone .* 1..60, got '77'"),
+        ("@1@2@10@I@.jpg", "band"),
+        ("@1@2@10@S@@@key@@east@.jpg", "heading .* got 'east'"),
+    ],
+)
+def test_names_that_are_refused(name, what):
+    with pytest.raises(ValueError, match=what):
+        parse_name(name)
+
+
+def test_folder_name_refuses_what_would_not_come_back():
+    with pytest.raises(ValueError, match="note .* neither @ nor a slash"):
+        folder_name(1, 2, note="a@b")
+    with pytest.raises(ValueError, match="finite"):
+        folder_name(float("nan"), 2)
+
+
+def test_read_folder(tmp_path):
+    part = make_sets.pitts_like(tmp_path) / "images" / "test"
+    database = read_folder(part / "database")
+    assert len(database) == 12 and database.city.tolist() == ["pitts30k"] * 12
+    assert database.utm_zone.tolist() == ["17T"] * 12
+    assert database.path.tolist() == sorted(database.path.tolist())
+    assert database.key[0] == "000000" and database.note[1] == "pitch1_yaw2"
+    assert read_folder(part / "database", city="x").city[0] == "x"
+    assert read_folder(part / "database", city=lambda fields: fields["tile"]).city[:2].tolist() == [
+        "00",
+        "01",
+    ]
+
+
+def test_town_notes_name_the_city(tmp_path):
+    for i, note in enumerate(["town1000-night", "town1001-day"]):
+        make_sets.write_picture(
+            tmp_path / folder_name(1000.0 * i, 0, 31, "U", note=note, timestamp="2016"), i
+        )
+    places = read_folder(tmp_path)
+    assert places.city.tolist() == ["town1000", "town1001"]
+    assert places.date.astype(str).tolist() == ["2016-01-01"] * 2
+
+
+def test_bad_files_are_named_or_left_out(tmp_path):
+    part = make_sets.pitts_like(tmp_path) / "images" / "test" / "database"
+    whole = sorted(part.iterdir())
+    make_sets.write_picture(part / "holiday.jpg", 1)
+    cut = part / "@0585999.00@4476400.00@17@T@.jpg"
+    cut.write_bytes(whole[0].read_bytes()[:-200])
+    garbage = part / "@0585998.00@4476400.00@17@T@.jpg"
+    garbage.write_bytes(b"no picture")
+    again = part / "again" / make_sets.at_name(1, 2, key="000000", tile="00", note="pitch1_yaw1")
+    make_sets.write_picture(again, 1)
+    (part / ".tmp-12-@1@2@.jpg").write_bytes(b"half")  # what a killed writer leaves behind is no picture
+
+    with pytest.raises(ValueError, match=r"holiday\.jpg: the name must begin with two numbers"):
+        read_folder(part)
+    places = read_folder(part, on_error="skip")
+    assert places.path.tolist() == [str(path) for path in whole]
+    assert len(places.left_out) == 4
+    sentences = "\n".join(places.left_out)
+    for name in ("holiday.jpg", cut.name, garbage.name, str(again)):
+        assert name in sentences
+    assert "the same key as" in sentences and "does not decode" in sentences
+    assert all(line.count("\n") == 0 for line in places.left_out)
+    unchecked = read_folder(part, on_error="skip", check_pictures=False)
+    assert len(unchecked) == len(places) + 2
+
+
+def test_empty_and_absent_folders(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere: there is no such folder"):
+        read_folder(tmp_path / "nowhere")
+    (tmp_path / "queries").mkdir()
+    with pytest.raises(ValueError, match="queries: this folder holds no pictures"):
+        read_folder(tmp_path / "queries")
+    with pytest.raises(ValueError, match="queries: this folder holds no pictures"):
+        read_folder(tmp_path / "queries", on_error="skip")
+    with pytest.raises(ValueError, match='"raise" or "skip", got \'ignore\''):
+        read_folder(tmp_path / "queries", on_error="ignore")
+
+
+# ---------------------------------------------------------------------------------------------------
+# GSV-Cities
+# ---------------------------------------------------------------------------------------------------
+
+
+def test_gsv_cities(tmp_path):
+    root = make_sets.gsv_like(tmp_path)
+    places = read_gsv_cities(root, check_pictures=True)
+    assert len(places) == 24 and sorted(set(places.city)) == ["London", "Melbourne"]
+    assert all(open(path, "rb").read(2) == b"\xff\xd8" for path in places.path)
+    london, melbourne = (places[places.city == city] for city in ("London", "Melbourne"))
+    assert set(melbourne.utm_zone) == {"55H"}
+    assert london.place.tolist() == [1] * 4 + [2] * 4 + [3] * 4
+    assert len(set(places.labels())) == 6
+    assert london.heading_deg[:4].tolist() == [0, 90, 180, 270]
+    assert london.date[:2].astype(str).tolist() == ["2008-01-01", "2009-04-01"]
+    assert london.key[0] == "pano_0-0"
+    # Places lie 0.001 degrees of latitude apart, about 111 m; pictures of a place within 4 m.
+    metres = pairwise_m(london, london)
+    assert metres[0, 4] == pytest.approx(111, abs=1) and metres[:4, :4].max() < 4
+    assert read_gsv_cities(root, ["Melbourne"]).fingerprint() == melbourne.fingerprint()
+
+
+def test_a_city_on_a_border_has_one_grid(tmp_path):
+    # Streets on both sides of Greenwich: zones 30 and 31 by the rule, one grid for the city.
+    root = make_sets.gsv_like(tmp_path, ("London",), per_place=2)
+    csv = root / "Dataframes" / "London.csv"
+    lines = csv.read_text().replace("-0.000300", "0.000300")
+    csv.write_text(lines)
+    for path in (root / "Images" / "London").iterdir():
+        if "_0000003_" in path.name:
+            continue
+        path.rename(path.with_name(path.name.replace("-0.000300", "0.000300")))
+    text = csv.read_text().splitlines()
+    text[-2:] = [line.replace("0.000300", "-0.000300") for line in text[-2:]]
+    csv.write_text("\n".join(text) + "\n")
+    places = read_gsv_cities(root)
+    assert set(places.utm_zone) == {"31U"}
+    assert pairwise_m(places, places).max() < 300
+
+
+def test_gsv_mistakes_are_named(tmp_path):
+    root = make_sets.gsv_like(tmp_path, ("London",))
+    csv = root / "Dataframes" / "London.csv"
+    good = csv.read_text().splitlines()
+
+    def with_line(number, line):
+        csv.write_text("\n".join([*good[: number - 1], line, *good[number:]]) + "\n")
+
+    with_line(3, good[2].replace("51.510110", "north"))
+    with pytest.raises(
+        ValueError, match=r"London\.csv, line 3, column 'lat': expected a number .* got 'north'"
+    ):
+        read_gsv_cities(root)
+    with_line(4, good[3].replace("London", "Paris"))
+    with pytest.raises(ValueError, match=r"London\.csv, line 4: its picture .*Paris_0000001_.* is not there"):
+        read_gsv_cities(root)
+    with_line(5, good[3])
+    with pytest.raises(ValueError, match=r"line 5: the same key as .*line 4"):
+        read_gsv_cities(root)
+    skipped = read_gsv_cities(root, on_error="skip")
+    assert len(skipped) == 11 and len(skipped.left_out) == 1
+    csv.write_text("\n".join(line.rsplit(",", 1)[0] for line in good) + "\n")
+    with pytest.raises(
+        ValueError, match=r"London\.csv, line 1: there is no column 'panoid'; its columns are place_id, year"
+    ):
+        read_gsv_cities(root)
+    csv.write_text(good[0] + "\n")
+    with pytest.raises(ValueError, match="no rows"):
+        read_gsv_cities(root)
+    with pytest.raises(FileNotFoundError, match=r"Rome\.csv: there is no such file"):
+        read_gsv_cities(root, ["Rome"])
+
+
+# ---------------------------------------------------------------------------------------------------
+# Mapillary SLS
+# ---------------------------------------------------------------------------------------------------
+
+
+def test_msls(tmp_path):
+    root = make_sets.msls_like(tmp_path)
+    places = read_msls(root, check_pictures=True)
+    assert set(places.city) == {"zurich"}  # the validation cities stay out unless they are named
+    assert len(places) == 10  # 2 x 6, less one panorama each
+    query = read_msls(root, part="query")
+    assert query.key.tolist() == [f"zurich-q_{i}" for i in (0, 2, 3, 4, 5)]
+    assert query.place.tolist() == [0, 1, 1, 2, 2]
+    assert query.note.tolist() == [
+        "forward-day",
+        "forward-day",
+        "forward-night",
+        "sideways-day",
+        "sideways-night",
+    ]
+    assert query.heading_deg.tolist() == [0, 21, 31.5, 42, 52.5]
+    assert query.frame.tolist() == [100, 102, 103, 104, 105] and set(query.sequence) == {"seq-zurich"}
+    assert query.date[0] == np.datetime64("2016-01-15") and set(query.utm_zone) == {"32T"}
+    assert read_msls(root, part="query", subtask="all").key.tolist() == [f"zurich-q_{i}" for i in (0, 2, 4)]
+    assert read_msls(root, part="query", subtask="s2w").key.tolist() == [f"zurich-q_{i}" for i in (0, 3)]
+    assert set(read_msls(root, ["sf"]).city) == {"sf"}
+
+
+def test_msls_validation_cities_are_no_training_cities(tmp_path):
+    root = make_sets.msls_like(tmp_path, ("cph", "sf"))
+    with pytest.raises(
+        FileNotFoundError, match="no training city in it, and cph and sf are validation cities"
+    ):
+        read_msls(root)
+
+
+def test_msls_city_in_two_zones_keeps_its_own_metres(tmp_path):
+    places = read_msls(make_sets.msls_like(tmp_path, ("london",)), part="query")
+    assert sorted(set(places.utm_zone)) == ["30U", "31U"]
+    assert all(
+        (zone == "30U") == (east > 500_000) for zone, east in zip(places.utm_zone, places.east_m, strict=True)
+    )
+    with pytest.raises(ValueError, match="30 north, 31 north"):
+        pairwise_m(places, places)
+
+
+def test_msls_mistakes_are_named(tmp_path):
+    root = make_sets.msls_like(tmp_path, ("zurich",))
+    folder = root / "train_val" / "zurich" / "query"
+    with pytest.raises(ValueError, match="part must be"):
+        read_msls(root, part="queries")
+    with pytest.raises(ValueError, match="subtask must be None or one of all, s2w"):
+        read_msls(root, subtask="night")
+    with pytest.raises(FileNotFoundError, match="rome"):
+        read_msls(root, ["rome"])
+
+    def broken(name, old, new, sentence):
+        text = (folder / name).read_text()
+        (folder / name).write_text(text.replace(old, new, 1))
+        with pytest.raises(ValueError, match=sentence):
+            read_msls(root)
+        left = (
+            read_msls(root, on_error="skip").left_out
+            if "line 1:" not in sentence and "'key'" not in sentence
+            else None
+        )
+        (folder / name).write_text(text)
+        return left
+
+    assert (
+        broken(
+            "postprocessed.csv", "unique_cluster", "cluster", "line 1: there is no column 'unique_cluster'"
+        )
+        is None
+    )
+    broken("raw.csv", "zurich-q_2", "zurich-q_9", r"raw\.csv, line 4, column 'key': expected 'zurich-q_2'")
+    assert (
+        len(broken("raw.csv", ",21.0,", ",north,", r"raw\.csv, line 4, column 'ca': expected a number")) == 1
+    )
+    (folder / "images" / "zurich-q_3.jpg").unlink()
+    with pytest.raises(
+        ValueError, match=r"postprocessed\.csv, line 5: its picture .*zurich-q_3\.jpg is not there"
+    ):
+        read_msls(root)
+    assert len(read_msls(root, on_error="skip")) == 9
+    (folder / "raw.csv").write_text("\n".join((folder / "raw.csv").read_text().splitlines()[:-1]) + "\n")
+    with pytest.raises(ValueError, match=r"raw\.csv: 5 rows, but postprocessed\.csv beside it has 6"):
+        read_msls(root)
+
+
+# ---------------------------------------------------------------------------------------------------
+# One's own photographs
+# ---------------------------------------------------------------------------------------------------
+
+
+def test_photos(tmp_path):
+    folder = make_sets.photos_like(tmp_path)
+    places = read_photos(folder)
+    assert len(places) == 4 and set(places.city) == {"holiday"} and set(places.utm_zone) == {"29S"}
+    assert np.isnan(places.heading_deg[0]) and places.heading_deg[1] == 90
+    assert places.date.astype(str).tolist()[0] == "2024-05-01"
+    assert pairwise_m(places[:1], places[1:2])[0, 0] == pytest.approx(11.1, abs=0.1)
+    assert set(read_photos(folder, zone=30).utm_zone) == {"30S"}
+
+
+def test_photos_in_metres(tmp_path):
+    make_sets.write_picture(tmp_path / "a.png", 0)
+    make_sets.write_csv(
+        tmp_path / "where.csv", ["File", "East", "North", "Zone", "place"], [["a.png", 5.5, 7, "10s", 3]]
+    )
+    places = read_photos(tmp_path, "where.csv", city="home")
+    assert (places.east_m[0], places.utm_zone[0], places.place[0], places.city[0]) == (5.5, "10S", 3, "home")
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        (
+            "day 1/IMG_2.jpg,91,-9.14,0,2024",
+            r"photos\.csv, line 4, column 'lat': expected a number in -80\.\.84, got '91'",
+        ),
+        ("day 1/IMG_2.jpg,,-9.14,0,2024", r"line 4, column 'lat': .* got ''"),
+        ("day 1/IMG_2.jpg,38,-9.14,east,2024", r"line 4, column 'heading': .* got 'east'"),
+        ("day 1/IMG_2.jpg,38,-9.14,0,yesterday", r"line 4, column 'date': expected YYYY.* got 'yesterday'"),
+        ("day 1/none.jpg,38,-9.14,0,2024", r"line 4, column 'file': there is no picture 'day 1/none.jpg'"),
+        ("day 1/IMG_1.jpg,38,-9.14,0,2024", r"line 4 .*: the same key as .*line 3"),
+        ("broken.jpg,38,-9.14,0,2024", r"line 4: .*broken\.jpg: this picture does not decode"),
+    ],
+)
+def test_photo_mistakes_are_named(tmp_path, line, sentence):
+    folder = make_sets.photos_like(tmp_path)
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 not really")
+    lines = (folder / "photos.csv").read_text().splitlines()
+    lines[3] = line
+    (folder / "photos.csv").write_text("\n".join(lines) + "\n")
+    with pytest.raises(ValueError, match=sentence):
+        read_photos(folder)
+    skipped = read_photos(folder, on_error="skip")
+    assert len(skipped) == 3 and len(skipped.left_out) == 1
+
+
+def test_photo_tables_that_are_none(tmp_path):
+    folder = make_sets.photos_like(tmp_path)
+    for header, sentence in (
+        (
+            "file,lat,heading",
+            "there is no column 'lon' .needed: lat and lon, or east and north.; its columns are file, lat",
+        ),
+        ("picture,lat,lon", "there is no column 'file'; its columns are picture, lat, lon"),
+        ("file", "there is no column 'east'"),
+    ):
+        (folder / "photos.csv").write_text(header + "\n")
+        with pytest.raises(ValueError, match=sentence):
+            read_photos(folder)
+    (folder / "photos.csv").write_text("")
+    with pytest.raises(ValueError, match="line 1: the file is empty"):
+        read_photos(folder)
+    (folder / "photos.csv").write_text("file,lat,lon\na.jpg,1,2\nb.jpg,1,2,3\n")
+    with pytest.raises(ValueError, match=r"photos\.csv, line 3: not a table"):
+        read_photos(folder)
+    with pytest.raises(FileNotFoundError, match=r"other\.csv: there is no such file"):
+        read_photos(folder, "other.csv")
+
+
+def test_unlabelled(tmp_path):
+    folder = make_sets.unlabelled_like(tmp_path)
+    places = read_unlabelled(folder)
+    assert len(places) == 5 and np.isnan(places.east_m).all() and places.city[0] == "unlabelled"
+    (folder / "frame_001.png").write_bytes((folder / "frame_001.png").read_bytes()[:60])
+    with pytest.raises(ValueError, match=r"frame_001\.png: this picture does not decode"):
+        read_unlabelled(folder)
+    assert len(read_unlabelled(folder, on_error="skip")) == 4
+
+
+# ---------------------------------------------------------------------------------------------------
+# Benchmarks
+# ---------------------------------------------------------------------------------------------------
+
+
+def test_the_nine_benchmarks_are_as_published():
+    counts = {
+        name: (b.n_database, b.n_queries, b.sorted_batch, str(b.rule)) for name, b in BENCHMARKS.items()
+    }
+    assert counts == {
+        "sped": (607, 607, 2, "25 m"),
+        "amstertime": (1231, 1231, 2, "25 m"),
+        "msls-val": (18871, 740, 16, "25 m"),
+        "pitts30k-test": (10000, 6816, 8, "25 m"),
+        "tokyo247": (75984, 315, 16, "25 m"),
+        "pitts250k-test": (83952, 8280, 8, "25 m"),
+        "nordland-full": (27592, 27592, 26, "25 m"),
+        "nordland-2760": (27592, 2760, 26, "+-1 frames"),
+        "eynsham": (23935, 23935, 20, "25 m"),
+        "msls-val-full": (18871, None, 16, "25 m"),
+    }
+
+
+def test_open_by_benchmark_name_and_by_folder(tmp_path):
+    make_sets.pitts_like(tmp_path)
+    named, plain = open_set(tmp_path, "pitts30k-test"), open_set(tmp_path, "pitts30k")
+    assert named.spec is BENCHMARKS["pitts30k-test"] and plain.spec is None
+    assert named.counts_as_expected is False and plain.counts_as_expected is None
+    assert "12 references and 6 queries here, but 10,000 and 6,816" in named.warning and plain.warning == ""
+    assert "COUNTS NOT AS EXPECTED" in repr(named)
+    assert [p.tolist() for p in named.positives()] == [[2 * i, 2 * i + 1] for i in range(6)]
+    assert named.fingerprint() == plain.fingerprint() != open_set(tmp_path, "pitts30k").database.fingerprint()
+    with pytest.raises(ValueError, match="the benchmark pitts30k-test has the split 'test', got 'val'"):
+        open_set(tmp_path, "pitts30k-test", "val")
+    with pytest.raises(FileNotFoundError, match=r"no images/val with database and queries"):
+        open_set(tmp_path, "pitts30k", "val")
+    with pytest.raises(
+        FileNotFoundError, match="tokyo247 is not complete .* get it from the authors of Tokyo 24/7"
+    ):
+        open_set(tmp_path, "tokyo247")
+    with pytest.raises(ValueError, match="query_keys belong to msls-val"):
+        open_set(tmp_path, "pitts30k-test", query_keys=["a"])
+
+
+def test_pairs_by_mock_coordinates(tmp_path):
+    make_sets.mock_like(tmp_path, "sped", 12, 1000)
+    sped = open_set(tmp_path, "sped")
+    for query, found in enumerate(sped.positives()):
+        assert sped.database.key[found].tolist() == [sped.queries.key[query]]
+
+
+def test_the_two_nordlands(tmp_path):
+    make_sets.mock_like(tmp_path, "nordland", 45, 25 / 10.5, key="{}")
+    full, few = open_set(tmp_path, "nordland-full"), open_set(tmp_path, "nordland-2760")
+    assert (len(full.database), len(full.queries)) == (45, 45) and (len(few.database), len(few.queries)) == (
+        45,
+        5,
+    )
+    assert all("queries" in path for path in few.database.path) and all(
+        "database" in path for path in few.queries.path
+    )
+    frames = few.database.key.astype(int)
+    assert few.queries.key.astype(int).tolist() == [0, 10, 20, 30, 40]
+    for query, found in zip(few.queries.key.astype(int), few.positives(), strict=True):
+        assert sorted(frames[found]) == [f for f in range(query - 1, query + 2) if 0 <= f < 45]
+    frames = full.database.key.astype(int)
+    for query, found in zip(full.queries.key.astype(int), full.positives(), strict=True):
+        assert sorted(frames[found]) == [f for f in range(query - 10, query + 11) if 0 <= f < 45]
+
+
+def test_msls_val_never_mixes_its_two_query_sets(tmp_path):
+    folder = make_sets.converted_msls(tmp_path)
+    with pytest.raises(ValueError, match="only the curated 740 of its 6 converted queries"):
+        open_set(tmp_path, "msls-val")
+    full = open_set(tmp_path, "msls-val-full")
+    assert (
+        len(full.queries) == 6 and full.counts_as_expected is None and set(full.queries.city) == {"cph", "sf"}
+    )
+    few = open_set(tmp_path, "msls-val", query_keys=["cphq0", "sfq2"])
+    assert few.queries.key.tolist() == ["sfq2", "cphq0"] or few.queries.key.tolist() == ["cphq0", "sfq2"]
+    assert [few.database.key[p].tolist() for p in few.positives()] == [
+        [k.replace("q", "d")] for k in few.queries.key
+    ]
+    np.save(tmp_path / "keys.npy", np.array(["train_val/cph/query/images/cphq1.jpg"]))
+    assert open_set(tmp_path, "msls-val", query_keys=tmp_path / "keys.npy").queries.key.tolist() == ["cphq1"]
+    with pytest.raises(ValueError, match="1 of 2 query keys have no picture, such as 'nobody'"):
+        open_set(tmp_path, "msls-val", query_keys=["cphq0", "nobody"])
+    (folder / "query_keys.txt").write_text("cphq0\nsfq1\n\n")
+    assert len(open_set(tmp_path, "msls-val").queries) == 2
+
+
+def test_msls_val_as_downloaded(tmp_path):
+    make_sets.msls_like(tmp_path)
+    val = open_set(tmp_path, "msls-val")
+    assert len(val.database) == 10 and len(val.queries) == 6 and set(val.database.city) == {"cph", "sf"}
+    assert len(open_set(tmp_path, "msls-val-full").queries) == 10
+    assert val.database.east_m.tolist() == sorted(val.database.east_m)  # as converted file names would sort
+    found = val.positives()
+    for query in range(len(val.queries)):
+        assert set(val.database.city[found[query]]) == {val.queries.city[query]}
+
+
+def test_what_is_here_and_what_is_missing(tmp_path):
+    make_sets.pitts_like(tmp_path)
+    make_sets.pitts_like(tmp_path, "my-street", n_places=2)
+    make_sets.mock_like(tmp_path, "nordland", 21, 25 / 10.5)
+    make_sets.converted_msls(tmp_path)
+    (tmp_path / "sped").mkdir()
+    table = available(tmp_path).set_index("name")
+    assert list(table.index) == [*BENCHMARKS, "my-street"]
+    assert table.present.to_dict() == {name: False for name in BENCHMARKS} | {
+        name: True
+        for name in (
+            "pitts30k-test",
+            "nordland-full",
+            "nordland-2760",
+            "msls-val",
+            "msls-val-full",
+            "my-street",
+        )
+    }
+    assert tuple(table.loc["pitts30k-test", ["references", "queries", "expected"]]) == (
+        12,
+        6,
+        "10,000 / 6,816",
+    )
+    assert tuple(table.loc["nordland-2760", ["references", "queries"]]) == (21, 3)
+    assert "images/test" in table.missing["sped"] and "no folder tokyo247" in table.missing["tokyo247"]
+    assert "query keys" in table.missing["msls-val"] and table.missing["pitts30k-test"] == ""
+    assert table.where_to_get["sped"].startswith("the VPR-datasets-downloader project")
+    assert len(available(tmp_path / "nowhere")) == len(BENCHMARKS)
+
+
+def test_real_sets(sage_data):
+    counts = {
+        "sf-streets": (425, 425),
+        "gardens-point": (200, 200),
+        "essex3in1": (210, 210),
+        "corridor": (111, 111),
+    }
+    for name, expected in counts.items():
+        test_set = open_set(sage_data, name)
+        assert (len(test_set.database), len(test_set.queries)) == expected
+        found = test_set.positives()
+        metres = pairwise_m(test_set.queries, test_set.database)
+        assert [len(p) for p in found] == (metres <= 25).sum(1).tolist()
+        if name == "essex3in1":
+            assert [p.tolist() for p in found] == [[i] for i in range(210)]
+        if name in ("gardens-point", "corridor"):
+            assert {len(p) for p in found} == {3, 4, 5}  # two frames to either side, less at the ends
+    streets = read_folder(sage_data / "sf-streets" / "images" / "train" / "database")
+    assert len(streets) == 1594 and set(streets.note) == {"day", "night"} and not np.isnat(streets.date).any()
+    # The file names' own latitude and longitude, to 1e-5 degrees, give their metres back.
+    fields = [parse_name(path) for path in streets.path[:200]]
+    east, north, zone = latlon_to_utm([float(f["lat"]) for f in fields], [float(f["lon"]) for f in fields])
+    assert (
+        np.abs(east - streets.east_m[:200]).max() < 1.5 and np.abs(north - streets.north_m[:200]).max() < 1.5
+    )
+    assert zone.tolist() == streets.utm_zone[:200].tolist()
+
+
+def test_importing_places_imports_nothing_heavy():
+    code = "import sys, sagelib.places; print([m for m in ('torch', 'pandas', 'scipy', 'pyproj', 'PIL') if m in sys.modules])"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )
+
+
+def test_every_name_offered_is_there():
+    assert all(hasattr(P, name) for name in P.__all__)
