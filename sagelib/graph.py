@@ -21,6 +21,8 @@ import numpy as np
 import scipy.sparse as sp
 from scipy.spatial import cKDTree
 
+from sagelib.places import same_grid
+
 __all__ = [
     "GeoVisualGraph",
     "GreedyStep",
@@ -40,6 +42,7 @@ __all__ = [
 ]
 
 PREFERENCES = ("affine", "hard", "uniform")
+_DENSE = 2048  # nodes up to which a sparse weight is made dense for the greedy choice
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -70,6 +73,7 @@ def radius_pairs(east_m, north_m, radius_m: float, *, block: int = 1 << 16) -> n
     """
     east = np.asarray(east_m, dtype=np.float64)
     north = np.asarray(north_m, dtype=np.float64)
+    _check_crowd(east, north, radius_m)
     order = np.argsort(east, kind="stable")
     east, north = east[order], north[order]
     found = []
@@ -84,6 +88,22 @@ def radius_pairs(east_m, north_m, radius_m: float, *, block: int = 1 << 16) -> n
         near = np.sqrt((east[a] - east[b]) ** 2 + (north[a] - north[b]) ** 2) <= radius_m
         found.append(order[pairs[near]].astype(np.int32))
     return np.concatenate(found) if found else np.empty((0, 2), np.int32)
+
+
+def _check_crowd(east, north, radius_m: float, most: int = 400_000_000) -> None:
+    """Refuse positions so crowded that the pairs alone would fill the memory: usually they are not positions."""
+    side = radius_m / np.sqrt(2)  # two points of one such square are within the radius
+    cells = np.column_stack([np.floor(east / side), np.floor(north / side)]).astype(np.int64)
+    if not len(cells):
+        return
+    cells -= cells.min(axis=0)
+    _, crowd = np.unique(cells[:, 0] * (cells[:, 1].max() + 1) + cells[:, 1], return_counts=True)
+    pairs = int((crowd.astype(np.int64) * (crowd - 1) // 2).sum())
+    if pairs > most:
+        raise ValueError(
+            f"at least {pairs:,} pairs of the {len(east):,} images lie within {radius_m:g} m (the most crowded square "
+            f"of {side:.1f} m holds {crowd.max():,}), more than {most:,}: are these the positions, in metres?"
+        )
 
 
 def neighbour_lists(n: int, pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -321,7 +341,15 @@ def first_clique(adjacency: list[int], alive: int, min_size: int, budget: Search
         low = left & -left
         common = adjacency[low.bit_length() - 1] & left
         if common.bit_count() + 1 >= min_size:
-            found = extend(low, 1, common)
+            # Straight down first; the search with its way back only where that ends too soon.
+            found, rest = low, common
+            while rest:
+                node = rest & -rest
+                found |= node
+                rest &= adjacency[node.bit_length() - 1]
+            steps -= 1
+            if found.bit_count() < min_size:
+                found = extend(low, 1, common)
             if found:
                 break
         left ^= low
@@ -454,6 +482,9 @@ def greedy_weighted_clique(weight, k: int, *, prefer: str = "affine") -> np.ndar
     >>> greedy_weighted_clique(weight, 4) is None
     True
     """
+    if sp.issparse(weight) and weight.shape[0] > _DENSE:
+        _check_greedy(k, prefer, weight.shape)
+        return _greedy_sparse(weight, int(k), prefer)
     matrix, k = _checked_weight(weight, k, prefer)
     return _greedy(matrix, k, prefer)
 
@@ -465,20 +496,13 @@ def explain_greedy(weight, k: int, *, prefer: str = "affine") -> Iterator[Greedy
 
 
 def _checked_weight(weight, k, prefer):
-    if prefer not in PREFERENCES:
-        raise ValueError(f"prefer must be one of {PREFERENCES}, got {prefer!r}")
-    if int(k) != k or k < 1:
-        raise ValueError(f"k must be an integer of at least 1, got {k!r}")
-    shape = np.shape(weight) if not sp.issparse(weight) else weight.shape
-    if len(shape) != 2 or shape[0] != shape[1]:
-        raise ValueError(f"weight must be a square matrix, got shape {shape}")
+    _check_greedy(k, prefer, weight.shape if sp.issparse(weight) else np.shape(weight))
     if sp.issparse(weight):
-        entries = weight.tocoo()
-        matrix = np.full(shape, -np.inf)
-        matrix[entries.row, entries.col] = entries.data
-    else:
-        matrix = weight
-    matrix = _no_edge_is_minus_infinity(matrix)
+        rows, columns, values = _checked_entries(weight)
+        matrix = np.full(weight.shape, -np.inf)
+        matrix[rows, columns] = values
+        return matrix, int(k)
+    matrix = _no_edge_is_minus_infinity(weight)
     if np.isposinf(matrix).any():
         raise ValueError(
             "weight holds plus infinity: affinities are finite, minus infinity or NaN where no edge is"
@@ -491,14 +515,105 @@ def _checked_weight(weight, k, prefer):
     return matrix, int(k)
 
 
+def _check_greedy(k, prefer, shape) -> None:
+    if prefer not in PREFERENCES:
+        raise ValueError(f"prefer must be one of {PREFERENCES}, got {prefer!r}")
+    if int(k) != k or k < 1:
+        raise ValueError(f"k must be an integer of at least 1, got {k!r}")
+    if len(shape) != 2 or shape[0] != shape[1]:
+        raise ValueError(f"weight must be a square matrix, got shape {shape}")
+
+
+def _checked_entries(weight) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Row, column and value of the edges of a sparse matrix, by row and column."""
+    entries = weight.tocoo()
+    edge = (entries.row != entries.col) & ~np.isnan(entries.data) & ~np.isneginf(entries.data)
+    rows, columns = entries.row[edge].astype(np.int64), entries.col[edge].astype(np.int64)
+    values = entries.data[edge].astype(np.float64)
+    if np.isposinf(values).any():
+        raise ValueError(
+            "weight holds plus infinity: affinities are finite, minus infinity or NaN where no edge is"
+        )
+    forth, back = np.lexsort((columns, rows)), np.lexsort((rows, columns))
+    if not all(
+        np.array_equal(a[forth], b[back]) for a, b in ((rows, columns), (columns, rows), (values, values))
+    ):
+        raise ValueError("weight must be symmetric, entry for entry")
+    return rows[forth], columns[forth], values[forth]
+
+
+def _greedy_sparse(weight, k: int, prefer: str) -> np.ndarray | None:
+    """The greedy choice where a dense matrix would be too large: a clique lies around its seed."""
+    rows, columns, values = _checked_entries(weight)
+    n = weight.shape[0]
+    if prefer == "uniform":
+        values = np.zeros(len(values))
+    sign = -1.0 if prefer == "hard" else 1.0
+    indptr = np.searchsorted(rows, np.arange(n + 1))
+    degree = np.diff(indptr)
+    means = np.where(degree > 0, 0.0, 0.0 if k == 1 else -np.inf)
+    joined = np.flatnonzero(degree)
+    if len(joined):
+        ordered = values[np.lexsort((values, rows))]
+        means[joined] = sign * np.add.reduceat(ordered, indptr[joined]) / degree[joined]
+    for seed in np.argsort(-means, kind="stable"):
+        if means[seed] == -np.inf:
+            return None
+        around = np.union1d([seed], columns[indptr[seed] : indptr[seed + 1]])
+        if len(around) < k:
+            continue
+        matrix = np.full((len(around), len(around)), -np.inf)
+        for i, node in enumerate(around):
+            part = slice(indptr[node], indptr[node + 1])
+            inside = np.isin(columns[part], around)
+            matrix[i, np.searchsorted(around, columns[part][inside])] = sign * values[part][inside]
+        members = _extend_seed(matrix, int(np.searchsorted(around, seed)), k)
+        if members is not None:
+            return around[members].astype(np.int64)
+    return None
+
+
 def _greedy(matrix: np.ndarray, k: int, prefer: str) -> np.ndarray | None:
-    members: tuple[int, ...] = ()
-    chosen = None
-    for members, _, _, chosen in _greedy_steps(matrix, k, prefer):  # noqa: B007
-        pass
-    if chosen is None:
-        return None
-    return np.array([*members, chosen], dtype=np.int64)
+    """`_greedy_steps` without its account: minus infinity in a sum of rows says by itself that an edge is missing."""
+    if prefer == "uniform":
+        matrix = np.where(matrix > -np.inf, 0.0, -np.inf)
+    elif prefer == "hard":
+        matrix = np.where(matrix > -np.inf, -matrix, -np.inf)
+    untried = _mean_over_neighbours(matrix, isolated=0.0 if k == 1 else -np.inf)
+    while len(untried):
+        seed = int(untried.argmax())
+        if untried[seed] == -np.inf:
+            return None
+        members = _extend_seed(matrix, seed, k)
+        if members is not None:
+            return members
+        untried[seed] = -np.inf
+    return None
+
+
+def _extend_seed(matrix: np.ndarray, seed: int, k: int) -> np.ndarray | None:
+    members = [seed]
+    while len(members) < k:
+        means = matrix[seed] if len(members) == 1 else _mean_of_rows(matrix[members])
+        chosen = int(means.argmax())
+        if means[chosen] == -np.inf:
+            return None
+        members.append(chosen)
+    return np.array(members, dtype=np.int64)
+
+
+def _mean_over_neighbours(matrix: np.ndarray, isolated: float) -> np.ndarray:
+    """S(i); `isolated` for a node without neighbours."""
+    edge = matrix > -np.inf
+    degree = edge.sum(axis=1)
+    values = np.where(edge, matrix, 0.0)
+    values.sort(axis=1)
+    return np.where(degree > 0, values.sum(axis=1) / np.maximum(degree, 1), isolated)
+
+
+def _mean_of_rows(rows: np.ndarray) -> np.ndarray:
+    rows.sort(axis=0)  # sums of equal values are then equal, whatever the order of the members
+    return rows.sum(axis=0) / len(rows)
 
 
 def _greedy_steps(matrix: np.ndarray, k: int, prefer: str) -> Iterator[GreedyStep]:
@@ -507,13 +622,10 @@ def _greedy_steps(matrix: np.ndarray, k: int, prefer: str) -> Iterator[GreedySte
     sign = -1.0 if prefer == "hard" else 1.0
     if prefer == "uniform":
         matrix = np.where(edge, 0.0, -np.inf)
-    degree = edge.sum(axis=1)
-    sums = np.sort(np.where(edge, matrix, 0.0), axis=1).sum(axis=1)
-    if k == 1:  # A place of one image has no pairs; any node will do, the best connected by preference.
-        seeds = np.arange(len(matrix))
-    else:
-        seeds = np.flatnonzero(degree)
-    seed_means = sums[seeds] / np.maximum(degree[seeds], 1)
+    all_means = _mean_over_neighbours(matrix, isolated=0.0)
+    # A place of one image has no pairs: any node will do, the best connected by preference.
+    seeds = np.arange(len(matrix)) if k == 1 else np.flatnonzero(edge.any(axis=1))
+    seed_means = all_means[seeds]
     order = np.argsort(-sign * seed_means, kind="stable")
     for rank, position in enumerate(order):
         untried = np.sort(order[rank:])
@@ -527,8 +639,7 @@ def _greedy_steps(matrix: np.ndarray, k: int, prefer: str) -> Iterator[GreedySte
             if not len(candidates):
                 yield GreedyStep(tuple(members), candidates, np.empty(0), None)
                 break
-            rows = matrix[members][:, candidates]
-            means = np.sort(rows, axis=0).sum(axis=0) / len(members)
+            means = _mean_of_rows(matrix[members][:, candidates])
             chosen = int(candidates[np.argmax(sign * means)])
             yield GreedyStep(tuple(members), candidates, means, chosen)
             members.append(chosen)
@@ -842,9 +953,9 @@ def check_one_zone(utm_zone, n: int, where: str = "") -> None:
         return
     zones = np.asarray(utm_zone).astype(str)
     check_length("utm_zone", zones, n)
-    names = np.unique(zones)
+    names = np.unique(same_grid(zones))
     if len(names) > 1:
-        listed = ", ".join(repr(str(name)) for name in names[:5])
+        listed = ", ".join(repr(str(name) or "unknown") for name in names[:5])
         raise ValueError(
             f"images of UTM zones {listed} are mixed{where}: distances across zones mean nothing, so give each zone "
             "its own city or its own graph"
