@@ -37,8 +37,10 @@ __all__ = [
     "find_runs",
     "fingerprint",
     "load_run",
+    "open_notebook_run",
     "read_json",
     "rng",
+    "runs_root",
     "save_array",
     "torch_seed",
     "write_json",
@@ -545,6 +547,39 @@ def find_runs(
     """
     runs = [load_run(manifest.parent) for manifest in sorted(Path(root).glob(f"{stage or '*'}/*/{MANIFEST}"))]
     return [run for run in runs if finished is None or run.finished == finished]
+
+
+def runs_root(folder: str | os.PathLike = "") -> Path:
+    """The folder of runs: `folder`, or else the environment's ``SAGE_RUNS``, or else ``data/runs`` of this checkout.
+
+    Notebooks take an empty `folder` by default, so that one variable sends all of them elsewhere.
+    """
+    chosen = folder or os.environ.get("SAGE_RUNS") or Path(__file__).resolve().parent.parent / "data" / "runs"
+    return Path(chosen)
+
+
+def open_notebook_run(folder: str | os.PathLike, notebook: str, subject: str, **parameters: Any) -> Run:
+    """The run of one notebook with these parameters: ``<runs>/notebooks/<notebook>-<subject>-<hash of parameters>``.
+
+    Unlike other runs, it starts afresh each time: a page that is executed again writes its figures again.
+
+    Parameters
+    ----------
+    folder : path
+        As for `runs_root`.
+    notebook : str
+        Its number, such as ``"01"``.
+    subject : str
+        What it was about, for a name that a person recognises.
+    **parameters
+        What its figures depend on.
+    """
+    name = f"{notebook}-{subject}-{fingerprint(_plain(parameters))[:6]}"
+    run = Run.open(runs_root(folder), "notebooks", name, parameters)
+    again = {"started": _now(), "finished": None, "wall_time_s": None, "status": "unfinished", "metrics": {}}
+    run.manifest = {**run.manifest, **again}
+    write_json(run.dir / MANIFEST, run.manifest)
+    return run
 
 
 def describe_run(run: Run) -> str:
