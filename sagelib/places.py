@@ -1596,7 +1596,7 @@ def open_set(
         if keys is None:
             raise ValueError(
                 f"{folder}: msls-val asks only the curated 740 of its {len(queries):,} converted queries: "
-                f"give their keys as query_keys or in {folder / 'query_keys.txt'}, or open msls-val-full for all"
+                f"give their keys as query_keys or in {folder / 'query_keys.txt'}, or open msls-val-full"
             )
         queries = _select_keys(queries, keys, folder)
     return TestSet(name=name, database=database, queries=queries, rule=spec.rule, spec=spec)

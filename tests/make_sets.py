@@ -89,7 +89,8 @@ def msls_like(
 ) -> Path:
     """Mapillary SLS as downloaded: four CSVs beside ``images``.
 
-    Row 1 is a panorama, odd rows are night, two rows make a cluster. Only even rows belong to the sub-task ``all``; photographs stand about 11 m apart along a parallel.
+    Row 1 is a panorama, odd rows are night, two rows make a cluster. Only even rows belong to the sub-task
+    ``all``; photographs stand about 11 m apart along a parallel.
     """
     from pyproj import Proj
 

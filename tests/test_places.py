@@ -1,4 +1,4 @@
-"""Places: the table stays frozen, every reader reads its format and names what is wrong, positives equal a double loop."""
+"""Places: a frozen table, readers that name what is wrong, positives equal to a double loop."""
 
 import math
 import subprocess
@@ -132,7 +132,7 @@ def test_a_street_is_not_one_cluster():
 
 
 def kruger_utm(lat_deg, lon_deg, zone):
-    """UTM by Krüger's series to the fourth order in n: an independent float64 oracle, good to well below a centimetre."""
+    """UTM by Krüger's series to the fourth order in n: an independent float64 oracle, good below a centimetre."""
     a, f, k0 = 6378137.0, 1 / 298.257223563, 0.9996
     n = f / (2 - f)
     radius = a / (1 + n) * (1 + n**2 / 4 + n**4 / 64)
@@ -866,7 +866,8 @@ def test_real_sets(sage_data):
 
 
 def test_importing_places_imports_nothing_heavy():
-    code = "import sys, sagelib.places; print([m for m in ('torch', 'pandas', 'scipy', 'pyproj', 'PIL') if m in sys.modules])"
+    heavy = ("torch", "pandas", "scipy", "pyproj", "PIL")
+    code = f"import sys, sagelib.places; print([m for m in {heavy} if m in sys.modules])"
     assert (
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True

@@ -1,0 +1,222 @@
+"""Images: the preprocessings against plain arithmetic, augmentation by (seed, epoch, index) alone."""
+
+import make_sets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sagelib.images import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    PlaceImages,
+    Preprocess,
+    TrainTransform,
+    load_image,
+    loader,
+)
+from sagelib.places import Places, open_set
+
+
+def picture(seed=0, size=(61, 43), low=0, high=256):
+    pixels = np.random.default_rng(seed).integers(low, high, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def normalised(image) -> torch.Tensor:
+    pixels = torch.from_numpy(np.asarray(image, dtype=np.float64) / 255).permute(2, 0, 1)
+    mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return (pixels - mean) / std
+
+
+def bilinear(tensor: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Four neighbours, pixel centres at half integers, no antialias: pixel by pixel in float64."""
+    _, h, w = tensor.shape
+    out = torch.empty(tensor.shape[0], height, width, dtype=torch.float64)
+    for i in range(height):
+        for j in range(width):
+            y, x = (max((i + 0.5) * h / height - 0.5, 0), max((j + 0.5) * w / width - 0.5, 0))
+            y0, x0 = int(y), int(x)
+            y1, x1 = min(y0 + 1, h - 1), min(x0 + 1, w - 1)
+            a, b = y - y0, x - x0
+            top = tensor[:, y0, x0] * (1 - b) + tensor[:, y0, x1] * b
+            bottom = tensor[:, y1, x0] * (1 - b) + tensor[:, y1, x1] * b
+            out[:, i, j] = top * (1 - a) + bottom * a
+    return out
+
+
+@pytest.mark.parametrize("size", [28, (14, 42), (70, 98)])
+def test_the_papers_preprocessing(size):
+    height, width = (size, size) if isinstance(size, int) else size
+    got = Preprocess(size)(picture())
+    assert got.dtype == torch.float32 and got.shape == (3, height, width)
+    source = normalised(picture())
+    torch.testing.assert_close(got.double(), bilinear(source, height, width), atol=2e-5, rtol=0)
+    library = torch.nn.functional.interpolate(
+        source[None].float(), (height, width), mode="bilinear", align_corners=False
+    )
+    torch.testing.assert_close(got, library[0], atol=1e-5, rtol=0)
+
+
+def test_antialias_averages_what_shrinks():
+    # Antialiased bilinear is a triangle filter: the mean stays the picture's, the spread shrinks.
+    source = picture(size=(112, 112))
+    plain, smooth = Preprocess(14)(source), Preprocess(14, "antialias")(source)
+    assert smooth.std() < 0.5 * plain.std()
+    torch.testing.assert_close(
+        smooth.mean((1, 2)), normalised(source).mean((1, 2)).float(), atol=0.02, rtol=0
+    )
+    flat = Image.new("RGB", (50, 40), (10, 200, 30))
+    torch.testing.assert_close(Preprocess(14)(flat), Preprocess(14, "antialias")(flat), atol=1e-5, rtol=0)
+
+
+def test_autocontrast_stretches_each_channel():
+    dark = picture(low=3, high=40)
+    pixels = np.asarray(dark, dtype=np.float64)
+    low, high = pixels.min((0, 1)), pixels.max((0, 1))
+    stretched = np.floor((pixels - low) * 255 / (high - low) + 1e-9)
+    expected = Preprocess((43, 61), "antialias")(Image.fromarray(stretched.astype(np.uint8)))
+    got = Preprocess((43, 61), "autocontrast")(dark)
+    torch.testing.assert_close(got, expected, atol=1.01 / 255 / min(IMAGENET_STD), rtol=0)  # one grey level
+    assert got.std() > 3 * Preprocess((43, 61))(dark).std()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"mode": "papers"}, {"image_size": 0}, {"image_size": (3, 4, 5)}, {"image_size": (224, 0)}]
+)
+def test_preprocess_refuses(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Preprocess(**wrong)
+
+
+def test_pictures_are_rgb_and_upright(tmp_path):
+    grey = tmp_path / "grey.png"
+    Image.fromarray(np.arange(12, dtype=np.uint8).reshape(3, 4)).save(grey)
+    assert load_image(grey).mode == "RGB" and load_image(str(grey)).size == (4, 3)
+    tall = Image.new("RGB", (4, 2), (255, 0, 0))
+    tall.putpixel((0, 0), (0, 0, 255))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned by a quarter
+    tall.save(tmp_path / "turned.png", exif=exif)
+    upright = load_image(tmp_path / "turned.png")
+    assert upright.size == (2, 4) and upright.getpixel((1, 0)) == (0, 0, 255)
+
+
+def test_pictures_that_do_not_decode(tmp_path):
+    whole = make_sets.write_picture(tmp_path / "whole.jpg", 0, (64, 64)).read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.jpg").write_text("no picture")
+    for name in ("cut.jpg", "text.jpg"):
+        with pytest.raises(
+            ValueError, match=rf"{name}: this picture does not decode \(.*\); replace or remove the file"
+        ):
+            load_image(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match=r"none\.jpg: there is no such picture"):
+        load_image(tmp_path / "none.jpg")
+
+
+def test_augmentation_depends_on_seed_epoch_and_index_alone():
+    transform = TrainTransform(28, seed=1)
+    base = transform(picture(), 5)
+    assert base.shape == (3, 28, 28) and base.dtype == torch.float32
+    torch.manual_seed(7)
+    np.random.seed(7)  # noqa: NPY002 (the global state must not matter)
+    transform(picture(), 6)
+    assert torch.equal(transform(picture(), 5), base) and torch.equal(
+        TrainTransform(28, seed=1)(picture(), 5), base
+    )
+    # Another index, epoch or seed: another draw (a few may agree by chance, all of them cannot).
+    assert any(not torch.equal(transform(picture(), i), base) for i in range(6, 12))
+    assert any(not torch.equal(TrainTransform(28, seed=s)(picture(), 5), base) for s in range(2, 8))
+    epochs = []
+    for epoch in range(6):
+        transform.set_epoch(epoch)
+        epochs.append(transform(picture(), 5))
+    assert torch.equal(epochs[0], base) and any(not torch.equal(e, base) for e in epochs)
+
+
+def test_augmentation_leaves_the_global_generator_alone():
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    TrainTransform(28)(picture(), 0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_no_augmentation_is_a_resize():
+    transform = TrainTransform((28, 42), randaugment=None)
+    source = Image.new("RGB", (100, 80), (10, 200, 30))
+    torch.testing.assert_close(transform(source, 0), Preprocess((28, 42))(source), atol=1e-5, rtol=0)
+    assert torch.equal(transform(picture(), 0), transform(picture(), 1))
+
+
+@pytest.mark.parametrize("wrong", [{"randaugment": 0}, {"magnitude": 31}, {"image_size": -1}])
+def test_train_transform_refuses(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        TrainTransform(**wrong)
+    with pytest.raises(ValueError, match="epoch must be an integer >= 0, got -1"):
+        TrainTransform().set_epoch(-1)
+
+
+@pytest.fixture
+def six(tmp_path):
+    return Places.build([make_sets.write_picture(tmp_path / f"{i}.png", i) for i in range(6)])
+
+
+def test_the_loader_keeps_order_and_the_last_short_batch(six):
+    preprocess = Preprocess(14)
+    batches = list(loader(six, preprocess, 4))
+    assert [indices.tolist() for _, indices in batches] == [[0, 1, 2, 3], [4, 5]]
+    images = torch.cat([images for images, _ in batches])
+    for i, path in enumerate(six.path):
+        assert torch.equal(images[i], preprocess(load_image(path)))
+    composed = list(loader(six, preprocess, batches=[[5, 0, 5], [2]]))
+    assert [indices.tolist() for _, indices in composed] == [[5, 0, 5], [2]]
+    assert torch.equal(composed[0][0][0], images[5])
+
+
+def test_iterating_draws_nothing_from_the_global_generator(six):
+    state = torch.get_rng_state()
+    list(loader(six, Preprocess(14), 2))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_workers_change_nothing_and_see_the_epoch(six):
+    transform = TrainTransform(14, seed=4)
+    alone, helped = (loader(six, transform, batches=[[0, 1, 2], [3, 4, 5]], workers=w) for w in (0, 2))
+    seen = []
+    for epoch in (0, 1):
+        transform.set_epoch(epoch)
+        images = torch.cat([images for images, _ in alone])
+        assert torch.equal(
+            torch.cat([images for images, _ in helped]), images
+        )  # the same workers in both epochs
+        seen.append(images)
+    assert not torch.equal(*seen)
+
+
+def test_a_broken_picture_is_named_by_the_loader(six):
+    with open(six.path[3], "wb") as stream:
+        stream.write(b"broken")
+    with pytest.raises(ValueError, match=r"3\.png: this picture does not decode"):
+        list(loader(six, Preprocess(14), 2))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{}, {"batch_size": 2, "batches": [[0]]}, {"batch_size": 0}, {"batch_size": 1, "workers": -1}]
+)
+def test_the_loader_refuses(six, wrong):
+    with pytest.raises(ValueError, match="batch_size|workers"):
+        loader(six, Preprocess(14), **wrong)
+
+
+def test_any_function_is_a_transform(six):
+    dataset = PlaceImages(six, lambda image: torch.tensor(image.size))
+    assert len(dataset) == 6 and dataset[2][0].tolist() == [32, 24] and dataset[2][1] == 2
+
+
+def test_real_photographs(sage_data):
+    streets = open_set(sage_data, "sf-streets")
+    images, indices = next(iter(loader(streets.queries, Preprocess(56, "autocontrast"), 16)))
+    dark, _ = next(iter(loader(streets.queries, Preprocess(56), 16)))
+    assert images.shape == (16, 3, 56, 56) and indices.tolist() == list(range(16))
+    assert images.std() > dark.std()  # the queries are night photographs
