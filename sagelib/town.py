@@ -2044,3 +2044,31 @@ def _render_in_processes(folder: Path, settings: dict, workers: int, bar) -> Non
             process.wait()
             process.stdout.close()
             process.stderr.close()
+
+
+def ensure_town(
+    data_folder: str | os.PathLike,
+    name: str,
+    *,
+    images: int | None = None,
+    size: int = 126,
+    workers: int = 1,
+    progress: bool = False,
+) -> Path:
+    """The folder ``data_folder/name``, rendered first if `name` starts with ``town`` and it is not there yet.
+
+    Notebooks call this so that their default data set needs no download; any other name is left to its owner.
+
+    Parameters
+    ----------
+    data_folder : path
+    name : str
+    images : int, optional
+        ``images_per_town`` of :func:`write_town`; None or 0 takes every pose.
+    size, workers, progress
+        As for :func:`write_town`.
+    """
+    folder = Path(data_folder) / name
+    if name.startswith("town"):
+        write_town(folder, images_per_town=images or None, size=size, workers=workers, progress=progress)
+    return folder
