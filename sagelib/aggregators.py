@@ -51,6 +51,12 @@ class CLS(nn.Module):
         _check_tokens(cls, patches, grid)
         return F.normalize(self.project(cls), dim=-1)
 
+    def patch_contributions(
+        self, cls: Tensor, patches: Tensor, grid: tuple[int, int], other: Tensor
+    ) -> Tensor:
+        """Zeros (B, N): no patch is read. (What the token took from the patches happened in the backbone.)"""
+        return patches.new_zeros(patches.shape[:2])
+
 
 class Mean(nn.Module):
     """The mean of the patches, optionally projected, at unit length.
@@ -71,6 +77,19 @@ class Mean(nn.Module):
         """Give (B, out_dim) unit descriptors from patches (B, N, M); the class token is not read."""
         _check_tokens(cls, patches, grid)
         return F.normalize(self.project(patches.mean(dim=1)), dim=-1)
+
+    def patch_contributions(
+        self, cls: Tensor, patches: Tensor, grid: tuple[int, int], other: Tensor
+    ) -> Tensor:
+        """What each patch adds to ``descriptor . other``, exactly: (B, N), summing to it up to a projection's bias.
+
+        `other` is (B, out_dim) or (out_dim,), for instance the true reference's descriptor. The length of the
+        descriptor before normalisation is held at its value.
+        """
+        _check_tokens(cls, patches, grid)
+        length = self.project(patches.mean(dim=1)).norm(dim=-1, keepdim=True)
+        back = _back_through(self.project, other.expand(len(patches), -1)) / length.clamp(min=1e-12)
+        return torch.einsum("bnm,bm->bn", patches, back) / patches.shape[1]
 
 
 class GeM(nn.Module):
@@ -128,18 +147,34 @@ class GeM(nn.Module):
     def forward(self, cls: Tensor, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         """Give (B, out_dim) unit descriptors from patches (B, N, M); the class token is not read."""
         _check_tokens(cls, patches, grid)
+        return F.normalize(self.project(self._pool(patches, grid)[0].flatten(1)), dim=-1)
+
+    def _pool(self, patches: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The pooled cells (B, cells, M), their means before the root, the powers, and who belongs to which cell."""
         size = patches.abs().clamp(min=self.eps) if self.negative == "sign" else patches.clamp(min=self.eps)
-        powered = size**self.p
+        powers = size**self.p
         if self.negative == "sign":
-            powered = powered * patches.sign()
-        if self.cells == 1:
-            pooled = powered.mean(dim=1)
-        else:
-            maps = powered.transpose(1, 2).unflatten(2, grid)  # (B, M, h, w)
-            pooled = F.adaptive_avg_pool2d(maps, self.cells).permute(0, 2, 3, 1).flatten(1)
+            powers = powers * patches.sign()
+        belongs = _cell_weights(grid, self.cells).to(powers)
+        means = belongs @ powers
         # Opposite signs may cancel to an exact zero, where the root has no finite gradient.
-        root = pooled.abs().clamp(min=self.eps**3) ** (1.0 / self.p) * pooled.sign()
-        return F.normalize(self.project(root), dim=-1)
+        root = means.abs().clamp(min=self.eps**3) ** (1.0 / self.p) * means.sign()
+        return root, means, powers, belongs
+
+    def patch_contributions(
+        self, cls: Tensor, patches: Tensor, grid: tuple[int, int], other: Tensor
+    ) -> Tensor:
+        """What each patch adds to ``descriptor . other``, exactly: (B, N), summing to it up to a projection's bias.
+
+        A channel's pooled value is shared out in proportion to the powers ``x_ic^p`` that it is the root of; the
+        length of the descriptor before normalisation is held at its value. `other` is (B, out_dim) or (out_dim,).
+        """
+        _check_tokens(cls, patches, grid)
+        root, means, powers, belongs = self._pool(patches, grid)
+        length = self.project(root.flatten(1)).norm(dim=-1, keepdim=True).clamp(min=1e-12)
+        back = _back_through(self.project, other.expand(len(patches), -1)) / length
+        rate = torch.where(means == 0, torch.zeros_like(means), root / means)
+        return torch.einsum("bnm,bcm,cn->bn", powers, back.unflatten(1, (len(belongs), -1)) * rate, belongs)
 
 
 class NetVLAD(nn.Module):
@@ -223,11 +258,30 @@ class NetVLAD(nn.Module):
     def forward(self, cls: Tensor, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         """Give (B, K * channels) unit descriptors from patches (B, N, M); the class token is not read."""
         _check_tokens(cls, patches, grid)
+        return F.normalize(F.normalize(self._residuals(patches)[0], dim=-1).flatten(1), dim=-1)
+
+    def _residuals(self, patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """V (B, K, channels), the normalised patches (B, N, channels) and their assignment (B, N, K)."""
         inner = F.normalize(self.project(patches), dim=-1)
-        soft = self.assign(inner).softmax(dim=-1)  # (B, N, K)
-        # sum_i a_ik (x_i - c_k), without the (B, N, K, M) array of all differences
-        vlad = soft.transpose(1, 2) @ inner - soft.sum(dim=1).unsqueeze(-1) * self.centres
-        return F.normalize(F.normalize(vlad, dim=-1).flatten(1), dim=-1)
+        soft = self.assign(inner).softmax(dim=-1)
+        # sum_i a_ik (x_i - c_k), without the (B, N, K, channels) array of all differences
+        return soft.transpose(1, 2) @ inner - soft.sum(dim=1).unsqueeze(-1) * self.centres, inner, soft
+
+    def patch_contributions(
+        self, cls: Tensor, patches: Tensor, grid: tuple[int, int], other: Tensor
+    ) -> Tensor:
+        """What each patch adds to ``descriptor . other``, exactly: (B, N), summing to it.
+
+        The descriptor is a sum over patches once the lengths of its columns are held at their values. `other` is
+        (B, out_dim) or (out_dim,).
+        """
+        _check_tokens(cls, patches, grid)
+        vlad, inner, soft = self._residuals(patches)
+        lengths = vlad.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+        total = F.normalize(vlad, dim=-1).flatten(1).norm(dim=-1)
+        back = other.expand(len(patches), -1).unflatten(1, self.centres.shape) / lengths  # (B, K, channels)
+        along = inner @ back.transpose(1, 2) - (back * self.centres).sum(dim=-1).unsqueeze(1)
+        return (soft * along).sum(dim=-1) / total.unsqueeze(-1).clamp(min=1e-12)
 
 
 class SALAD(nn.Module):
@@ -302,6 +356,24 @@ class SALAD(nn.Module):
         if self.token is not None:
             parts.insert(0, F.normalize(self.token(cls), dim=-1))
         return F.normalize(torch.cat(parts, dim=-1), dim=-1)
+
+    def patch_contributions(
+        self, cls: Tensor, patches: Tensor, grid: tuple[int, int], other: Tensor
+    ) -> Tensor:
+        """What each patch adds to ``descriptor . other``, exactly: (B, N), summing to it up to the token's part.
+
+        The assignment and the lengths of the columns are held at their values. `other` is (B, out_dim) or
+        (out_dim,).
+        """
+        _check_tokens(cls, patches, grid)
+        features, assigned = self.features(patches), self.assignment(patches)
+        gathered = assigned.transpose(1, 2).to(features) @ features
+        lengths = gathered.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+        token = 0.0 if self.token is None else F.normalize(self.token(cls), dim=-1).square().sum(-1)
+        total = ((gathered / lengths).square().sum((1, 2)) + token).sqrt()
+        start = self.out_dim - gathered.shape[1] * gathered.shape[2]
+        back = other.expand(len(patches), -1)[:, start:].unflatten(1, gathered.shape[1:]) / lengths
+        return torch.einsum("bnk,bnl,bkl->bn", assigned.to(features), features, back) / total.unsqueeze(-1)
 
 
 def log_sinkhorn(scores: Tensor, log_rows: Tensor, log_columns: Tensor, iterations: int) -> Tensor:
@@ -602,6 +674,17 @@ def _projection(width: int, dim: int | None) -> tuple[nn.Module, int]:
         return nn.Identity(), width
     _check_positive(dim=dim)
     return nn.Linear(width, dim), dim
+
+
+def _back_through(project: nn.Module, other: Tensor) -> Tensor:
+    """The vector whose product with a projection's input is the product of its output (less the bias) with other."""
+    return other @ project.weight if isinstance(project, nn.Linear) else other
+
+
+def _cell_weights(grid: tuple[int, int], cells: int) -> Tensor:
+    """(cells^2, N): the share of each patch in the mean of each cell."""
+    unit = torch.eye(grid[0] * grid[1]).unflatten(1, tuple(grid))  # (N, h, w): one patch alight in each
+    return F.adaptive_avg_pool2d(unit, cells).flatten(1).T
 
 
 def _mlp(width: int, hidden: int, out: int, dropout: float = 0.0) -> nn.Sequential:

@@ -447,6 +447,7 @@ def nearest_map(
     found,
     *,
     similarity=None,
+    descriptor_distance=None,
     query_east_m: float | None = None,
     query_north_m: float | None = None,
     radius_m: float | None = 25.0,
@@ -461,8 +462,8 @@ def nearest_map(
         All references.
     found : array (k,) of int
         The found ones, nearest first.
-    similarity : array (k,), optional
-        Written beside each.
+    similarity, descriptor_distance : array (k,), optional
+        Cosine, or L2 between descriptors; written beside each.
     query_east_m, query_north_m : float, optional
         The query's own position, where it is known, with a circle of `radius_m`.
     names : sequence of k str, optional
@@ -517,6 +518,8 @@ def nearest_map(
             parts.append(str(names[rank]))
         if similarity is not None:
             parts.append(f"similarity {float(similarity[rank]):.2f}")
+        if descriptor_distance is not None:
+            parts.append(f"distance {float(descriptor_distance[rank]):.2f}")
         if known:
             parts.append(_metres(math.hypot(x[rank] - qx, y[rank] - qy)))
         axis.scatter([], [], s=60, color=BLUE, label="  ".join(parts))
@@ -858,11 +861,12 @@ def context_audit(audits: Mapping[str, Mapping], *, k: int = 1, title: str | Non
         n = np.asarray(audit["n"])
         shuffled = np.atleast_2d(np.asarray(audit["shuffled"], dtype=float))
         axis.plot(n, audit["sorted"], color=RED, marker="s", label="sorted, as published")
-        axis.plot(n, np.nanmean(shuffled, axis=1), color=BLUE, marker="o", label="shuffled: mean")
+        mean, low, high = _spread(shuffled)
+        axis.plot(n, mean, color=BLUE, marker="o", label="shuffled: mean")
         axis.fill_between(
             n,
-            np.nanmin(shuffled, axis=1),
-            np.nanmax(shuffled, axis=1),
+            low,
+            high,
             color=BLUE,
             alpha=0.22,
             linewidth=0,
@@ -2242,6 +2246,17 @@ def _scale_bar(axis, radius_m: float):
         va="center",
         fontsize=11,
     )
+
+
+def _spread(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean, least and greatest of each row, NaN left out; NaN for a row of nothing else."""
+    known = np.isfinite(values)
+    count = known.sum(axis=1)
+    mean = np.divide(
+        np.where(known, values, 0).sum(axis=1), count, out=np.full(len(values), np.nan), where=count > 0
+    )
+    low, high = np.where(known, values, np.inf).min(axis=1), np.where(known, values, -np.inf).max(axis=1)
+    return mean, np.where(count > 0, low, np.nan), np.where(count > 0, high, np.nan)
 
 
 def _lines(axis, x, series: Mapping[str, Sequence[float]], intervals=None, start: int = 0):

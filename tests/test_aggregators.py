@@ -323,6 +323,43 @@ def test_cfp_is_soft_probing_without_its_weighting():
         build_aggregator("cfp", WIDTH, alpha=0.5)
 
 
+@pytest.mark.parametrize("name, options", [pair for pair in ALL if pair[0] not in ("boq", "mixvpr")])
+def test_contributions_of_the_patches_add_up_to_the_score(name, options):
+    module = made(name, options).double().eval()
+    cls, patches, grid = tokens(dtype=torch.float64)
+    other = torch.nn.functional.normalize(
+        torch.randn(module.out_dim, generator=torch.Generator().manual_seed(9), dtype=torch.float64), dim=0
+    )
+    with torch.no_grad():
+        given = module.patch_contributions(cls, patches, grid, other)
+        assert given.shape == (3, 20)
+        rest = torch.zeros(3, dtype=torch.float64)
+        if name == "cls":
+            assert not given.any()
+            return
+        if name == "salad" and module.token is not None:
+            start = module.token[-1].out_features
+            rest = module(cls, patches, grid)[:, :start] @ other[:start]
+        if isinstance(getattr(module, "project", None), torch.nn.Linear) and name != "netvlad":
+            bias, module.project.bias.data = module.project.bias.data, torch.zeros(module.out_dim).double()
+            unbiased = module.patch_contributions(cls, patches, grid, other)
+            torch.testing.assert_close(unbiased.sum(1), module(cls, patches, grid) @ other)
+            module.project.bias.data = bias
+            return
+        torch.testing.assert_close(
+            given.sum(1) + rest, module(cls, patches, grid) @ other, atol=1e-6, rtol=1e-6
+        )
+
+
+def test_a_patch_that_says_nothing_contributes_nothing():
+    cls, patches, grid = tokens(dtype=torch.float64)
+    patches[:, 7] = 0
+    other = torch.ones(WIDTH, dtype=torch.float64)
+    for module in (Mean(WIDTH), GeM(WIDTH, negative="sign")):
+        given = module.double().patch_contributions(cls, patches, grid, other)
+        assert given[:, 7].abs().max() < 1e-9 < given.abs().amax(dim=1).min()
+
+
 def test_names_and_options_are_refused_with_those_that_exist():
     with pytest.raises(ValueError, match="no aggregator 'vlad'; there are cls, mean, gem, netvlad, salad"):
         build_aggregator("vlad", WIDTH)

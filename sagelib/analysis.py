@@ -1,0 +1,536 @@
+"""Numbers for figures: arrays in, arrays out.
+
+What t-SNE maps, intra-class distances, heatmaps, contributions of patches and lists of failures show, apart from the
+drawing of it (`sagelib.figures`).
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from sagelib.retrieval import bootstrap_mean
+
+__all__ = [
+    "IntraClassDistance",
+    "audit_arrays",
+    "average_intra_class_distance",
+    "choose_places",
+    "entropy",
+    "greedy_arrays",
+    "integrated_contributions",
+    "label_shares",
+    "log_arrays",
+    "mass_on_labels",
+    "paired_difference",
+    "patch_similarity",
+    "score_contributions",
+    "sort_failures",
+    "suspicion",
+    "tsne",
+    "unit",
+]
+
+
+# --- descriptors -----------------------------------------------------------------------------------------------
+
+
+def unit(descriptors) -> np.ndarray:
+    """Bring each row (n, D) to length 1, in float64; a row of zeros or of what is not finite is refused."""
+    values = np.asarray(descriptors, dtype=np.float64)
+    if values.ndim != 2:
+        raise ValueError(f"descriptors must have shape (n, D), got {values.shape}")
+    length = np.linalg.norm(values, axis=1)
+    bad = np.flatnonzero(~np.isfinite(length) | (length == 0))
+    if len(bad):
+        raise ValueError(
+            f"descriptors must have finite rows other than zero: row {bad[0]} is not ({len(bad)} such)"
+        )
+    return values / length[:, None]
+
+
+def tsne(descriptors, *, seed: int = 0, perplexity: float = 10.0) -> np.ndarray:
+    """Map descriptors to the plane by t-SNE (van der Maaten and Hinton, JMLR 2008), scikit-learn's.
+
+    Rows are brought to unit length, reduced to their first 50 principal components, and start from the first two.
+    Distances between far clusters in the result mean nothing, and neither do its axes.
+
+    Parameters
+    ----------
+    descriptors : array (n, D)
+    seed : int
+    perplexity : float
+        About how many neighbours each point minds, 1 <= perplexity < n; near the images of a place is sensible.
+
+    Returns
+    -------
+    array (n, 2) of float32
+        The same for the same arguments on one machine and one set of versions.
+    """
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
+    values = unit(descriptors)
+    if len(values) < 3:
+        raise ValueError(f"t-SNE needs at least 3 descriptors, got {len(values)}")
+    if not 1 <= perplexity < len(values):
+        raise ValueError(
+            f"perplexity must be in [1, {len(values)}) for {len(values)} descriptors, got {perplexity}"
+        )
+    kept = min(50, *values.shape)
+    if kept < values.shape[1]:
+        values = PCA(kept, svd_solver="full").fit_transform(values)
+    start = "pca" if values.shape[1] >= 2 else "random"
+    return TSNE(2, perplexity=perplexity, init=start, random_state=seed).fit_transform(
+        values.astype(np.float32)
+    )
+
+
+def choose_places(labels, *, places: int, images: int | None = None, seed: int = 0) -> np.ndarray:
+    """Choose places at random and images of each, for a figure that all methods share.
+
+    Parameters
+    ----------
+    labels : array (n,) of int
+        -1: no place.
+    places : int
+        How many, among those with at least two images (or `images`).
+    images : int, optional
+        So many images of each; ``None`` takes all.
+    seed : int
+
+    Returns
+    -------
+    array of int
+        Indices, place by place.
+    """
+    labels = np.asarray(labels)
+    names, counts = np.unique(labels[labels >= 0], return_counts=True)
+    enough = names[counts >= (images or 2)]
+    if len(enough) < places:
+        raise ValueError(
+            f"places asks for {places} places of at least {images or 2} images, and there are {len(enough)}"
+        )
+    rng = np.random.default_rng(seed)
+    chosen = np.sort(rng.choice(enough, places, replace=False))
+    members = [np.flatnonzero(labels == name) for name in chosen]
+    if images is not None:
+        members = [np.sort(rng.choice(m, images, replace=False)) for m in members]
+    return np.concatenate(members)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntraClassDistance:
+    """Average intra-class distance, and what it is the average of.
+
+    Attributes
+    ----------
+    value, low, high : float
+        Mean over the classes, and its 95 % interval over resampled classes.
+    classes : array (C,)
+        Labels of the classes that have at least two images.
+    per_class : array (C,)
+        Mean distance of two images, each class.
+    left_out : int
+        Classes of one image, which have no pair.
+    """
+
+    value: float
+    low: float
+    high: float
+    classes: np.ndarray
+    per_class: np.ndarray
+    left_out: int
+
+    def by_class(self) -> dict[int, float]:
+        """Map each class to its own distance."""
+        return {int(c): float(v) for c, v in zip(self.classes, self.per_class, strict=True)}
+
+
+def average_intra_class_distance(
+    descriptors, labels, *, seed: int = 0, draws: int = 2000, level: float = 0.95
+) -> IntraClassDistance:
+    """Measure how far images of one place lie apart: the mean over the places of the mean over their pairs.
+
+    The distance is L2 between descriptors of unit length: between 0 (equal) and 2 (opposite), without a unit;
+    sqrt(2) is unrelated. Every place counts the same, however many images it has. The interval resamples places
+    (percentile bootstrap), so it speaks about other places of the same kind.
+
+    Parameters
+    ----------
+    descriptors : array (n, D)
+    labels : array (n,) of int
+        -1: no place, left out.
+    seed, draws, level
+        Of the bootstrap.
+    """
+    values, labels = unit(descriptors), np.asarray(labels)
+    if labels.shape != (len(values),):
+        raise ValueError(f"labels must have shape ({len(values)},), got {labels.shape}")
+    names, counts = np.unique(labels[labels >= 0], return_counts=True)
+    classes = names[counts >= 2]
+    if not len(classes):
+        raise ValueError("no class has two images, so there is no intra-class distance")
+    per_class = np.array([_mean_distance(values[labels == name]) for name in classes])
+    value, low, high = bootstrap_mean(per_class, seed, draws=draws, level=level)
+    return IntraClassDistance(
+        value=value,
+        low=low,
+        high=high,
+        classes=classes,
+        per_class=per_class,
+        left_out=int((counts < 2).sum()),
+    )
+
+
+def _mean_distance(rows: np.ndarray) -> float:
+    i, j = np.triu_indices(len(rows), 1)
+    return float(np.linalg.norm(rows[i] - rows[j], axis=1).mean())
+
+
+def paired_difference(first, second, *, seed: int = 0, draws: int = 2000, level: float = 0.95):
+    """Mean of first - second over the same items, with a bootstrap interval over items: (value, low, high)."""
+    first, second = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
+    if first.shape != second.shape:
+        raise ValueError(
+            f"first and second must be of the same items, got shapes {first.shape} and {second.shape}"
+        )
+    return bootstrap_mean(first - second, seed, draws=draws, level=level)
+
+
+# --- heatmaps --------------------------------------------------------------------------------------------------
+
+
+def entropy(weights, axis: int = -1) -> np.ndarray:
+    """Entropy of weights brought to sum 1, as a share of the largest possible: 1 is uniform, 0 a single patch.
+
+    Parameters
+    ----------
+    weights : array, not negative
+    axis : int
+        Along the patches.
+    """
+    weights = np.asarray(weights, dtype=np.float64)
+    if (weights < 0).any() or not np.isfinite(weights).all():
+        raise ValueError("weights must be finite and not negative")
+    total = weights.sum(axis=axis, keepdims=True)
+    if (total == 0).any():
+        raise ValueError("weights must not all be zero")
+    n = weights.shape[axis]
+    if n == 1:
+        return np.ones_like(total.squeeze(axis))
+    share = weights / total
+    logs = np.log(share, out=np.zeros_like(share), where=share > 0)
+    return -(share * logs).sum(axis=axis) / math.log(n)
+
+
+def label_shares(labels, grid: tuple[int, int], count: int) -> np.ndarray:
+    """Share of each label in the area of each patch.
+
+    Parameters
+    ----------
+    labels : array (H, W) of int
+        Label of each pixel, 0 ... count - 1.
+    grid : (h, w)
+        Patches; a pixel on a border is divided between its patches by area.
+    count : int
+        Number of labels.
+
+    Returns
+    -------
+    array (h * w, count)
+        Rows sum to 1.
+    """
+    labels = np.asarray(labels)
+    if labels.ndim != 2 or labels.min() < 0 or labels.max() >= count:
+        raise ValueError(
+            f"labels must have shape (H, W) and lie in 0 ... {count - 1}, "
+            f"got shape {labels.shape} and {labels.min()} ... {labels.max()}"
+        )
+    rows, columns = _overlap(labels.shape[0], grid[0]), _overlap(labels.shape[1], grid[1])
+    shares = [rows @ (labels == label) @ columns.T for label in range(count)]
+    return np.stack([share.ravel() for share in shares], axis=1)
+
+
+def _overlap(pixels: int, cells: int) -> np.ndarray:
+    """(cells, pixels): how much of each cell each pixel fills."""
+    edges = np.linspace(0, pixels, cells + 1)
+    low, high = (
+        np.maximum(edges[:-1, None], np.arange(pixels)),
+        np.minimum(edges[1:, None], np.arange(pixels) + 1),
+    )
+    return np.maximum(high - low, 0) * cells / pixels
+
+
+def mass_on_labels(weights, shares) -> np.ndarray:
+    """Share of a heatmap's mass on each label: (L,), summing to 1.
+
+    Parameters
+    ----------
+    weights : array (N,), not negative
+        One a patch; for contributions of both signs, pass their positive part, or their absolute values.
+    shares : array (N, L)
+        From `label_shares`. Uniform weights give the label's share of the picture.
+    """
+    weights, shares = np.asarray(weights, dtype=np.float64).ravel(), np.asarray(shares, dtype=np.float64)
+    if len(weights) != len(shares):
+        raise ValueError(f"shares must have a row for each of the {len(weights)} weights, got {len(shares)}")
+    if (weights < 0).any() or weights.sum() == 0:
+        raise ValueError("weights must not be negative, and not all zero")
+    return weights @ shares / weights.sum()
+
+
+def patch_similarity(query_patches, reference_patches, index: int) -> np.ndarray:
+    """Cosine of one patch of a picture, (N, M), with every patch of another, (N', M): (N',)."""
+    query, reference = unit(query_patches), unit(reference_patches)
+    if not 0 <= index < len(query):
+        raise ValueError(f"index must lie in 0 ... {len(query) - 1}, got {index}")
+    return reference @ query[index]
+
+
+def score_contributions(
+    aggregator, cls, patches, grid: tuple[int, int], other, *, steps: int = 32
+) -> np.ndarray:
+    """Share out the matching score ``descriptor . other`` between an image's patches.
+
+    Where the aggregator is a sum over its patches once its own weights and lengths are held at their values (mean,
+    GeM, NetVLAD, SALAD, Soft Probing), the shares are exact: they add up to the score less what comes from the
+    class token and from biases. Otherwise (MixVPR, BoQ, an InteractHead behind) they are
+    `integrated_contributions`, which add up to the score less that of an image of constant patches. The two kinds
+    have other zeros, so compare where the mass lies between methods, not the values.
+
+    A patch stands for the backbone's output at its place, which has seen the whole image.
+
+    Parameters
+    ----------
+    aggregator : module
+        With ``forward(cls, patches, grid)``; used as it is, so put it into evaluation mode.
+    cls, patches : tensors (B, M) and (B, N, M)
+    grid : (h, w)
+    other : tensor (B, D) or (D,)
+        Descriptors of the other picture of each pair.
+    steps : int
+        Of the path, where the shares are not exact.
+
+    Returns
+    -------
+    array (B, N) of float64
+    """
+    import torch
+
+    exact = getattr(aggregator, "patch_contributions", None)
+    if exact is not None:
+        with torch.no_grad():
+            return exact(cls, patches, grid, other).double().cpu().numpy()
+    return integrated_contributions(lambda x: aggregator(cls, x, grid), patches, other, steps=steps)
+
+
+def integrated_contributions(describe: Callable, patches, other, *, steps: int = 32) -> np.ndarray:
+    """Share out ``describe(patches) . other`` by integrated gradients from constant patches.
+
+    Sundararajan, Taly and Yan, "Axiomatic Attribution for Deep Networks" (ICML 2017): from every patch replaced by
+    the image's mean patch, on a straight line to the patches, the gradient is averaged (midpoint rule) and
+    multiplied with the way. The shares add up to the difference of the two scores, up to the error of `steps`. One
+    step is gradient times (patch - mean), half way.
+
+    Parameters
+    ----------
+    describe : callable
+        Tensor (B, N, M) -> tensor (B, D), each image on its own.
+    patches : tensor (B, N, M)
+    other : tensor (B, D) or (D,)
+    steps : int
+
+    Returns
+    -------
+    array (B, N) of float64
+    """
+    import torch
+
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    patches = patches.detach()
+    start = patches.mean(dim=1, keepdim=True)
+    way, total = patches - start, torch.zeros_like(patches)
+    for step in range(steps):
+        at = (start + (step + 0.5) / steps * way).requires_grad_()
+        with torch.enable_grad():
+            score = (describe(at) * other).sum()
+            # An aggregator that reads no patch has no gradient at all.
+            gradient = torch.autograd.grad(score, at, allow_unused=True)[0] if score.requires_grad else None
+        if gradient is not None:
+            total += gradient / steps
+    return (total * way).sum(dim=-1).double().cpu().numpy()
+
+
+# --- graph and training ----------------------------------------------------------------------------------------
+
+
+def greedy_arrays(steps: Iterable, n: int) -> tuple[list[list[int]], np.ndarray]:
+    """Turn the steps of `sagelib.graph.explain_greedy` into what `sagelib.figures.greedy_steps` draws.
+
+    Parameters
+    ----------
+    steps : iterable of GreedyStep
+        With ``members``, ``candidates``, ``means`` and ``chosen``; steps that chose nothing are left out.
+    n : int
+        Number of nodes.
+
+    Returns
+    -------
+    chosen : list of T lists of int
+        The clique after each step, the newest node last.
+    scores : array (T, n)
+        What was compared, NaN where a node was no candidate.
+    """
+    chosen, scores = [], []
+    for step in steps:
+        if step.chosen is None:
+            continue
+        row = np.full(n, np.nan)
+        row[np.asarray(step.candidates, dtype=int)] = step.means
+        scores.append(row)
+        chosen.append([*map(int, step.members), int(step.chosen)])
+    return chosen, np.array(scores).reshape(len(chosen), n)
+
+
+def log_arrays(rows: Iterable[Mapping], kind: str) -> dict[str, np.ndarray]:
+    """Turn the lines of a training log into columns.
+
+    Parameters
+    ----------
+    rows : iterable of mappings
+        As ``Run.read_log`` gives them; lines of another ``kind`` are left out.
+    kind : str
+        "step" or "epoch".
+
+    Returns
+    -------
+    dict of arrays
+        One for each number in the lines, NaN where a line lacks it; a number within a mapping is named by its path:
+        ``{"recall": {"1": 40.0}}`` gives ``recall.1``.
+    """
+    lines = [dict(_numbers(row)) for row in rows if row.get("kind") == kind]
+    names = dict.fromkeys(name for line in lines for name in line)
+    return {name: np.array([line.get(name, np.nan) for line in lines], dtype=float) for name in names}
+
+
+def _numbers(row: Mapping, path: str = ""):
+    for key, value in row.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{path}{key}.")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield f"{path}{key}", float(value)
+
+
+def audit_arrays(table, *, k: int = 1) -> dict:
+    """Turn an audit's table into what `sagelib.figures.context_audit` draws for one set.
+
+    Parameters
+    ----------
+    table : DataFrame
+        One row a context and shuffle, with columns ``kind`` ("none", "solo", "anchors", "sorted", "shuffled"),
+        ``n`` and ``R@<k>`` in percent (`sagelib.evaluate.Audit.table`).
+    k : int
+
+    Returns
+    -------
+    dict
+        ``n``, ``sorted`` and ``shuffled`` (a column a shuffle), NaN where a context was not run, and ``none``,
+        ``solo``, ``anchors`` where they were.
+    """
+    column = f"R@{k}"
+    if column not in table:
+        raise ValueError(f"the table has no column {column}; it has {', '.join(map(str, table.columns))}")
+    batched = table[table["kind"].isin(["sorted", "shuffled"])]
+    n = np.sort(batched["n"].unique())
+    shuffles = [
+        table[(table["kind"] == "shuffled") & (table["n"] == size)][column].to_numpy(float) for size in n
+    ]
+    shuffled = np.full((len(n), max((len(s) for s in shuffles), default=0) or 1), np.nan)
+    for row, values in zip(shuffled, shuffles, strict=True):
+        row[: len(values)] = values
+    result = {"n": n, "shuffled": shuffled, "sorted": np.full(len(n), np.nan)}
+    for i, size in enumerate(n):
+        values = table[(table["kind"] == "sorted") & (table["n"] == size)][column]
+        if len(values):
+            result["sorted"][i] = values.mean()
+    for kind in ("none", "solo", "anchors"):
+        values = table[table["kind"] == kind][column]
+        if len(values):
+            result[kind] = float(values.mean())
+    return result
+
+
+# --- failures --------------------------------------------------------------------------------------------------
+
+
+def sort_failures(first_hit_rank, distance_m, *, by: str = "rank") -> np.ndarray:
+    """Order the queries that were wrong at rank 1, the most wrong first.
+
+    Parameters
+    ----------
+    first_hit_rank : array (Q,)
+        Rank of the first positive, from 1; 0 or NaN where none was among those looked at (worst of all). Queries
+        at 1 are no failures and are left out.
+    distance_m : array (Q,)
+        Metres from the query to what was retrieved first; NaN counts as farthest.
+    by : {"rank", "metres"}
+        What comes first; the other breaks ties, then the index.
+
+    Returns
+    -------
+    array of int
+        Indices of the failures.
+    """
+    if by not in ("rank", "metres"):
+        raise ValueError(f'by must be "rank" or "metres", got {by!r}')
+    rank = np.asarray(first_hit_rank, dtype=float)
+    rank = np.where(np.isnan(rank) | (rank < 1), np.inf, rank)
+    metres = np.asarray(distance_m, dtype=float)
+    metres = np.where(np.isnan(metres), np.inf, metres)
+    if rank.shape != metres.shape or rank.ndim != 1:
+        raise ValueError(
+            f"first_hit_rank and distance_m must have shape (Q,), got {rank.shape} and {metres.shape}"
+        )
+    failed = np.flatnonzero(rank > 1)
+    keys = (rank, metres) if by == "rank" else (metres, rank)
+    return failed[np.lexsort((failed, -keys[1][failed], -keys[0][failed]))]
+
+
+def suspicion(similarity, distance_m, *, radius_m: float = 25.0) -> tuple[np.ndarray, np.ndarray]:
+    """Order the wrong first answers by how much they look like an error of the ground truth.
+
+    A wrong answer is suspect when it is as similar as right ones are: its score is the share of the right first
+    answers that are less similar. One just outside the radius comes before an equally similar one far away.
+    It is a list for a person to look through, no verdict.
+
+    Parameters
+    ----------
+    similarity : array (Q,)
+        Cosine of each query with its first answer.
+    distance_m : array (Q,)
+        Metres between the two; within `radius_m` (inclusive) the answer is right.
+
+    Returns
+    -------
+    order : array of int
+        Wrong queries, most suspect first.
+    score : array of float
+        Of each, 0 to 1; NaN where no answer is right, which leaves nothing to compare with.
+    """
+    similarity, distance = np.asarray(similarity, dtype=float), np.asarray(distance_m, dtype=float)
+    if similarity.shape != distance.shape or similarity.ndim != 1:
+        raise ValueError(
+            f"similarity and distance_m must have shape (Q,), got {similarity.shape} and {distance.shape}"
+        )
+    right = distance <= radius_m
+    wrong = np.flatnonzero(~right)
+    known = np.sort(similarity[right])
+    score = np.full(len(wrong), np.nan)
+    if len(known):
+        score = np.searchsorted(known, similarity[wrong]) / len(known)
+    far = np.where(np.isnan(distance[wrong]), np.inf, distance[wrong])
+    order = np.lexsort((far, -similarity[wrong], -np.nan_to_num(score)))
+    return wrong[order], score[order]
