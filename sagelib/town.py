@@ -61,7 +61,7 @@ SEED_RANGES = {
 UTM_ZONE, UTM_LETTER = 31, "U"
 TOWN_GRID_M = 2000.0  # towns lie this far apart: a 25 m graph never joins two
 FIRST_YEAR = 2020
-PICTURE_VERSION = 1  # raised whenever the same seed gives other pictures: part of a folder's settings
+PICTURE_VERSION = 2  # raised whenever the same seed gives other pictures: part of a folder's settings
 
 _SKY, _ROAD, _FACADE, _WINDOW, _SIGN, _TREE, _CAR, _PERSON, _PAVEMENT, _DOOR, _ROOF, _LAMP = range(
     len(LABELS)
@@ -724,7 +724,7 @@ def _plan(seed: int, config: TownConfig):
     streets = [
         [
             _Street(
-                along_x=direction == 1, centre=c, half_road=3.3 + 1.7 * dice.real(), pavement=2.4 + 1.4 * dice.real(),
+                along_x=direction == 1, centre=c, half_road=3.8 + 1.6 * dice.real(), pavement=2.4 + 1.4 * dice.real(),
                 tree_every_m=0.0, lamp_every_m=19 + 8 * dice.real(), tone=0.85 + 0.3 * dice.real(),
                 dashed=dice.chance(0.65),
             )
@@ -901,7 +901,7 @@ def _car_side(variant: int, end: bool) -> tuple[np.ndarray, np.ndarray]:
             body[r2 < 0.19**2], rgb[r2 < 0.19**2] = 0, (0.5, 0.5, 0.52)
         for seam in (0.36, 0.62):
             body[np.abs(x - seam) < 0.006] *= np.float32(0.6)
-    return body, rgb
+    return body, np.ascontiguousarray(rgb.transpose(2, 0, 1))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -939,6 +939,7 @@ _LIGHTS = {
 _LAMP_COLOUR = np.float32((1.0, 0.72, 0.38))
 _LAMP_HEIGHT_M = 5.2
 _VIEW_M = 200.0
+_FAR_M = 400.0  # the ground ends here
 _HITS = 6  # boxes followed behind each other in one column
 
 
@@ -1155,11 +1156,11 @@ class Town:
         picture = view.hazy(picture, light)
         n = oversample
         if n > 1:
-            total = picture[0::n, 0::n]
+            total = picture[:, 0::n, 0::n]
             for a in range(n):
                 for b in range(n):
                     if a or b:
-                        total = total + picture[a::n, b::n]
+                        total = total + picture[:, a::n, b::n]
             picture = total * np.float32(1 / (n * n))
         at = (round(pose.east_m * 100), round(pose.north_m * 100), round(pose.heading_deg * 100))
         rgb = _develop(picture, light, self.config.sensor_noise, _key(*at, condition, year, visit))
@@ -1173,7 +1174,7 @@ class Town:
     def _paint_ground(self, view, light, sun):
         """Carriageway, markings, kerbs, pavements and grass where no wall stands in front."""
         line = np.where(np.isfinite(view.wall_at), -view.cam / np.maximum(view.wall_at, 1e-3), 0.0)
-        pixel = np.flatnonzero((view.y[:, None] < line[None, :]) & (view.y[:, None] < -view.cam / 400))
+        pixel = np.flatnonzero((view.y[:, None] < line[None, :]) & (view.y[:, None] < -view.cam / _FAR_M))
         if not len(pixel):
             return
         row, column = pixel // view.w, pixel % view.w
@@ -1224,20 +1225,18 @@ class Town:
             white |= inside & (other > 1.0) & (other < 4.0) & (stripe - np.floor(stripe) < 0.5)
         white &= _quick_noise(x, y, 3.0, 11) > np.float32(0.2)
         grey[white] = 0.80
-        rgb = grey[:, None] * np.float32((1.0, 0.985, 0.96))
+        rgb = grey * np.float32((1.0, 0.985, 0.96))[:, None]
         grass = (ex > borders[0] + 0.05) & (ey > borders[1] + 0.05)
         if grass.any():
             blade = np.float32(0.8) + np.float32(0.5) * grain[grass] + np.float32(0.5) * patch[grass]
-            rgb[grass] = blade[:, None] * np.float32((0.30, 0.40, 0.18))
+            rgb[:, grass] = blade * np.float32((0.30, 0.40, 0.18))[:, None]
         if light.snow:
             cover = _quick_noise(x, y, 0.9, 3) + np.float32(0.35) * grain
             track = np.zeros(road.shape, bool)
             for e, offset in zip(edges, offsets, strict=True):
                 track |= (e < 0) & (np.abs(np.abs(offset) - np.float32(1.5)) < 0.45)
-            amount = np.clip(np.float32(2.4) * cover + np.float32(0.6) - np.float32(1.3) * track, 0, 1)[
-                :, None
-            ]
-            rgb = rgb * (1 - amount) + amount * np.float32((0.90, 0.92, 0.96))
+            amount = np.clip(np.float32(2.4) * cover + np.float32(0.6) - np.float32(1.3) * track, 0, 1)
+            rgb = rgb * (1 - amount) + amount * np.float32((0.90, 0.92, 0.96))[:, None]
         elif light.wet:
             rgb *= np.float32(0.70)
         bright = np.full(len(pixel), 0.9, np.float32)
@@ -1273,32 +1272,32 @@ class Town:
 
     def _paint_sky(self, view, light, sun_at, visit):
         """Gradient, clouds and the sun's side, by direction, so that turning the camera turns the sky."""
-        bottom = view.horizon
-        if bottom <= 0:
+        bottom = int(np.count_nonzero(view.y >= -view.cam / _FAR_M))
+        if not bottom:
             return
         dice = _Dice(self.seed, "sky", visit)
         up = np.clip(view.y[:bottom], 0, 1.2).astype(np.float32)
-        mix = (up / (up + np.float32(0.35)) * np.float32(1.3)).clip(0, 1)[:, None, None]
+        mix = np.clip(up / (up + np.float32(0.35)) * np.float32(1.3), 0, 1)[:, None]
         azimuth = np.arctan2(view.dx, view.dy)
-        side = (0.5 + 0.5 * np.cos(azimuth - sun_at)).astype(np.float32)
-        zenith, horizon = np.float32(light.zenith), np.float32(light.horizon)
-        sky = horizon * (1 - mix) + zenith * mix
-        if light.glow > 0.5:  # at dusk the sun's side burns, the other is blue
-            cold = horizon * np.float32(0.45) + np.float32((0.04, 0.05, 0.10))
-            sky = (cold * (1 - mix) + zenith * mix) + (horizon - cold) * (side * side)[None, :, None] * (
-                1 - mix
-            )
-        else:
-            sky = sky * (np.float32(0.88) + np.float32(0.14) * side)[None, :, None]
+        side = (0.5 + 0.5 * np.cos(azimuth - sun_at)).astype(np.float32)[None, :]
         strip = _clouds()
         column = ((azimuth / (2 * np.pi) + dice.real()) % 1.0 * strip.shape[1]).astype(int) % strip.shape[1]
         row = np.minimum((up * np.float32(105)).astype(int), strip.shape[0] - 1)
-        thick = strip[row[:, None], column[None, :]]
-        thick = np.clip((thick - np.float32(0.75 - 0.5 * light.cover)) * np.float32(4), 0, 1)[..., None]
-        fade = np.clip(up * 6, 0, 1)[:, None, None]
-        view.glow[:bottom] = np.broadcast_to(
-            sky + thick * fade * np.float32(light.clouds) * (1.05 - sky), (bottom, view.w, 3)
-        )
+        cloud = strip[row[:, None], column[None, :]]
+        cloud = np.clip((cloud - np.float32(0.75 - 0.5 * light.cover)) * np.float32(4), 0, 1)
+        cloud *= np.clip(up * 6, 0, 1)[:, None] * np.float32(light.clouds)
+        for plane, zenith, horizon, dark in zip(
+            view.glow, light.zenith, light.horizon, (0.04, 0.05, 0.10), strict=True
+        ):
+            if light.lamps:  # after sunset the sun's side still burns, the other is dark
+                low = np.float32(horizon) * (np.float32(0.45) + np.float32(0.55) * side * side) + np.float32(
+                    dark
+                )
+                sky = low * (1 - mix) + np.float32(zenith) * mix
+            else:
+                sky = np.float32(horizon) * (1 - mix) + np.float32(zenith) * mix
+                sky = sky * (np.float32(0.88) + np.float32(0.14) * side)
+            plane[:bottom] = sky + cloud * (np.float32(1.05) - sky)
         view.depth[:bottom] = np.inf
 
     def _paint_buildings(self, view, light, year, sun_from):
@@ -1383,32 +1382,30 @@ class Town:
         iv = np.clip((up * up_scale.reshape(-1)[ck]).astype(np.int64), 0, n_up.reshape(-1)[ck])
         where = base.reshape(-1)[ck] + iv
         texel = self._atlas[0][where].view(np.uint8).reshape(-1, 4)
-        rgb = texel[:, :3].astype(np.float32) * np.float32(1 / 255)
+        rgb = texel.astype(np.float32).T[:3]
         label = texel[:, 3].copy()
-        glow = (
-            self._atlas[1][where].view(np.uint8).reshape(-1, 4)[:, :3].astype(np.float32)
-            if light.glow
-            else None
-        )
         facing = np.clip(_FACE_NORMALS @ np.array(sun_from), 0, 1)
         sun = (np.float32(0.18) + np.float32(0.95) * facing.astype(np.float32))[face].reshape(-1)[ck]
         roof = np.flatnonzero(~on_wall)
         if len(roof):
             tile = _hash(np.floor(up[roof] * 5), ck[roof] // 7, 9) * np.float32(0.16) + np.float32(0.9)
-            rgb[roof] = self._roof_colour[which.reshape(-1)[ck[roof]]] * tile[:, None]
+            tiled = (self._roof_colour[which.reshape(-1)[ck[roof]]] * tile[:, None]).T
+            if light.snow:
+                tiled = tiled * np.float32(0.15) + np.float32((0.78, 0.80, 0.84))[:, None]
+            rgb[:, roof] = tiled * np.float32(255)
             label[roof] = _ROOF
             sun[roof] = 0.7
-            if glow is not None:
-                glow[roof] = 0
-            if light.snow:
-                rgb[roof] = rgb[roof] * np.float32(0.15) + np.float32((0.78, 0.80, 0.84))
-        low = np.minimum(up.astype(np.float32), 2.0)
-        rgb *= (np.float32(0.82) + np.float32(0.09) * low)[:, None]
-        view.put(pixel, rgb, label, tp, sun)
-        if glow is not None:
-            view.glow.reshape(-1, 3)[pixel] = glow * np.float32(light.glow / 255)
-        else:
-            view.glow.reshape(-1, 3)[pixel] = 0
+        near_ground = np.minimum(up.astype(np.float32), 2.0)
+        soot = (np.float32(0.82) + np.float32(0.09) * near_ground) * np.float32(1 / 255)
+        view.put(pixel, [channel * soot for channel in rgb], label, tp, sun)
+        glow = None
+        if light.glow:
+            glow = self._atlas[1][where].view(np.uint8).reshape(-1, 4).astype(np.float32) * np.float32(
+                light.glow / 255
+            )
+            glow[roof] = 0
+        for k, plane in enumerate(view.glow.reshape(3, -1)):
+            plane[pixel] = 0 if glow is None else glow[:, k]
         if light.lamps:
             rise2 = (up.astype(np.float32) - np.float32(_LAMP_HEIGHT_M - 1)) ** 2
             lit = self._lamp_light(
@@ -1497,15 +1494,15 @@ class Town:
             patch = patch * (view.wall_at[c:d] > ahead)[None, :, None]
         if tint is not None:
             patch = patch * tint
-        alpha = patch[..., 3:]
-        colour = patch[..., :3]
+        alpha = patch[..., 3]
+        colour = patch[..., :3].transpose(2, 0, 1)
         if whiten:
             colour = colour * np.float32(1 - whiten) + alpha * np.float32(whiten * 0.9)
         keep = 1 - alpha
         s = np.s_[a:b, c:d]
-        view.rgb[s] = view.rgb[s] * keep + colour
-        view.glow[s] *= keep
-        solid = alpha[..., 0] > 0.5
+        view.rgb[:, a:b, c:d] = view.rgb[:, a:b, c:d] * keep + colour
+        view.glow[:, a:b, c:d] *= keep
+        solid = alpha > 0.5
         view.label[s][solid] = label
         view.depth[s][solid] = ahead
         view.sun[s][solid] = 0.6
@@ -1592,14 +1589,12 @@ class Town:
         v = ((view.cam + rows * enter - z0) / (z1 - z0)).clip(0, 0.999)
         end = by_x == along_x
         body = np.ones(wall.shape, np.float32)
-        rgb = np.zeros((*wall.shape, 3), np.float32)
+        rgb = np.zeros((3, *wall.shape), np.float32)
         if cabin:  # glass between pillars
             pillar = (u < 0.07) | (u > 0.93) | ((np.abs(u - 0.5) < 0.035) & ~end)
             glass = wall & ~pillar[None, :] & (v < 0.84) & (v > 0.04)
             body[glass] = 0
-            rgb[glass] = np.float32((0.13, 0.16, 0.20)) + (v[glass] * np.float32(0.22))[:, None].astype(
-                np.float32
-            )
+            rgb[:, glass] = np.float32((0.13, 0.16, 0.20))[:, None] + (v[glass] * 0.22).astype(np.float32)
         else:
             for is_end in (False, True):
                 columns = np.flatnonzero(end == is_end)
@@ -1607,18 +1602,18 @@ class Town:
                     paint, rest = _car_side(variant, is_end)
                     iv = (v[:, columns] * paint.shape[0]).astype(int)
                     iu = (u[columns] * paint.shape[1]).astype(int)[None, :]
-                    body[:, columns], rgb[:, columns] = paint[iv, iu], rest[iv, iu]
-        rgb = rgb + body[..., None] * colour
+                    body[:, columns], rgb[:, :, columns] = paint[iv, iu], rest[:, iv, iu]
+        rgb += body * colour[:, None, None]
         roof = (
             np.float32((0.92, 0.94, 0.97))
             if light.snow
             else np.minimum(colour * np.float32(1.15) + np.float32(0.06), 1)
         )
-        rgb[top] = roof
+        rgb[:, top] = roof[:, None]
         on = wall | top
         s = np.s_[a:b, c:d]
-        view.rgb[s][on] = rgb[on]
-        view.glow[s][on] = 0
+        view.rgb[:, a:b, c:d][:, on] = rgb[:, on]
+        view.glow[:, a:b, c:d][:, on] = 0
         view.label[s][on] = _CAR
         view.depth[s][on] = np.broadcast_to(enter.astype(np.float32), on.shape)[on]
         view.sun[s][on] = np.where(top, np.float32(1.0), np.where(end, np.float32(0.5), np.float32(0.7)))[on]
@@ -1641,8 +1636,9 @@ class _View:
         self.dx, self.dy = self.fx + across * self.fy, self.fy - across * self.fx
         self.y = (h / 2 - 0.5 - np.arange(h)) / self.focal + self.shift
         self.horizon = int(np.searchsorted(-self.y, 0.0, side="right"))
-        self.rgb = np.zeros((h, w, 3), np.float32)
-        self.glow = np.zeros((h, w, 3), np.float32)
+        # colours lie plane by plane, (3, h, w): numpy is several times slower on a last axis of 3
+        self.rgb = np.zeros((3, h, w), np.float32)
+        self.glow = np.zeros((3, h, w), np.float32)
         self.sun = np.zeros((h, w), np.float32)
         self.lamp = np.zeros((h, w), np.float32)
         self.label = np.zeros((h, w), np.uint8)
@@ -1651,7 +1647,8 @@ class _View:
 
     def put(self, pixel, rgb, label, depth, sun):
         """Write what opaque surfaces show, at flat pixel numbers."""
-        self.rgb.reshape(-1, 3)[pixel] = rgb
+        for plane, values in zip(self.rgb.reshape(3, -1), rgb, strict=True):
+            plane[pixel] = values
         self.label.ravel()[pixel] = label
         self.depth.ravel()[pixel] = depth
         self.sun.ravel()[pixel] = sun
@@ -1673,15 +1670,21 @@ class _View:
         y = (np.arange(a, b) + 0.5 - row)[:, None] / r
         x = (np.arange(c, d) + 0.5 - column)[None, :] / r
         spot = np.clip(1 - (x * x + y * y), 0, 1).astype(np.float32) ** 3 * (self.wall_at[c:d] > ahead)
-        self.glow[a:b, c:d] += (spot * np.float32(1.3 * strength))[..., None] * np.float32((1.0, 0.86, 0.6))
+        self.glow[:, a:b, c:d] += (
+            spot * np.float32((1.3 * strength, 1.1 * strength, 0.78 * strength))[:, None, None]
+        )
 
     def lit(self, light: _Light) -> np.ndarray:
-        total = np.float32(light.ambient) + self.sun[..., None] * np.float32(light.sun)
-        if light.lamps:
-            total += self.lamp[..., None] * (_LAMP_COLOUR * np.float32(light.lamps))
-        total *= self.rgb
-        total += self.glow
-        return total
+        """Colour (3, h, w): surface times the light that falls on it, plus its own."""
+        out = np.empty_like(self.rgb)
+        for k in range(3):
+            np.multiply(self.sun, np.float32(light.sun[k]), out=out[k])
+            out[k] += np.float32(light.ambient[k])
+            if light.lamps:
+                out[k] += self.lamp * (_LAMP_COLOUR[k] * np.float32(light.lamps))
+        out *= self.rgb
+        out += self.glow
+        return out
 
     def wet(self, picture, amount, key) -> np.ndarray:
         """Mirror the scene in road and pavement: exact for the nearest wall of each column."""
@@ -1696,24 +1699,27 @@ class _View:
         ripple = _noise(column * 9 + 0.2 * far, far * 1.6, key)
         puddle = _noise((column - 0.5) * far * 1.1, far * 0.5, key + 1)
         row = np.clip(row + (ripple - 0.5) * (self.h / 42), 0, self.h - 1).astype(int)
-        other = picture[row, np.arange(self.w)[None, :]]
+        other = picture[:, row, np.arange(self.w)[None, :]]
         ground = (self.label[top:] == _ROAD) | (self.label[top:] == _PAVEMENT)
-        share = np.clip(0.62 - 0.45 * np.minimum(-y, 0.9) + 0.9 * np.clip(puddle - 0.5, 0, 0.25), 0, 0.75)
+        share = np.clip(0.46 - 0.32 * np.minimum(-y, 0.9) + 1.1 * np.clip(puddle - 0.5, 0, 0.25), 0, 0.75)
         share = share * amount * ground
-        share = share.astype(np.float32)[..., None]
-        picture[top:] = picture[top:] * (1 - share) + other * share
+        share = share.astype(np.float32)
+        picture[:, top:] = picture[:, top:] * (1 - share) + other * share
         return picture
 
     def hazy(self, picture, light: _Light) -> np.ndarray:
         haze = np.exp2(-self.depth / np.float32(light.haze_m))
         haze[np.isinf(self.depth)] = 1
-        haze = haze[..., None]
-        return picture * haze + (1 - haze) * np.float32(light.horizon)
+        picture *= haze
+        haze = 1 - haze
+        for k in range(3):
+            picture[k] += haze * np.float32(light.horizon[k])
+        return picture
 
 
 def _develop(picture, light: _Light, noise: float, key: int) -> np.ndarray:
     """Falling rain or snow, exposure, vignette, sensor noise, grey levels."""
-    h, w = picture.shape[:2]
+    _, h, w = picture.shape
     dice = _Dice(key, "camera")
     y, x = np.arange(h)[:, None], np.arange(w)[None, :]
     if light.wet:
@@ -1722,22 +1728,22 @@ def _develop(picture, light: _Light, noise: float, key: int) -> np.ndarray:
             _hash(slant, (y + (_hash(slant, 0, key) * 64).astype(np.int64)) // max(4, h // 12), key + 1)
             > 0.965
         )
-        picture = picture + (streak * np.float32(0.10))[..., None]
+        picture = picture + streak * np.float32(0.10)
     if light.snow:
         for scale, part in ((1, 0.988), (2, 0.99), (3, 0.993)):
             flake = _hash(x // scale, y // scale, key + scale) > part
-            picture = np.where(flake[..., None], picture * np.float32(0.35) + np.float32(0.62), picture)
+            picture = np.where(flake, picture * np.float32(0.35) + np.float32(0.62), picture)
     exposure = np.float32(dice.real(0.88, 1.12))
     r2 = ((x - w / 2) / (w / 2)) ** 2 + ((y - h / 2) / (h / 2)) ** 2
-    picture = picture * ((np.float32(1.02) - np.float32(0.10) * r2.astype(np.float32)) * exposure)[..., None]
+    picture = picture * ((np.float32(1.02) - np.float32(0.10) * r2.astype(np.float32)) * exposure)
     picture = np.clip(picture, 0, 1) * np.float32(255)
     if noise:
-        k = np.arange(3)[None, None, :]
-        a = _hash(x[..., None] + k * 4096, y[..., None], key + 11)
-        b = _hash(x[..., None] + k * 4096, y[..., None], key + 12)
+        k = np.arange(3)[:, None, None] * 4096
+        a, b = _hash(x + k, y, key + 11), _hash(x + k, y, key + 12)
         strength = noise * (1.6 if light.lamps > 0.9 else 1.0)
         picture = picture + (a + b - 1) * np.float32(strength)
-    return np.clip(picture + np.float32(0.5), 0, 255).astype(np.uint8)
+    grey = np.clip(picture + np.float32(0.5), 0, 255).astype(np.uint8)
+    return np.ascontiguousarray(grey.transpose(1, 2, 0))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1797,7 +1803,7 @@ def plan_shots(town: Town, part: str, images: int | None = None) -> list[Shot]:
             if images is not None and index >= images:
                 return shots
             dice = _Dice(town.seed, part, index)
-            lane = 0.35 * street.half_road * (1 if number % 2 else -1)
+            lane = 0.22 * street.half_road * (1 if number % 2 else -1)
             turn = (0.0, -90.0, 180.0, 90.0)[2 * (number % 2) + look] + 90.0 * direction
             fov, height, tilt = config.fov_deg, 2.3, 0.25
             jittered = (split, kind) not in (("val", "database"), ("test", "database"))
