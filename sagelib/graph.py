@@ -551,13 +551,13 @@ def _greedy_sparse(weight, k: int, prefer: str) -> np.ndarray | None:
     sign = -1.0 if prefer == "hard" else 1.0
     indptr = np.searchsorted(rows, np.arange(n + 1))
     degree = np.diff(indptr)
-    means = np.where(degree > 0, 0.0, 0.0 if k == 1 else -np.inf)
+    means = np.full(n, -np.inf)
     joined = np.flatnonzero(degree)
     if len(joined):
         ordered = values[np.lexsort((values, rows))]
         means[joined] = sign * np.add.reduceat(ordered, indptr[joined]) / degree[joined]
     for seed in np.argsort(-means, kind="stable"):
-        if means[seed] == -np.inf:
+        if means[seed] == -np.inf and k > 1:
             return None
         around = np.union1d([seed], columns[indptr[seed] : indptr[seed + 1]])
         if len(around) < k:
@@ -579,10 +579,10 @@ def _greedy(matrix: np.ndarray, k: int, prefer: str) -> np.ndarray | None:
         matrix = np.where(matrix > -np.inf, 0.0, -np.inf)
     elif prefer == "hard":
         matrix = np.where(matrix > -np.inf, -matrix, -np.inf)
-    untried = _mean_over_neighbours(matrix, isolated=0.0 if k == 1 else -np.inf)
+    untried = _mean_over_neighbours(matrix, isolated=-np.inf)
     while len(untried):
         seed = int(untried.argmax())
-        if untried[seed] == -np.inf:
+        if untried[seed] == -np.inf and k > 1:
             return None
         members = _extend_seed(matrix, seed, k)
         if members is not None:
@@ -622,8 +622,8 @@ def _greedy_steps(matrix: np.ndarray, k: int, prefer: str) -> Iterator[GreedySte
     sign = -1.0 if prefer == "hard" else 1.0
     if prefer == "uniform":
         matrix = np.where(edge, 0.0, -np.inf)
-    all_means = _mean_over_neighbours(matrix, isolated=0.0)
-    # A place of one image has no pairs: any node will do, the best connected by preference.
+    all_means = _mean_over_neighbours(matrix, isolated=-sign * np.inf)
+    # A place of one image has no pairs: a node without neighbours will do where there is no other.
     seeds = np.arange(len(matrix)) if k == 1 else np.flatnonzero(edge.any(axis=1))
     seed_means = all_means[seeds]
     order = np.argsort(-sign * seed_means, kind="stable")
