@@ -77,15 +77,19 @@ class Context:
     def __str__(self):
         return self.kind if self.n is None else f"{self.kind}-{self.n}"
 
-    def batches(self, paths: Sequence[str], *, seed: int = 0, batch_size: int = 256) -> list[np.ndarray]:
+    def batches(
+        self, paths: Sequence[str], *, seed: int = 0, loader: str = "", batch_size: int = 256
+    ) -> list[np.ndarray]:
         """Cut one loader's images into batches of the head.
 
         Parameters
         ----------
         paths : sequence of N str
-            Sorted as strings; the permutation of ``shuffled-n`` starts from that order, and its random stream comes from
-            `seed` and the last two parts of the paths, so that two loaders with as many images are not shuffled alike.
+            Sorted as strings; the permutation of ``shuffled-n`` starts from that order.
         seed : int
+        loader : str
+            The permutation comes from `seed` and this name: references and queries need different names, or as many of both
+            would be shuffled alike, and like batches would meet like batches as under ``sorted-n``.
         batch_size : int
             For the contexts in which batches have no influence.
 
@@ -100,8 +104,7 @@ class Context:
         else:
             order, n = np.array(sorted(range(len(paths)), key=paths.__getitem__), np.int64), self.n
         if self.kind == "shuffled":
-            stream = runs.fingerprint(["/".join(re.split(r"[\\/]", paths[i])[-2:]) for i in order])
-            order = order[runs.rng(seed, "context", str(self), stream).permutation(len(order))]
+            order = order[runs.rng(seed, "context", str(self), loader).permutation(len(order))]
         return [order[start : start + n] for start in range(0, len(order), n)]
 
 
@@ -186,6 +189,7 @@ def describe(
     device: str | torch.device = "auto",
     workers: int = 0,
     seed: int = 0,
+    loader: str = "",
     autocast: str | None = None,
     on_error: str = "raise",
     overwrite: bool = False,
@@ -219,8 +223,8 @@ def describe(
         See `pick_device`.
     workers : int
         Processes that decode pictures.
-    seed : int
-        Of the batches of ``shuffled-n``.
+    seed, loader : int, str
+        Of the batches of ``shuffled-n``. Name the loaders of references and queries differently, see `Context.batches`.
     autocast : {None, "bfloat16", "float16"}
         Mixed precision for the pass through the model.
     on_error : {"raise", "skip"}
@@ -266,7 +270,7 @@ def describe(
     if context.kind == "none":
         return embedded
     return _describe_in_context(
-        model, embedded, places, context, anchors, seed, device, dtype, overwrite, progress
+        model, embedded, places, context, anchors, seed, loader, device, dtype, overwrite, progress
     )
 
 
@@ -485,7 +489,9 @@ def _autocast(device, name):
 
 
 # ----------------------------------------------------------------------------------------------- second pass
-def _describe_in_context(model, embedded, places, context, anchors, seed, device, dtype, overwrite, progress):
+def _describe_in_context(
+    model, embedded, places, context, anchors, seed, loader, device, dtype, overwrite, progress
+):
     if context.kind == "anchors":
         anchors = own_anchors(model) if anchors is None else np.asarray(anchors, np.float32)
     folder, source = str(context), embedded.manifest
@@ -498,7 +504,8 @@ def _describe_in_context(model, embedded, places, context, anchors, seed, device
         "skipped": source["skipped"],
     }
     if context.kind == "shuffled":
-        identity["seed"], folder = seed, f"{context}-seed{seed}"
+        identity |= {"seed": seed, "loader": loader}
+        folder = f"{context}-seed{seed}"
     if context.kind == "anchors":
         identity["anchors"] = runs.fingerprint(anchors)
         folder = f"{context}-{len(anchors)}-{identity['anchors']}"
@@ -519,6 +526,7 @@ def _describe_in_context(model, embedded, places, context, anchors, seed, device
             out,
             anchors=anchors,
             seed=seed,
+            loader=loader,
             device=device,
             progress=progress,
         )
@@ -549,6 +557,7 @@ def compose(
     *,
     anchors: np.ndarray | None = None,
     seed: int = 0,
+    loader: str = "",
     batch_size: int = 128,
     device: str | torch.device = "auto",
     progress: bool = False,
@@ -567,8 +576,8 @@ def compose(
         Written row by row, may be a memmap; default: a new float32 array.
     anchors : array (m, D), optional
         For ``anchors``; default: the model's own.
-    seed : int
-        Of ``shuffled-n``.
+    seed, loader : int, str
+        Of ``shuffled-n``, see `Context.batches`.
     batch_size : int
         For ``solo`` and ``anchors``, where it makes no difference beyond rounding.
     device, progress
@@ -596,7 +605,7 @@ def compose(
             raise ValueError(f"anchors must have shape (m, {values.shape[1]}), got {tuple(fixed.shape)}")
     if isinstance(model, torch.nn.Module):
         model.to(device)
-    batches = context.batches(paths, seed=seed, batch_size=batch_size)
+    batches = context.batches(paths, seed=seed, loader=loader, batch_size=batch_size)
     with (
         evaluating(model),
         torch.inference_mode(),
@@ -807,5 +816,6 @@ def baseline_pixels(images: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.normalize(pixels - pixels.mean(dim=1, keepdim=True), dim=1)
 
 
+baseline_pixels.name = "pixels"
 baseline_pixels.preprocess = GreyPixels()
 baseline_pixels.fingerprint = "pixels-32-1"

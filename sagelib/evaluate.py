@@ -1,0 +1,882 @@
+"""A model on a benchmark under a context: a result with counts, in a run directory; tables of results; the audit of contexts."""
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+
+from sagelib import places as places_module
+from sagelib import runs
+from sagelib.describe import (
+    Context,
+    Descriptors,
+    compose,
+    describe,
+    describe_callable,
+    evaluating,
+    model_fingerprint,
+    names_in_order,
+    own_anchors,
+    pick_device,
+    pictures_fingerprint,
+)
+from sagelib.images import load_image
+from sagelib.retrieval import (
+    KS,
+    PCA,
+    Recall,
+    bootstrap_mean,
+    positive_lists,
+    recall,
+    search,
+    wilson_interval,
+    write_rankings,
+)
+
+STAGE, AUDIT_STAGE, STORE = "evaluate", "audit", "descriptors"
+
+
+# --------------------------------------------------------------------------------------------------- results
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One model on one test set under one context.
+
+    Attributes
+    ----------
+    model, dataset, split, context : str
+    preprocess : str
+    dim : int
+        Dimensions of the descriptors that were searched.
+    n_database, n_queries, n_without_positive : int
+        A query without a positive is a miss.
+    hits : dict of int to int
+        For each k, how many queries have a positive among their k nearest references.
+    seconds : dict of str to float
+        Of embedding (references and queries), head and search.
+    images_per_s : float
+        Of embedding.
+    seed : int or None
+        Of a shuffled context.
+    model_fingerprint, data_fingerprint : str
+    descriptors : dict of str to str
+        Folders of the references' and the queries' descriptors, relative to `path`.
+    left_out : tuple of str
+        Pictures that did not decode and were skipped on request.
+    per_query_rank : array (n_queries,)
+        Rank of each query's first positive, 0: not among those searched.
+    path : Path
+        The run directory, which also holds rankings.csv.
+    """
+
+    model: str
+    dataset: str
+    split: str
+    context: str
+    preprocess: str
+    dim: int
+    n_database: int
+    n_queries: int
+    n_without_positive: int
+    hits: dict[int, int]
+    seconds: dict[str, float]
+    images_per_s: float
+    seed: int | None
+    model_fingerprint: str
+    data_fingerprint: str
+    descriptors: dict[str, str]
+    left_out: tuple[str, ...] = ()
+    per_query_rank: np.ndarray = field(repr=False)
+    path: Path
+
+    @property
+    def recall(self) -> Recall:
+        """Its recall, with intervals and for paired comparisons."""
+        return Recall(self.hits, self.n_queries, self.n_without_positive, self.per_query_rank)
+
+    def __str__(self):
+        return f"{self.model} on {self.dataset} ({self.split}), context {self.context}: {self.recall}"
+
+
+def load_result(path) -> Result:
+    """Read a finished evaluation from its run directory.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no finished evaluation.
+    """
+    path = Path(path)
+    run = runs.load_run(path)
+    if run.stage != STAGE or not run.finished:
+        raise FileNotFoundError(
+            f"{path} holds no finished evaluation: it is {run.stage}, {run.manifest['status']}"
+        )
+    facts = runs.read_json(path / "result.json")
+    del facts["recall"]
+    facts["hits"] = {int(k): hits for k, hits in facts["hits"].items()}
+    facts["left_out"] = tuple(facts["left_out"])
+    return Result(**facts, per_query_rank=np.load(path / "ranks.npy"), path=path)
+
+
+def load_results(root) -> list[Result]:
+    """All finished evaluations in a folder of runs, sorted by name."""
+    return [load_result(run.dir) for run in runs.find_runs(root, STAGE)]
+
+
+# ------------------------------------------------------------------------------------------------- evaluation
+def evaluate(
+    model: Callable,
+    test_set,
+    root,
+    *,
+    name: str | None = None,
+    model_name: str | None = None,
+    preprocess: Callable | None = None,
+    context: str | Context = "none",
+    anchors: np.ndarray | None = None,
+    pca: PCA | None = None,
+    batch_size: int = 32,
+    dtype: str = "float16",
+    device: str | torch.device = "auto",
+    workers: int = 0,
+    seed: int = 0,
+    autocast: str | None = None,
+    on_error: str = "raise",
+    ks: Sequence[int] = KS,
+    progress: bool = True,
+) -> Result:
+    """Describe a test set, search it exactly, count recall, and write all of it into a run directory.
+
+    ``root/evaluate/<name>/`` gets result.json, ranks.npy (each query's rank of its first positive), rankings.csv (what each query
+    found, with distances and metres) and the manifest. Descriptors lie in ``root/descriptors/``, where evaluations of the same
+    model under other contexts find them. The same call again returns the finished result; a call that was killed goes on.
+
+    Parameters
+    ----------
+    model : SAGE or callable
+        See `describe`.
+    test_set : TestSet
+        From `sagelib.places.open_set`.
+    root : path
+        A folder of runs.
+    name : str, optional
+        Of the run; default: model, data set, context.
+    model_name : str, optional
+        How tables call the model; default: its ``name``, or that of its class.
+    context : str or Context
+        See `Context`. ``sorted`` without a number takes the authors' batch size for the set, 8 where they name none.
+    pca : PCA, optional
+        Applied to the descriptors before the search.
+    ks : sequence of int
+        Recall is counted at these ranks; where there are fewer references than a rank, all of them are counted.
+    preprocess, anchors, batch_size, dtype, device, workers, seed, autocast, on_error, progress
+        See `describe`.
+
+    Raises
+    ------
+    RunConflict
+        If `name` is a run of other settings.
+    ValueError
+        For settings that do not fit, and for what `describe` refuses.
+    """
+    context = _resolve_context(context, test_set)
+    preprocess = getattr(model, "preprocess", None) if preprocess is None else preprocess
+    if preprocess is None:
+        raise ValueError(
+            "this model names no preprocess of its own: give one, as in preprocess=Preprocess(322)"
+        )
+    ks = _check_ks(ks)
+    device = pick_device(device)
+    model_name = model_name or _name_of(model)
+    if context.kind == "anchors":
+        anchors = own_anchors(model) if anchors is None else np.asarray(anchors, np.float32)
+        if anchors is None:
+            raise ValueError(
+                "context is anchors, but none are given and the model has none: see choose_anchors"
+            )
+    shuffled = context.kind == "shuffled"
+    data_fingerprint = _data_fingerprint(test_set)
+    config = {
+        "model": model_name,
+        "model_fingerprint": model_fingerprint(model, head=context.kind != "none"),
+        "dataset": test_set.name,
+        "split": _split_of(test_set),
+        "rule": str(test_set.rule),
+        "context": str(context),
+        "anchors": runs.fingerprint(anchors) if context.kind == "anchors" else None,
+        "preprocess": describe_callable(preprocess),
+        "dtype": dtype,
+        "autocast": autocast,
+        "pca": None if pca is None else pca.fingerprint(),
+        "on_error": on_error,
+        "ks": list(ks),
+    }
+    if name is None:
+        name = f"{model_name}-{test_set.name}-{context}"
+        name += f"-seed{seed}" if shuffled else ""
+        name += f"-pca{pca.size}" if pca is not None else ""
+    run = runs.Run.open(
+        root,
+        STAGE,
+        name.replace("/", "_"),
+        config,
+        seed=seed if shuffled else None,
+        data_fingerprint=data_fingerprint,
+        device=device,
+    )
+    if run.finished:
+        return load_result(run.dir)
+    options = dict(
+        preprocess=preprocess,
+        context=context,
+        anchors=anchors if context.kind == "anchors" else None,
+        batch_size=batch_size,
+        dtype=dtype,
+        device=device,
+        workers=workers,
+        seed=seed,
+        autocast=autocast,
+        on_error=on_error,
+        progress=progress,
+    )
+    test_set.positives()  # positions that are missing are better noticed before the pictures are described
+    store = _store(root, model, model_name, test_set, options)
+    references = describe(model, test_set.database, store / "database", loader="database", **options)
+    asked = describe(model, test_set.queries, store / "queries", loader="queries", **options)
+    database, queries = references.kept(test_set.database), asked.kept(test_set.queries)
+    stopwatch = time.perf_counter()
+    values = [references.values, asked.values]
+    if pca is not None:
+        values = [pca.transform(references), pca.transform(asked)]
+    indices, distances, positives, counted = _retrieve(*values, database, queries, test_set.rule, ks)
+    search_s = time.perf_counter() - stopwatch
+    write_rankings(
+        run.path("rankings.csv"),
+        indices,
+        distances,
+        database,
+        queries,
+        positives,
+        root=_common_folder(test_set),
+    )
+    runs.save_array(run.path("ranks.npy"), counted.per_query_rank)
+    embedding_s = sum(d.manifest.get("embedding_seconds", d.manifest["seconds"]) for d in (references, asked))
+    head_s = sum(d.manifest["seconds"] for d in (references, asked)) if context.kind != "none" else 0.0
+    facts = {
+        "model": model_name,
+        "dataset": test_set.name,
+        "split": config["split"],
+        "context": str(context),
+        "preprocess": config["preprocess"],
+        "dim": values[0].shape[1],
+        "n_database": len(database),
+        "n_queries": counted.n_queries,
+        "n_without_positive": counted.n_without_positive,
+        "hits": counted.hits,
+        "seconds": {"embed": round(embedding_s, 3), "head": round(head_s, 3), "search": round(search_s, 3)},
+        "images_per_s": round((len(database) + len(queries)) / max(embedding_s, 1e-9), 2),
+        "seed": seed if shuffled else None,
+        "model_fingerprint": config["model_fingerprint"],
+        "data_fingerprint": data_fingerprint,
+        "descriptors": {
+            "database": _relative(references.path, run.dir),
+            "queries": _relative(asked.path, run.dir),
+        },
+        "left_out": [s["reason"] for d in (references, asked) for s in d.manifest["skipped"]],
+    }
+    # For readers without this package; a Result computes them.
+    percents = {f"R@{k}": {"percent": counted.percent(k), "interval": counted.interval(k)} for k in ks}
+    runs.write_json(run.path("result.json"), {**facts, "recall": percents})
+    run.finish(
+        {
+            **{f"R@{k}": round(counted.percent(k), 4) for k in ks},
+            **{f"R@{k}_interval": counted.interval(k) for k in ks},
+            "n_queries": counted.n_queries,
+            "n_database": len(database),
+            "n_without_positive": counted.n_without_positive,
+            "images_per_s": facts["images_per_s"],
+        }
+    )
+    return load_result(run.dir)
+
+
+def _retrieve(database_values, query_values, database, queries, rule, ks):
+    """(indices, distances, positives, Recall): ranks beyond the last reference hold -1, which is never a positive."""
+    positives = positive_lists(places_module.positives(database, queries, rule))
+    indices, distances = search(database_values, query_values, max(ks))
+    return indices, distances, positives, recall(indices, positives, ks)
+
+
+@dataclass(frozen=True)
+class Evaluations:
+    """What `evaluate_many` did.
+
+    Attributes
+    ----------
+    results : tuple of Result
+    missing : dict of str to str
+        Data set to the sentence that says what is missing.
+    """
+
+    results: tuple[Result, ...]
+    missing: dict[str, str]
+
+    def __str__(self):
+        return "\n".join([*map(str, self.results), *(f"not run: {s}" for s in self.missing.values())])
+
+
+def evaluate_many(
+    model: Callable,
+    data_root,
+    names: Iterable[str] | None,
+    root,
+    *,
+    split: str | None = None,
+    progress: bool = True,
+    **options,
+) -> Evaluations:
+    """Evaluate one model on several sets of a folder of data sets.
+
+    Parameters
+    ----------
+    model : SAGE or callable
+    data_root : path
+    names : iterable of str, or None
+        Benchmarks or folders; None: every set that `sagelib.places.available` finds. One that is not there is reported,
+        with the sentence of `open_set`, and the others are evaluated.
+    root : path
+        A folder of runs.
+    split : str, optional
+        Default: the benchmark's own, test for other folders.
+    **options
+        Of `evaluate`.
+    """
+    if names is None:
+        found = places_module.available(data_root)
+        names = list(found.loc[found["present"], "name"])
+    results, missing = [], {}
+    for name in names:
+        try:
+            # What does not decode is found while describing, without reading every picture twice.
+            reading = {"on_error": options.get("on_error", "raise"), "check_pictures": False}
+            test_set = places_module.open_set(data_root, name, split, **reading)
+        except (FileNotFoundError, ValueError) as error:
+            missing[name] = str(error)
+            continue
+        results.append(evaluate(model, test_set, root, progress=progress, **options))
+    return Evaluations(tuple(results), missing)
+
+
+def _resolve_context(context, test_set):
+    if context == "sorted":
+        context = f"sorted-{getattr(test_set.spec, 'sorted_batch', None) or 8}"
+    return Context.parse(context)
+
+
+def _check_ks(ks):
+    ks = tuple(int(k) for k in ks)
+    if not ks or min(ks) < 1:
+        raise ValueError(f"ks are {ks}; there must be at least one, and each at least 1")
+    return ks
+
+
+def _name_of(model):
+    name = getattr(model, "name", None) or getattr(model, "__name__", None) or type(model).__name__
+    return str(name).replace("/", "_")
+
+
+def _split_of(test_set):
+    if test_set.spec is not None:
+        return test_set.spec.split
+    folders = Path(test_set.database.path[0]).parts
+    return folders[folders.index("images") + 1] if "images" in folders[:-2] else "test"
+
+
+def _data_fingerprint(test_set):
+    return runs.fingerprint(
+        [
+            test_set.fingerprint(),
+            pictures_fingerprint(test_set.database),
+            pictures_fingerprint(test_set.queries),
+        ]
+    )
+
+
+def _store(root, model, model_name, test_set, options):
+    """The folder of a test set's descriptors: its name changes with whatever changes them."""
+    what = [
+        model_fingerprint(model, head=False),
+        _data_fingerprint(test_set),
+        describe_callable(options["preprocess"]),
+        options["dtype"],
+        options["autocast"],
+    ]
+    return Path(root) / STORE / f"{model_name}-{test_set.name}-{runs.fingerprint(what)[:8]}"
+
+
+def _common_folder(test_set):
+    """The folder that holds all pictures of the set: paths in rankings are relative to it."""
+    folders = {os.path.dirname(os.path.abspath(p)) for p in (*test_set.database.path, *test_set.queries.path)}
+    try:
+        return Path(os.path.commonpath(folders))
+    except ValueError:  # two drives
+        return None
+
+
+def _relative(path, start):
+    return Path(os.path.relpath(path, start)).as_posix()
+
+
+# -------------------------------------------------------------------------------------------- context audit
+AUDIT_SIZES = (2, 4, 8, 16, 32)
+AUDIT_CONTEXTS = ("none", "solo", *(f"{kind}-{n}" for n in AUDIT_SIZES for kind in ("sorted", "shuffled")))
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Recall of one checkpoint under several contexts, from one embedding of the pictures.
+
+    Attributes
+    ----------
+    model, dataset : str
+    table : DataFrame
+        One row per context and shuffle: context, kind, n (0 where there is no batch size), shuffle, n_queries, n_without_positive,
+        hits@k and R@k (percent) for each k.
+    ranks : dict of str to array
+        Rank of each query's first positive, by ``context`` or ``context#shuffle``.
+    path : Path
+        The run directory.
+    """
+
+    model: str
+    dataset: str
+    table: pd.DataFrame
+    ranks: dict[str, np.ndarray]
+    path: Path
+
+    def summary(self, k: int = 1) -> pd.DataFrame:
+        """One row per context: mean, lowest and highest R@k over shuffles, and Wilson's interval at the mean."""
+        rows = []
+        for context, group in self.table.groupby("context", sort=False):
+            percent, n = group[f"R@{k}"], int(group["n_queries"].iloc[0])
+            low, high = wilson_interval(round(percent.mean() * n / 100), n)
+            rows.append(
+                {
+                    "context": context,
+                    "kind": group["kind"].iloc[0],
+                    "n": int(group["n"].iloc[0]),
+                    "shuffles": len(group),
+                    f"R@{k}": percent.mean(),
+                    "spread_low": percent.min(),
+                    "spread_high": percent.max(),
+                    "interval_low": low,
+                    "interval_high": high,
+                }
+            )
+        return pd.DataFrame(rows)
+
+    def leak(self, k: int = 1, seed: int = 0) -> pd.DataFrame:
+        """What the order of the files is worth: R@k under sorted-n less its mean over the shuffled-n, for each n.
+
+        Columns: n, points, low, high (95 % over resampled queries). An interval above zero is an ordering leak: the
+        same weights and pictures retrieve better because like batches meet like batches.
+        """
+
+        def hit(key):
+            return (self.ranks[key] > 0) & (self.ranks[key] <= k)
+
+        rows = []
+        for n in sorted(set(self.table.loc[self.table["kind"] == "sorted", "n"])):
+            shuffled = [key for key in self.ranks if key.startswith(f"shuffled-{n}#")]
+            if shuffled:
+                change = hit(f"sorted-{n}") - np.mean([hit(key) for key in shuffled], axis=0)
+                mean, low, high = bootstrap_mean(change, seed)
+                rows.append({"n": n, "points": 100 * mean, "low": 100 * low, "high": 100 * high})
+        return pd.DataFrame(rows, columns=["n", "points", "low", "high"])
+
+
+def audit_contexts(
+    model,
+    test_set,
+    root,
+    *,
+    contexts: Sequence[str] = AUDIT_CONTEXTS,
+    shuffles: int = 5,
+    seed: int = 0,
+    anchors: np.ndarray | None = None,
+    name: str | None = None,
+    model_name: str | None = None,
+    preprocess: Callable | None = None,
+    batch_size: int = 32,
+    dtype: str = "float16",
+    device: str | torch.device = "auto",
+    workers: int = 0,
+    autocast: str | None = None,
+    on_error: str = "raise",
+    ks: Sequence[int] = KS,
+    progress: bool = True,
+) -> Audit:
+    """Measure one checkpoint under many contexts; its pictures go through the backbone once.
+
+    Parameters
+    ----------
+    model : SAGE with an InteractHead
+    test_set : TestSet
+    root : path
+        A folder of runs: the audit is written to ``root/audit/<name>/`` (audit.csv, ranks.npz), and found there again.
+    contexts : sequence of str
+        Default: none, solo, and sorted-n and shuffled-n for n = 2, 4, 8, 16, 32.
+    shuffles : int
+        Permutations of each shuffled-n, from seeds `seed`, `seed` + 1, ...
+    others
+        As for `evaluate`.
+    """
+    contexts = [str(_resolve_context(c, test_set)) for c in contexts]
+    if len(set(contexts)) != len(contexts) or not contexts:
+        raise ValueError(f"contexts must be different and at least one, got {contexts}")
+    if shuffles < 1:
+        raise ValueError(f"shuffles is {shuffles}; it must be at least 1")
+    ks, device, model_name = _check_ks(ks), pick_device(device), model_name or _name_of(model)
+    preprocess = getattr(model, "preprocess", None) if preprocess is None else preprocess
+    if "anchors" in contexts and anchors is None:
+        anchors = own_anchors(model)
+    config = {
+        "model": model_name,
+        "model_fingerprint": model_fingerprint(model),
+        "dataset": test_set.name,
+        "rule": str(test_set.rule),
+        "contexts": contexts,
+        "shuffles": shuffles,
+        "anchors": None if anchors is None else runs.fingerprint(np.asarray(anchors, np.float32)),
+        "preprocess": describe_callable(preprocess),
+        "dtype": dtype,
+        "autocast": autocast,
+        "on_error": on_error,
+        "ks": list(ks),
+    }
+    run = runs.Run.open(
+        root,
+        AUDIT_STAGE,
+        (name or f"{model_name}-{test_set.name}").replace("/", "_"),
+        config,
+        seed=seed,
+        data_fingerprint=_data_fingerprint(test_set),
+        device=device,
+    )
+    if run.finished:
+        return load_audit(run.dir)
+    options = dict(
+        preprocess=preprocess,
+        batch_size=batch_size,
+        dtype=dtype,
+        device=device,
+        workers=workers,
+        autocast=autocast,
+        on_error=on_error,
+        progress=progress,
+    )
+    test_set.positives()  # positions that are missing are better noticed before the pictures are described
+    store = _store(root, model, model_name, test_set, options)
+    references = describe(model, test_set.database, store / "database", **options)
+    asked = describe(model, test_set.queries, store / "queries", **options)
+    database, queries = references.kept(test_set.database), asked.kept(test_set.queries)
+    positives = positive_lists(places_module.positives(database, queries, test_set.rule))
+    rows, ranks = [], {}
+    jobs = [
+        (Context.parse(c), shuffle)
+        for c in contexts
+        for shuffle in range(shuffles if c.startswith("shuffled") else 1)
+    ]
+    for context, shuffle in tqdm(jobs, desc=f"audit {test_set.name}", unit="context", disable=not progress):
+        composed = [
+            _composed(
+                run,
+                model,
+                described,
+                rows_of,
+                context,
+                anchors=anchors,
+                seed=seed + shuffle,
+                loader=loader,
+                device=device,
+            )
+            for described, rows_of, loader in (
+                (references, database, "database"),
+                (asked, queries, "queries"),
+            )
+        ]
+        indices, _ = search(*composed, max(ks))
+        counted = recall(indices, positives, ks)
+        key = f"{context}#{shuffle}" if context.kind == "shuffled" else str(context)
+        ranks[key] = counted.per_query_rank
+        rows.append(
+            {
+                "context": str(context),
+                "kind": context.kind,
+                "n": context.n or 0,
+                "shuffle": shuffle,
+                "n_queries": counted.n_queries,
+                "n_without_positive": counted.n_without_positive,
+                **{f"hits@{k}": counted.hits[k] for k in ks},
+                **{f"R@{k}": counted.percent(k) for k in ks},
+            }
+        )
+    table = pd.DataFrame(rows)
+    with runs.atomic_path(run.path("ranks.npz")) as temporary:
+        np.savez_compressed(temporary, **ranks)
+    write_table(table, run.path("audit.csv"))
+    run.finish(
+        {str(c): float(p) for c, p in table.groupby("context", sort=False)[f"R@{ks[0]}"].mean().items()}
+    )
+    return load_audit(run.dir)
+
+
+def _composed(run, model, descriptors, places, context, **options):
+    """One loader's descriptors under a context, in a file that is gone when the array is."""
+    if context.kind == "none":
+        return descriptors.values
+    dtype, shape = descriptors.values.dtype, descriptors.values.shape
+    if descriptors.values.nbytes < 2**30:
+        out = np.empty(shape, dtype)
+    else:
+        out = np.memmap(tempfile.TemporaryFile(dir=run.dir), dtype=dtype, shape=shape)
+    compose(model, descriptors.values, names_in_order(places), context, out, **options)
+    return out
+
+
+def load_audit(path) -> Audit:
+    """Read a finished audit from its run directory."""
+    path = Path(path)
+    run = runs.load_run(path)
+    if run.stage != AUDIT_STAGE or not run.finished:
+        raise FileNotFoundError(
+            f"{path} holds no finished audit: it is {run.stage}, {run.manifest['status']}"
+        )
+    with np.load(path / "ranks.npz") as file:
+        ranks = {key: file[key] for key in file.files}
+    return Audit(
+        run.config["model"],
+        run.config["dataset"],
+        pd.read_csv(path / "audit.csv", keep_default_na=False),
+        ranks,
+        path,
+    )
+
+
+# ------------------------------------------------------------------------------------------- one photograph
+def locate(
+    photo,
+    descriptors: Descriptors,
+    places,
+    model: Callable,
+    k: int = 5,
+    *,
+    preprocess: Callable | None = None,
+    device: str | torch.device = "auto",
+) -> pd.DataFrame:
+    """Find where a photograph was taken: the k nearest of a described folder.
+
+    Parameters
+    ----------
+    photo : path or PIL image
+    descriptors : Descriptors
+        Of the folder, in a context in which a descriptor depends on its image alone: none, solo or anchors.
+    places : Places
+        That were described.
+    model : the model that described them
+    k : int
+    preprocess : callable, optional
+        Default: ``model.preprocess``; must be that of the folder.
+
+    Returns
+    -------
+    DataFrame
+        Columns rank, path, distance (between descriptors), east_m, north_m, utm_zone, heading_deg, row (of
+        `places`); nearest first, at most as many rows as the folder has.
+
+    Raises
+    ------
+    ValueError
+        If model, preprocess or number of places are not those of the descriptors, or the context needs a batch.
+    """
+    context = Context.parse(descriptors.context)
+    if context.kind in ("sorted", "shuffled"):
+        raise ValueError(
+            f"one photograph has no place in context {context}, where a descriptor depends on its batch; describe the "
+            "folder with none, solo or anchors"
+        )
+    preprocess = getattr(model, "preprocess", None) if preprocess is None else preprocess
+    if len(places) != descriptors.manifest["n_given"]:
+        raise ValueError(
+            f"places has {len(places)} pictures, but the descriptors were made of {descriptors.manifest['n_given']}"
+        )
+    for what, mine, theirs in (
+        ("model", model_fingerprint(model, head=context.kind != "none"), descriptors.manifest["model"]),
+        ("preprocess", describe_callable(preprocess), descriptors.manifest["preprocess"]),
+    ):
+        if mine != theirs:
+            raise ValueError(
+                f"the descriptors in {descriptors.path} were made with {what} {theirs}, not {mine}"
+            )
+    picture = photo.convert("RGB") if isinstance(photo, Image.Image) else load_image(photo)
+    device = pick_device(device)
+    if isinstance(model, torch.nn.Module):
+        model.to(device)
+    with evaluating(model), torch.inference_mode():
+        value = getattr(model, "embed", model)(preprocess(picture)[None].to(device)).float().cpu().numpy()
+    if context.kind != "none":
+        anchors = np.load(descriptors.path / "anchors.npy") if context.kind == "anchors" else None
+        value = compose(model, value, ["photo"], context, anchors=anchors, device=device)
+    indices, distances = search(descriptors.values, value, min(k, len(descriptors)))
+    rows = descriptors.rows[indices[0]]
+    found = places[rows]
+    return pd.DataFrame(
+        {
+            "rank": np.arange(1, len(rows) + 1),
+            "path": found.path,
+            "distance": distances[0],
+            "east_m": found.east_m,
+            "north_m": found.north_m,
+            "utm_zone": found.utm_zone,
+            "heading_deg": found.heading_deg,
+            "row": rows,
+        }
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- tables
+def published(what: str = "recalls") -> pd.DataFrame:
+    """Numbers that others published, as they were published; not measured here.
+
+    Parameters
+    ----------
+    what : {"recalls", "ablation"}
+        ``recalls``: method, backbone, dim, context, dataset, r1, r5, r10 (percent), source. The context ``sorted``
+        is that of the authors' batch size for the set. ``ablation``: configuration, dataset, r1, note.
+    """
+    if what not in ("recalls", "ablation"):
+        raise ValueError(f"what is {what!r}; it must be 'recalls' or 'ablation'")
+    types = {"dim": "Int64"} if what == "recalls" else {}
+    return pd.read_csv(
+        Path(__file__).with_name(f"published_{what}.csv"), keep_default_na=False, na_values=[""], dtype=types
+    )
+
+
+def results_table(
+    results: Iterable[Result], *, published_rows: bool = True, ks: Sequence[int] = (1, 5, 10)
+) -> pd.DataFrame:
+    """Results side by side, with the published numbers of the same sets beneath, each with its context.
+
+    Parameters
+    ----------
+    results : iterable of Result
+    published_rows : bool
+        Add what was published on the data sets among `results`.
+    ks : sequence of int
+
+    Returns
+    -------
+    DataFrame
+        Columns dataset, method, backbone, dim, context, R@k for each k (percent), then for each k ``R@k 95 %`` (Wilson's
+        interval as text) and ``hits@k``; queries, references, without positive, preprocess, source. What a published row does
+        not tell is missing.
+    """
+    rows = []
+    for result in results:
+        counted = result.recall
+        rows.append(
+            {
+                "dataset": result.dataset,
+                "method": result.model,
+                "dim": result.dim,
+                "context": result.context,
+                **{f"R@{k}": counted.percent(k) for k in ks},
+                **{f"R@{k} 95 %": "{:.1f}-{:.1f}".format(*counted.interval(k)) for k in ks},
+                **{f"hits@{k}": counted.hits[k] for k in ks},
+                "queries": result.n_queries,
+                "references": result.n_database,
+                "without positive": result.n_without_positive,
+                "preprocess": result.preprocess,
+                "source": f"run {result.path.name}",
+            }
+        )
+    columns = ["dataset", "method", "backbone", "dim", "context", *(f"R@{k}" for k in ks)]
+    columns += [f"R@{k} 95 %" for k in ks] + [f"hits@{k}" for k in ks]
+    columns += ["queries", "references", "without positive", "preprocess", "source"]
+    if published_rows:
+        theirs = published()
+        theirs = theirs[theirs["dataset"].isin({row["dataset"] for row in rows})]
+        names = {"r1": "R@1", "r5": "R@5", "r10": "R@10"}
+        rows += theirs.rename(columns=names).to_dict("records")
+    table = pd.DataFrame(rows, columns=columns)
+    for column in ("dim", "queries", "references", "without positive", *(f"hits@{k}" for k in ks)):
+        table[column] = table[column].astype("Int64")
+    order = {name: i for i, name in enumerate(dict.fromkeys(table["dataset"]))}
+    return table.sort_values("dataset", key=lambda names: names.map(order), kind="stable", ignore_index=True)
+
+
+def to_markdown(table: pd.DataFrame) -> str:
+    """A table as Markdown: percents with one decimal, missing values empty."""
+    lines = [list(map(str, table.columns)), ["---:" if _numeric(table[c]) else "---" for c in table.columns]]
+    lines += _cells(table)
+    return (
+        "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+        + "\n"
+    )
+
+
+def to_latex(table: pd.DataFrame) -> str:
+    """A table as a LaTeX tabular (with booktabs' rules)."""
+    escape = str.maketrans(
+        {c: "\\" + c for c in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}"}
+    )
+    align = "".join("r" if _numeric(table[c]) else "l" for c in table.columns)
+    lines = [" & ".join(cell.translate(escape) for cell in line) + r" \\" for line in _cells(table)]
+    head = " & ".join(str(c).translate(escape) for c in table.columns) + r" \\"
+    return "\n".join(
+        [
+            rf"\begin{{tabular}}{{{align}}}",
+            r"\toprule",
+            head,
+            r"\midrule",
+            *lines,
+            r"\bottomrule",
+            r"\end{tabular}",
+            "",
+        ]
+    )
+
+
+def write_table(table: pd.DataFrame, path) -> Path:
+    """Write a table as .csv (all digits), .md or .tex, whole or not at all."""
+    path = Path(path)
+    writers = {
+        ".csv": lambda t: t.to_csv(index=False, lineterminator="\n"),
+        ".md": to_markdown,
+        ".tex": to_latex,
+    }
+    if path.suffix not in writers:
+        raise ValueError(f"{path.name} must end in {', '.join(writers)}")
+    runs.write_text(path, writers[path.suffix](table))
+    return path
+
+
+def _numeric(column):
+    return pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
+
+
+def _cells(table):
+    def text(value):
+        if pd.isna(value):
+            return ""
+        return f"{value:.1f}" if isinstance(value, float | np.floating) else str(value)
+
+    return [[text(value) for value in row] for row in table.itertuples(index=False, name=None)]

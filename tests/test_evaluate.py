@@ -1,0 +1,376 @@
+"""Evaluation end to end against the slow script, tables, the audit of contexts, one photograph located."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from sagelib import runs
+from sagelib.describe import GreyPixels, baseline_pixels, choose_anchors, describe
+from sagelib.evaluate import (
+    audit_contexts,
+    evaluate,
+    evaluate_many,
+    load_audit,
+    load_result,
+    load_results,
+    locate,
+    published,
+    results_table,
+    to_latex,
+    to_markdown,
+    write_table,
+)
+from sagelib.images import Preprocess
+from sagelib.interact import InteractHead
+from sagelib.places import BENCHMARKS, PositiveRule, TestSet, open_set
+from sagelib.retrieval import PCA, paired_bootstrap, read_rankings
+
+spec = importlib.util.spec_from_file_location("slow_recall", Path(__file__).with_name("slow_recall.py"))
+slow = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(slow)
+
+PLACES = 96
+
+
+def write_set(root, name, *, aligned=True, n=PLACES, noise=45, seed=0, spacing_m=1000):
+    """A set of n places seen twice, as 14 x 14 pictures of noise around a picture of their own."""
+    rng = np.random.default_rng(seed)
+    base = rng.normal(128, 40, (n, 14, 14, 3))
+    # Each picture has a folder of its own, which sorts it; where the set is not aligned, queries sort in another order.
+    order = np.arange(n) if aligned else np.random.default_rng(seed + 1).permutation(n)
+    for part in ("database", "queries"):
+        for i in range(n):
+            folder = root / name / "images" / "test" / part / f"{order[i] if part == 'queries' else i:04d}"
+            folder.mkdir(parents=True)
+            pixels = np.clip(base[i] + rng.normal(0, noise, base[i].shape), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / f"@{spacing_m * i:09.2f}@0@@@@@@@@@@@@@.png")
+    return open_set(root, name)
+
+
+class Noisy(torch.nn.Module):
+    """A random projection of pixels, and an InteractHead of random weights that mixes its context strongly."""
+
+    preprocess = Preprocess(14)
+    name = "random"
+    has_head = True
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.project = torch.nn.Linear(3 * 14 * 14, 128, bias=False)
+            self.head = InteractHead(128, segment_width=64, heads=4, ffn=128)
+            for layer in self.head.layers:  # values and output twice as large as at initialisation
+                layer.self_attn.in_proj_weight.data[128:] *= 2
+                layer.self_attn.out_proj.weight.data *= 2
+        self.embedded = 0
+
+    def embed(self, images):
+        self.embedded += len(images)
+        return torch.nn.functional.normalize(self.project(images.flatten(1)), dim=1)
+
+    def interact(self, descriptors, anchors=None):
+        return self.head(descriptors, anchors)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    write_set(root, "aligned")
+    write_set(root, "unaligned", aligned=False)
+    return root
+
+
+# ------------------------------------------------------------------------------------------------- evaluate
+def test_a_result_is_what_the_slow_script_says(data, tmp_path):
+    test_set = open_set(data, "aligned")
+    result = evaluate(Noisy(), test_set, tmp_path, progress=False)
+    folders = [result.path / result.descriptors[part] for part in ("database", "queries")]
+    values = [np.load(f / "descriptors.npy") for f in folders]
+    hits, n, without, ranks = slow.slow_recall(*values, data / "aligned" / "images" / "test")
+    assert (result.hits, result.n_queries, result.n_without_positive) == (hits, n, without)
+    assert 5 < hits[1] < n, "an easy or hopeless set would prove nothing"
+    within = np.array(ranks) * (np.array(ranks) <= 20)
+    np.testing.assert_array_equal(result.per_query_rank, within)
+    assert (result.n_database, result.dim, result.context, result.split) == (PLACES, 128, "none", "test")
+    assert result.seconds["embed"] > 0 and result.images_per_s > 0 and result.seconds["head"] == 0
+
+    table = read_rankings(result.path / "rankings.csv")
+    assert len(table) == PLACES * 20
+    first = table.groupby("query")["first_positive_rank"].first()
+    np.testing.assert_array_equal(first, result.per_query_rank)
+    near = table["metres"] <= 25
+    np.testing.assert_array_equal(near, table["positive"] == 1)
+    assert table["query_path"].str.startswith("queries/").all(), "no folder of this machine in the file"
+
+    facts = runs.read_json(result.path / "result.json")
+    assert facts["recall"]["R@1"]["percent"] == pytest.approx(100 * hits[1] / n)
+    assert facts["recall"]["R@1"]["interval"] == list(result.recall.interval(1))
+    metrics = runs.load_run(result.path).metrics
+    assert metrics["R@1"] == pytest.approx(100 * hits[1] / n, abs=1e-4)
+
+
+def test_the_radius_is_inclusive_and_queries_without_a_positive_are_misses(tmp_path):
+    for part, easts in (("database", [0, 1000]), ("queries", [25, 1025.01, 9000])):
+        folder = tmp_path / "edge" / "images" / "test" / part
+        folder.mkdir(parents=True)
+        for i, east in enumerate(easts):
+            picture = np.full((14, 14, 3), 60, np.uint8)
+            picture[i % 2 * 7 :] = 200  # query 2 looks like reference 0
+            Image.fromarray(picture).save(folder / f"@{east:07.2f}@0@@@@@@@@@@@@@.png")
+    test_set = open_set(tmp_path, "edge")
+    result = evaluate(baseline_pixels, test_set, tmp_path / "runs", dtype="float32", progress=False)
+    assert result.hits == {1: 1, 5: 1, 10: 1, 20: 1}  # ranks beyond the two references count them all
+    assert (result.n_queries, result.n_without_positive) == (3, 2)
+    assert result.per_query_rank.tolist() == [1, 0, 0]
+    wider = TestSet(
+        name="edge", database=test_set.database, queries=test_set.queries, rule=PositiveRule(radius_m=26)
+    )
+    again = evaluate(baseline_pixels, wider, tmp_path / "runs", name="wider", dtype="float32", progress=False)
+    assert again.hits[1] == 2 and again.n_without_positive == 1
+
+
+def test_finished_results_are_found_and_other_settings_refused(data, tmp_path):
+    model, test_set = Noisy(), open_set(data, "aligned")
+    first = evaluate(model, test_set, tmp_path, progress=False)
+    assert model.embedded == 2 * PLACES
+    again = evaluate(model, test_set, tmp_path, progress=False, batch_size=7)
+    assert model.embedded == 2 * PLACES and again.hits == first.hits and again.path == first.path
+    under = evaluate(model, test_set, tmp_path, context="sorted-8", progress=False)
+    assert model.embedded == 2 * PLACES, "another context needs no second embedding"
+    assert under.context == "sorted-8" and under.hits != first.hits and under.seconds["head"] > 0
+    with pytest.raises(runs.RunConflict, match="dtype: 'float16' -> 'float32'"):
+        evaluate(model, test_set, tmp_path, dtype="float32", progress=False)
+    assert [r.context for r in load_results(tmp_path)] == ["none", "sorted-8"]
+    assert str(first).startswith("random on aligned (test), context none: R@1 ")
+    difference = paired_bootstrap(first.recall, under.recall)
+    assert difference.points == pytest.approx(under.recall.percent(1) - first.recall.percent(1))
+
+
+def test_unfinished_results_do_not_look_finished(data, tmp_path, monkeypatch):
+    from sagelib import evaluate as module
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_rankings", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(Noisy(), open_set(data, "aligned"), tmp_path, progress=False)
+    assert load_results(tmp_path) == []
+    with pytest.raises(FileNotFoundError, match="no finished evaluation: it is evaluate, unfinished"):
+        load_result(tmp_path / "evaluate" / "random-aligned-none")
+    assert evaluate(Noisy(), open_set(data, "aligned"), tmp_path, progress=False).n_queries == PLACES
+
+
+def test_sorted_without_a_number_takes_the_authors_batch(data, tmp_path):
+    test_set = open_set(data, "aligned")
+    assert evaluate(Noisy(), test_set, tmp_path, context="sorted", progress=False).context == "sorted-8"
+    sped = TestSet(name="sped", database=test_set.database, queries=test_set.queries, spec=BENCHMARKS["sped"])
+    assert evaluate(Noisy(), sped, tmp_path, context="sorted", progress=False).context == "sorted-2"
+
+
+def test_anchors_and_shuffles_in_results(data, tmp_path):
+    model, test_set = Noisy(), open_set(data, "aligned")
+    base = evaluate(model, test_set, tmp_path, progress=False)
+    anchors = choose_anchors(np.load(base.path / base.descriptors["database"] / "descriptors.npy"), 16)
+    a = evaluate(model, test_set, tmp_path, context="anchors", anchors=anchors, progress=False)
+    assert a.context == "anchors" and a.seed is None
+    seeds = [
+        evaluate(model, test_set, tmp_path, context="shuffled-8", seed=s, progress=False) for s in (0, 1)
+    ]
+    assert [r.seed for r in seeds] == [0, 1] and seeds[0].path != seeds[1].path
+    assert (seeds[0].per_query_rank != seeds[1].per_query_rank).any()
+    with pytest.raises(ValueError, match="none are given and the model has none"):
+        evaluate(model, test_set, tmp_path, context="anchors", name="x", progress=False)
+
+
+def test_pca_in_evaluation(data, tmp_path):
+    model, test_set = Noisy(), open_set(data, "aligned")
+    trained = describe(model, test_set.database, tmp_path / "train", progress=False)
+    full = evaluate(model, test_set, tmp_path, progress=False)
+    rotated = evaluate(model, test_set, tmp_path, pca=PCA.fit(trained, PLACES - 1), progress=False)
+    assert rotated.dim == PLACES - 1 and abs(rotated.hits[1] - full.hits[1]) <= 3
+    small = evaluate(model, test_set, tmp_path, pca=PCA.fit(trained, 4), progress=False)
+    assert small.dim == 4 and small.hits[1] < full.hits[1]
+    other = PCA.fit(np.random.default_rng(0).normal(size=(200, 128)), 4, model="another")
+    with pytest.raises(ValueError, match="descriptors of model another and does not fit"):
+        evaluate(model, test_set, tmp_path, pca=other, name="other", progress=False)
+
+
+def test_skipped_pictures_are_counted(tmp_path):
+    write_set(tmp_path, "broken", n=30, noise=20)
+    first = sorted((tmp_path / "broken/images/test/database").rglob("*.png"))[0]
+    first.write_bytes(b"broken")
+    test_set = open_set(tmp_path, "broken", check_pictures=False)
+    with pytest.raises(ValueError, match="does not decode"):
+        evaluate(Noisy(), test_set, tmp_path / "runs", progress=False)
+    result = evaluate(Noisy(), test_set, tmp_path / "runs", on_error="skip", name="skipping", progress=False)
+    assert (result.n_database, result.n_queries, result.n_without_positive) == (29, 30, 1)
+    assert len(result.left_out) == 1 and first.name in result.left_out[0]
+
+
+def test_evaluate_many_reports_what_is_missing(data, tmp_path):
+    done = evaluate_many(Noisy(), data, ["aligned", "sped", "nowhere", "unaligned"], tmp_path, progress=False)
+    assert [r.dataset for r in done.results] == ["aligned", "unaligned"]
+    assert set(done.missing) == {"sped", "nowhere"} and "get it from" in done.missing["sped"]
+    assert "not run: " in str(done)
+    everything = evaluate_many(Noisy(), data, None, tmp_path, progress=False)
+    assert [r.dataset for r in everything.results] == ["aligned", "unaligned"] and not everything.missing
+
+
+# -------------------------------------------------------------------------------------------- context audit
+def test_the_audit_shows_the_ordering_leak_where_there_is_one_and_only_there(data, tmp_path):
+    model = Noisy()
+    contexts = ("none", "solo", "sorted-2", "shuffled-2", "sorted-8", "shuffled-8")
+    options = dict(contexts=contexts, shuffles=3, progress=False)
+    aligned = audit_contexts(model, open_set(data, "aligned"), tmp_path, **options)
+    assert model.embedded == 2 * PLACES, "one embedding serves all contexts"
+    assert aligned.table["context"].tolist() == [
+        *("none", "solo", "sorted-2", *["shuffled-2"] * 3, "sorted-8", *["shuffled-8"] * 3)
+    ]
+    leak = aligned.leak().set_index("n")
+    assert leak.loc[8, "points"] > 35 and leak.loc[8, "low"] > 25  # by a wide margin
+    assert leak.loc[2, "low"] > 10
+
+    unaligned = audit_contexts(model, open_set(data, "unaligned"), tmp_path, **options)
+    assert abs(unaligned.leak().set_index("n").loc[8, "points"]) < 12
+    # Contexts without a batch know nothing of the order: the two sets hold the same pictures.
+    for context in ("none", "solo"):
+        rows = [a.table[a.table["context"] == context].iloc[0] for a in (aligned, unaligned)]
+        assert rows[0]["hits@1"] == rows[1]["hits@1"]
+
+    summary = aligned.summary().set_index("context")
+    assert summary.loc["shuffled-8", "shuffles"] == 3
+    assert summary.loc["shuffled-8", "spread_low"] <= summary.loc["shuffled-8", "R@1"]
+    assert summary.loc["none", "spread_low"] == summary.loc["none", "spread_high"]
+
+    again = audit_contexts(model, open_set(data, "aligned"), tmp_path, **options)
+    pd.testing.assert_frame_equal(again.table, load_audit(aligned.path).table)
+    assert model.embedded == 4 * PLACES
+
+
+def test_the_audit_agrees_with_evaluation(data, tmp_path):
+    model, test_set = Noisy(), open_set(data, "aligned")
+    audit = audit_contexts(
+        model, test_set, tmp_path, contexts=("sorted-4", "shuffled-4"), shuffles=2, seed=3, progress=False
+    )
+    results = [evaluate(model, test_set, tmp_path, context="sorted-4", progress=False)]
+    results += [
+        evaluate(model, test_set, tmp_path, context="shuffled-4", seed=s, progress=False) for s in (3, 4)
+    ]
+    assert audit.table["hits@1"].tolist() == [r.hits[1] for r in results]
+
+
+def test_the_audit_refuses(data, tmp_path):
+    test_set = open_set(data, "aligned")
+    with pytest.raises(ValueError, match="shuffles is 0"):
+        audit_contexts(Noisy(), test_set, tmp_path, shuffles=0)
+    with pytest.raises(ValueError, match="contexts must be different"):
+        audit_contexts(Noisy(), test_set, tmp_path, contexts=("solo", "solo"))
+    with pytest.raises(ValueError, match="no InteractHead"):
+        audit_contexts(baseline_pixels, test_set, tmp_path, contexts=("none", "solo"), progress=False)
+
+
+# ---------------------------------------------------------------------------------------------------- locate
+def test_locate_a_photograph(data, tmp_path):
+    test_set, model = open_set(data, "aligned"), Noisy()
+    for context in ("none", "solo", "anchors"):
+        anchors = np.random.default_rng(0).normal(size=(3, 128)) if context == "anchors" else None
+        d = describe(
+            model,
+            test_set.database,
+            tmp_path / "d",
+            context=context,
+            anchors=anchors,
+            dtype="float32",
+            progress=False,
+        )
+        found = locate(test_set.database.path[17], d, test_set.database, model)
+        assert len(found) == 5 and found["rank"].tolist() == [1, 2, 3, 4, 5]
+        assert found.loc[0, "path"] == test_set.database.path[17] and found.loc[0, "row"] == 17
+        assert found.loc[0, "distance"] < 1e-3 < found.loc[1, "distance"]
+        assert found.loc[0, "east_m"] == 17000.0
+        opened = locate(Image.open(test_set.database.path[17]), d, test_set.database, model, k=500)
+        assert len(opened) == PLACES and opened.loc[0, "row"] == 17
+
+
+def test_locate_refuses_what_does_not_belong_together(data, tmp_path):
+    test_set, model = open_set(data, "aligned"), Noisy()
+    photo = test_set.queries.path[0]
+    d = describe(model, test_set.database, tmp_path / "d", progress=False)
+    batched = describe(model, test_set.database, tmp_path / "d", context="sorted-8", progress=False)
+    with pytest.raises(ValueError, match="one photograph has no place in context sorted-8"):
+        locate(photo, batched, test_set.database, model)
+    with pytest.raises(ValueError, match="were made with model"):
+        locate(photo, d, test_set.database, baseline_pixels, preprocess=Preprocess(14))
+    with pytest.raises(ValueError, match="were made with preprocess"):
+        locate(photo, d, test_set.database, model, preprocess=GreyPixels())
+    with pytest.raises(ValueError, match="places has 5 pictures, but the descriptors were made of 96"):
+        locate(photo, d, test_set.database[:5], model)
+
+
+# ---------------------------------------------------------------------------------------------------- tables
+def test_published_numbers():
+    recalls = published()
+    assert list(recalls.columns) == "method backbone dim context dataset r1 r5 r10 source".split()
+    assert len(recalls) == 141 and recalls["r1"].between(0, 100).all()
+    assert set(recalls["context"]) == {"none", "sorted"}
+    assert set(recalls["dataset"]) - {"sf-xl-small"} <= set(BENCHMARKS)
+    paper = recalls[(recalls["method"] == "SAGE") & (recalls["dim"] == 8448) & (recalls["dataset"] == "sped")]
+    assert dict(zip(paper["context"], paper["r1"], strict=False))["sorted"] == 98.9
+    assert len(published("ablation")) == 20
+    with pytest.raises(ValueError, match="it must be 'recalls' or 'ablation'"):
+        published("graph")
+
+
+def test_tables_put_published_numbers_beside_results(data, tmp_path):
+    test_set = open_set(data, "aligned")
+    sped = TestSet(name="sped", database=test_set.database, queries=test_set.queries, spec=BENCHMARKS["sped"])
+    results = [evaluate(Noisy(), s, tmp_path / "runs", progress=False) for s in (test_set, sped)]
+    table = results_table(results)
+    assert table["dataset"].tolist() == ["aligned"] + ["sped"] * (
+        1 + (published()["dataset"] == "sped").sum()
+    )
+    ours = table.iloc[1]
+    assert (ours["method"], ours["context"], ours["queries"]) == ("random", "none", PLACES)
+    assert ours["hits@1"] == results[1].hits[1] and ours["R@1 95 %"].count("-") == 1
+    theirs = table.iloc[2:]
+    assert theirs["hits@1"].isna().all() and theirs["context"].notna().all()
+    assert len(results_table(results, published_rows=False)) == 2
+    assert len(results_table([])) == 0
+
+    markdown = to_markdown(table)
+    assert len(markdown.splitlines()) == len(table) + 2 and "nan" not in markdown.lower().replace(
+        "nanjing", ""
+    )
+    assert f"{results[0].recall.percent(1):.1f}" in markdown
+    latex = to_latex(table)
+    assert (
+        latex.startswith(r"\begin{tabular}{lll")
+        and r"95 \%" in latex
+        and latex.count(r"\\") == len(table) + 1
+    )
+    for suffix in ("csv", "md", "tex"):
+        assert write_table(table, tmp_path / f"t.{suffix}").is_file()
+    back = pd.read_csv(tmp_path / "t.csv")
+    np.testing.assert_allclose(back["R@1"], table["R@1"].astype(float))
+    with pytest.raises(ValueError, match=r"t.xlsx must end in .csv, .md, .tex"):
+        write_table(table, tmp_path / "t.xlsx")
+
+
+# ---------------------------------------------------------------------------------------- real photographs
+@pytest.mark.parametrize("name", ["gardens-point", "corridor"])
+def test_pixels_on_real_photographs_agree_with_the_slow_script(sage_data, tmp_path, name):
+    if not (sage_data / name / "images" / "test").is_dir():
+        pytest.skip(f"SAGE_DATA holds no set {name}")
+    test_set = open_set(sage_data, name)
+    result = evaluate(baseline_pixels, test_set, tmp_path, progress=False)
+    values = [
+        np.load(result.path / result.descriptors[p] / "descriptors.npy") for p in ("database", "queries")
+    ]
+    hits, n, without, _ = slow.slow_recall(*values, sage_data / name / "images" / "test")
+    assert (result.hits, result.n_queries, result.n_without_positive) == (hits, n, without)
+    assert 20 < result.recall.percent(1) < 50
