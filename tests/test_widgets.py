@@ -1,0 +1,206 @@
+"""Widgets without a browser: the plain functions, and what a moved slider or a click changes."""
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from sagelib import figures, widgets
+from sagelib.graph import GeoVisualGraph
+from sagelib.places import Places
+
+PNG = b"\x89PNG"
+
+
+def picture(path):
+    """A plain picture whose grey is the number in its name."""
+    grey = int("".join(filter(str.isdigit, path))) % 256
+    return Image.new("RGB", (28, 28), (grey, 80, 160))
+
+
+@pytest.fixture(scope="module")
+def retrieval():
+    rng = np.random.default_rng(0)
+    database = Places.build(
+        [f"d{i}.jpg" for i in range(30)],
+        east_m=np.arange(30) * 10.0,
+        north_m=np.zeros(30),
+        utm_zone=["31U"] * 30,
+    )
+    queries = Places.build(
+        [f"q{i}.jpg" for i in range(4)],
+        east_m=np.array([5.0, 100, 200, np.nan]),
+        north_m=np.zeros(4),
+        utm_zone=["31U", "31U", "32U", "31U"],
+    )
+    indices = np.stack([rng.permutation(30)[:6] for _ in range(4)])
+    return database, queries, indices, np.arange(24).reshape(4, 6) % 3 == 0
+
+
+@pytest.fixture(scope="module")
+def street():
+    rng = np.random.default_rng(1)
+    east, north = np.sort(rng.uniform(0, 300, 90)), rng.normal(0, 2, 90)
+    return east, north, rng.normal(size=(90, 8)).cumsum(axis=0)
+
+
+def test_distances_stay_within_a_zone(retrieval):
+    database, queries, indices, _ = retrieval
+    metres = widgets.distances_m(database, queries, indices)
+    np.testing.assert_allclose(metres[0], np.abs(5.0 - 10.0 * indices[0]))
+    assert np.isnan(metres[2]).all(), "another zone"
+    assert np.isnan(metres[3]).all(), "no position"
+
+
+def test_retrieval_view_and_map(retrieval):
+    database, queries, indices, correct = retrieval
+    figure = widgets.retrieval_view(database, queries, indices, correct, 0, k=3, load=picture, truth=2)
+    captions = [axis.get_xlabel() for axis in figure.axes]
+    assert captions[0] == "query 0" and captions[-1] == "a true reference"
+    assert captions[1] == f"#1 ✓  {abs(5 - 10 * indices[0, 0]):.0f} m"
+    chart = widgets.retrieval_map(database, queries, indices, correct, 1, k=3)
+    found = chart.data[3]
+    assert list(found.x) == [10.0 * i for i in indices[1, :3]]
+    assert list(chart.data[4].x) == [100.0]
+    with pytest.raises(ValueError, match=r"query must lie in 0 \.\.\. 3, got 4"):
+        widgets.retrieval_view(database, queries, indices, correct, 4, load=picture)
+
+
+def test_the_browser_follows_slider_and_click(retrieval):
+    database, queries, indices, correct = retrieval
+    box = widgets.retrieval_browser(
+        database, queries, indices, correct, order=[2, 0, 1], load=picture, truth=[None, 4, None, None]
+    )
+    shown = box.children[2]
+    assert box.query == 2 and bytes(shown.value).startswith(PNG)
+    before = bytes(shown.value)
+    box.position.value = 1
+    assert box.query == 0 and bytes(shown.value) != before
+    assert list(box.map.data[3].x) == [10.0 * i for i in indices[0, :5]]
+    assert list(box.map.data[4].x) == [5.0]
+    _press(box.map.data[1], [1])
+    assert box.query == 1 and box.position.value == 2
+    _press(box.map.data[1], [3])
+    assert box.query == 1, "a query that is not among those browsed"
+    with pytest.raises(ValueError, match="order names no query"):
+        widgets.retrieval_browser(database, queries, indices, correct, order=[], load=picture)
+
+
+def _press(trace, indices, xs=(), ys=()):
+    """What plotly does when a point of the trace is clicked."""
+    from plotly.callbacks import InputDeviceState, Points
+
+    points = Points(point_inds=list(indices), xs=list(xs), ys=list(ys), trace_name="", trace_index=0)
+    trace._dispatch_on_click(points, InputDeviceState())
+
+
+@pytest.mark.parametrize("prefer", ["affine", "hard", "uniform"])
+def test_drawn_places_are_cliques_that_do_not_touch(street, prefer):
+    east, north, values = street
+    graph = GeoVisualGraph.build(east, north, descriptors=values, tau=-60.0)
+    drawn = widgets.draw_places(graph, images_per_place=3, places=6, prefer=prefer, seed=3)
+    assert 2 <= len(drawn) <= 6
+    kept = {tuple(edge) for edge in graph.edges().tolist()}
+    for place in drawn:
+        assert len(set(place)) == 3
+        assert all((min(a, b), max(a, b)) in kept for a in place for b in place if a != b)
+    owner = {image: i for i, place in enumerate(drawn) for image in place}
+    assert len(owner) == 3 * len(drawn)
+    assert not [
+        edge for edge in kept if owner.get(edge[0], -1) != owner.get(edge[1], -2) and set(edge) <= set(owner)
+    ]
+    assert drawn == widgets.draw_places(graph, images_per_place=3, places=6, prefer=prefer, seed=3)
+
+
+def test_graph_view_gives_the_graph_of_its_values(street):
+    east, north, values = street
+    _, loose = widgets.graph_view(east, north, values, radius_m=25)
+    figure, strict = widgets.graph_view(east, north, values, radius_m=25, tau=-30.0, top_k=4)
+    assert isinstance(figure, Figure)
+    built = GeoVisualGraph.build(east, north, descriptors=values, radius_m=25, tau=-30.0, top_k=4)
+    assert strict["edges"] == built.n_edges < loose["edges"]
+    assert strict["edges"] + strict["pruned"] == loose["edges"] + loose["pruned"]
+    assert strict["mean_weight"] > -30.0
+    _, hard = widgets.graph_view(east, north, values, prefer="hard")
+    assert hard["mean_weight"] < loose["mean_weight"], "hard places are farther and less alike"
+
+
+def test_graph_view_with_nothing_to_draw(street):
+    east, north, values = street
+    _, numbers = widgets.graph_view(east * 1000, north, values, radius_m=5)
+    assert numbers["places"] == numbers["edges"] == 0 and np.isnan(numbers["mean_weight"])
+
+
+def test_the_graph_explorer_follows_its_sliders(street):
+    east, north, values = street
+    box = widgets.graph_explorer(east, north, values, images_per_place=3)
+    first, edges = bytes(box.picture.value), box.numbers["edges"]
+    assert first.startswith(PNG)
+    box.radius_m.value = 12
+    assert box.numbers["edges"] < edges and bytes(box.picture.value) != first
+    assert f"{box.numbers['edges']:,} edges" in box.text.value
+    box.radius_m.value = 25
+    box.top_k.value = 2
+    assert box.numbers["edges"] < edges and box.numbers["pruned"] > 0
+    box.top_k.value = "off"
+    box.tau.value = box.tau.options[-1][1]
+    assert 0 < box.numbers["edges"] < edges
+    box.tau.value = "off"
+    assert box.numbers["edges"] == edges
+
+
+@pytest.fixture(scope="module")
+def pair():
+    rng = np.random.default_rng(2)
+    query, reference = rng.normal(size=(12, 5)), rng.normal(size=(16, 5))
+    reference[9] = 3 * query[7]
+    pictures = (
+        rng.integers(0, 255, (30, 40, 3), dtype=np.uint8),
+        rng.integers(0, 255, (40, 40, 3), dtype=np.uint8),
+    )
+    return (*pictures, query, reference, ((3, 4), (4, 4)))
+
+
+def test_a_patch_finds_its_copy(pair):
+    figure = widgets.patch_view(*pair, row=1, column=3)
+    assert [axis.get_title() for axis in figure.axes[:2]] == ["patch (1, 3)", "best match (2, 1): 1.00"]
+    with pytest.raises(ValueError, match="row and column must lie within 3 x 4, got 3 and 0"):
+        widgets.patch_view(*pair, row=3, column=0)
+
+
+def test_the_patch_matcher_follows_slider_and_click(pair):
+    box = widgets.patch_matcher(*pair)
+    first = bytes(box.picture.value)
+    assert first.startswith(PNG) and (box.row.value, box.column.value) == (1, 2)
+    box.column.value = 3
+    assert bytes(box.picture.value) != first
+    _press(box.clickable.data[0], [0], xs=[39], ys=[29])
+    assert (box.row.value, box.column.value) == (2, 3)
+
+
+def test_the_tsne_browser_shows_the_photograph():
+    place = np.repeat([0, 1], 3)
+    points = {"one": np.random.default_rng(0).normal(size=(6, 2))}
+    chart = figures.tsne_plotly(points, place, files=[f"f{i}.jpg" for i in range(6)])
+    box = widgets.tsne_browser(chart, [f"f{i}.jpg" for i in range(6)], load=picture)
+    assert bytes(box.picture.value) == b""
+    from plotly.callbacks import InputDeviceState, Points
+
+    over = Points(point_inds=[2], xs=[], ys=[], trace_name="", trace_index=1)
+    box.chart.data[1]._dispatch_on_hover(over, InputDeviceState())
+    assert bytes(box.picture.value).startswith(PNG) and "f5.jpg" in box.text.value
+
+
+def test_the_live_curve_draws_what_the_log_holds():
+    log = []
+    live = widgets.LiveCurve(lambda: list(log), plateau=1.4, every_s=0.01)
+    assert live.figure() is None
+    with live:
+        log.extend({"kind": "step", "step": i, "loss": 1.4 - i / 100} for i in range(50))
+    first = bytes(live.widget.value)
+    assert first.startswith(PNG)
+    assert live.figure().axes[0].lines[0].get_xdata().tolist() == list(range(50))
+    live.draw()
+    assert bytes(live.widget.value) == first, "an equal log is not drawn again"
+    with pytest.raises(ValueError, match="every_s must be above 0"):
+        widgets.LiveCurve(list, every_s=0)
