@@ -29,6 +29,7 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
+from sagelib.places import folder_name
 from sagelib.runs import atomic_path, read_json, write_json
 
 LABELS = (
@@ -61,7 +62,7 @@ SEED_RANGES = {
 UTM_ZONE, UTM_LETTER = 31, "U"
 TOWN_GRID_M = 2000.0  # towns lie this far apart: a 25 m graph never joins two
 FIRST_YEAR = 2020
-PICTURE_VERSION = 2  # raised whenever the same seed gives other pictures: part of a folder's settings
+PICTURE_VERSION = 3  # raised whenever the same seed gives other pictures: part of a folder's settings
 
 _SKY, _ROAD, _FACADE, _WINDOW, _SIGN, _TREE, _CAR, _PERSON, _PAVEMENT, _DOOR, _ROOF, _LAMP = range(
     len(LABELS)
@@ -712,7 +713,7 @@ def _make_lot(key, style: _Style, box, fronts, ridge_along_x, config: TownConfig
 
 
 def _plan(seed: int, config: TownConfig):
-    """Streets and lots of a town."""
+    """Streets, lots, parks and the edges of a town."""
     dice, n = _Dice(seed, "plan"), config.streets
     axes = []
     for _ in range(2):
@@ -738,7 +739,7 @@ def _plan(seed: int, config: TownConfig):
     centres = [(dice.real(-0.5, n - 0.5), dice.real(-0.5, n - 0.5), picked[k % len(picked)])
                for k in range(len(picked))]  # fmt: skip
     extent = [(a[0] - 62.0, a[-1] + 62.0) for a in axes]
-    lots = []
+    lots, parks = [], []
     for i in range(-1, n):
         for j in range(-1, n):
             sx, sy = streets
@@ -750,6 +751,9 @@ def _plan(seed: int, config: TownConfig):
             y1 = north.centre - north.half_road - north.pavement if north else extent[1][1]
             near = min(centres, key=lambda c: (c[0] - i - 0.5) ** 2 + (c[1] - j - 0.5) ** 2)
             style, block, d = _STYLES[near[2]], _Dice(seed, "block", i, j), _BLOCK_DEPTH
+            if block.chance(0.06):
+                parks.append((x0, x1, y0, y1))
+                continue
             rows = (
                 (south, True, x0, x1, 2, left, right), (north, True, x0, x1, 3, left, right),
                 (left, False, y0 + d, y1 - d, 0, None, None), (right, False, y0 + d, y1 - d, 1, None, None),
@@ -794,7 +798,7 @@ def _plan(seed: int, config: TownConfig):
                 key = _key(seed, "closing", direction, k, end)
                 style = _STYLES[picked[_Dice(key).integer(len(picked))]]
                 lots.append(_make_lot(key, style, box, tuple(fronts), direction == 0, config))
-    return streets, lots, extent
+    return streets, lots, parks, extent
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -990,7 +994,7 @@ class Town:
         self._cos, self._sin = float(np.cos(turn)), float(np.sin(turn))
         self.turn_deg = float(np.rad2deg(turn))
         self._sun_azimuth = float(np.deg2rad(_Dice(self.seed, "sun").real(130.0, 230.0) + self.turn_deg))
-        self._streets, self._lots, self._extent = _plan(self.seed, self.config)
+        self._streets, self._lots, self._parks, self._extent = _plan(self.seed, self.config)
         lots = self._lots
         self._box = np.array([lot.box for lot in lots])
         self._centre = np.stack([self._box[:, :2].mean(1), self._box[:, 2:].mean(1)], 1)
@@ -1062,6 +1066,11 @@ class Town:
                     at = low + 6.0 * (slot + 0.5)
                     walkers.append((*point(at, side * (street.half_road + 0.6 + 0.6 * street.pavement)), 1.75, 0,
                                     _key(self.seed, "walker", direction, k, side, slot)))  # fmt: skip
+        for k, (x0, x1, y0, y1) in enumerate(self._parks):
+            dice = _Dice(self.seed, "park", k)
+            for _ in range(int((x1 - x0) * (y1 - y0) / 90)):
+                at = dice.real(x0 + 1, x1 - 1), dice.real(y0 + 1, y1 - 1)
+                trees.append((*at, dice.real(4.5, 9.0), dice.integer(12), 0))
         self._trees, self._lamps, self._cars, self._walkers = (
             np.array(a, float).reshape(-1, 5) for a in (trees, lamps, cars, walkers)
         )
@@ -1076,10 +1085,7 @@ class Town:
         lot, change = self._lots[box], self.config.appearance_change
         paint = sum(_key(lot.key, "repaint", y) / 2**32 < change for y in range(1, year + 1))
         shop = sum(_key(lot.key, "new sign", y) / 2**32 < change for y in range(1, year + 1))
-        key = (box, face, paint, shop if lot.is_shop and lot.fronts[face] else 0, density)
-        if not fine and (*key, True) in self._textures:
-            return self._textures[(*key, True)]
-        key = (*key, fine)
+        key = (box, face, paint, shop if lot.is_shop and lot.fronts[face] else 0, density, fine)
         if key not in self._textures:
             x0, x1, y0, y1 = lot.box
             width = y1 - y0 if face < 2 else x1 - x0
@@ -1442,15 +1448,14 @@ class Town:
                     todo.append((ahead[i], kind, aside[i], things[i], dice))
                 elif kind == "walker":
                     dice = _Dice(int(key), year, visit)
-                    if dice.chance(0.24 * share):
-                        shift = dice.real(-2, 2)
-                        todo.append((ahead[i] + 0 * shift, kind, aside[i], things[i], dice))
+                    if dice.chance(0.3 * share):
+                        todo.append((ahead[i], kind, aside[i], things[i], dice))
                 else:
                     todo.append((ahead[i], kind, aside[i], things[i], None))
         todo.sort(key=lambda item: -item[0])
         for ahead, kind, aside, thing, dice in todo[-70:]:
             if kind == "car":
-                self._paint_car(view, light, thing, dice)
+                self._paint_car(view, light, ahead, thing, dice)
             elif kind == "tree":
                 size = thing[2] * (1 + 0.06 * year)
                 tint = np.float32((1, 1, 1, 1))
@@ -1510,7 +1515,7 @@ class Town:
             at = self._lamp_light(view, np.float32(thing[0]), np.float32(thing[1]), np.float32(9.0))
             view.lamp[s][solid] = at * np.float32(0.9)
 
-    def _paint_car(self, view, light, car, dice):
+    def _paint_car(self, view, light, ahead, car, dice):
         """Two boxes, body and cabin; tops are seen because the camera stands higher."""
         x, y, along_x = car[0], car[1], car[2] == 1.0
         colour, variant = np.float32(dice.pick(_CAR_COLOURS)), dice.integer(2)
@@ -1525,10 +1530,12 @@ class Town:
             if light.lamps
             else 0.0
         )
-        for half_l, half_w, z0, z1, back in (
-            (2.1, 0.87, 0.05, 0.86, 0.0),
-            (1.2, 0.76, 0.86, 1.42 + tall, 0.22),
-        ):
+        parts = (
+            ("shadow", 2.25, 1.05, 0.0, 0.02, 0.0),
+            ("body", 2.1, 0.87, 0.05, 0.86, 0.0),
+            ("cabin", 1.2, 0.76, 0.86, 1.42 + tall, 0.22),
+        )
+        for part, half_l, half_w, z0, z1, back in parts[0 if ahead < 25 else 1 :]:
             if back and tall > 0.3:
                 half_l, back = 1.75, 0.3
             cx, cy = (x - forward * back, y) if along_x else (x, y - forward * back)
@@ -1542,11 +1549,11 @@ class Town:
                 along_x,
                 colour,
                 variant,
-                bool(back),
+                part,
                 lamp,
             )
 
-    def _paint_box(self, view, light, box, z0, z1, along_x, colour, variant, cabin, lamp):
+    def _paint_box(self, view, light, box, z0, z1, along_x, colour, variant, part, lamp):
         x0, x1, y0, y1 = box
         corners = [((x - view.ox), (y - view.oy)) for x in (x0, x1) for y in (y0, y1)]
         ahead = [p * view.fx + q * view.fy for p, q in corners]
@@ -1584,13 +1591,16 @@ class Town:
         rows = view.y[a:b, None]
         wall = (rows >= low) & (rows < high) & ok
         top = (rows >= high) & (rows < far) & ok
+        if part == "shadow":
+            view.rgb[:, a:b, c:d][:, top] *= np.float32(0.45)
+            return
         px, py = view.ox + enter * view.dx[c:d], view.oy + enter * view.dy[c:d]
         u = np.where(by_x, (py - y0) / (y1 - y0), (px - x0) / (x1 - x0)).clip(0, 0.999)
         v = ((view.cam + rows * enter - z0) / (z1 - z0)).clip(0, 0.999)
         end = by_x == along_x
         body = np.ones(wall.shape, np.float32)
         rgb = np.zeros((3, *wall.shape), np.float32)
-        if cabin:  # glass between pillars
+        if part == "cabin":  # glass between pillars
             pillar = (u < 0.07) | (u > 0.93) | ((np.abs(u - 0.5) < 0.035) & ~end)
             glass = wall & ~pillar[None, :] & (v < 0.84) & (v > 0.04)
             body[glass] = 0
@@ -1835,21 +1845,19 @@ def plan_shots(town: Town, part: str, images: int | None = None) -> list[Shot]:
                 tilt=round(tilt, 3),
             )
             month = 1 + dice.integer(12)
-            name = _file_name(
-                pose,
-                f"{town.name}{kind[0]}{index:05d}",
-                f"{FIRST_YEAR + year}{month:02d}01",
-                f"{town.name}-{condition}",
+            name = folder_name(
+                pose.east_m,
+                pose.north_m,
+                UTM_ZONE,
+                UTM_LETTER,
+                pano_id=f"{town.name}{kind[0]}{index:05d}",
+                heading_deg=pose.heading_deg,
+                height=pose.height_m,
+                timestamp=f"{FIRST_YEAR + year}{month:02d}01",
+                note=f"{town.name}-{condition}",
             )
             shots.append(Shot(part=part, pose=pose, condition=condition, year=year, visit=visit, name=name))
     return shots
-
-
-def _file_name(pose: Pose, key: str, date: str, note: str) -> str:
-    return (
-        f"@{pose.east_m:.2f}@{pose.north_m:.2f}@{UTM_ZONE}@{UTM_LETTER}@@@{key}@@{pose.heading_deg:.2f}@@@"
-        f"{pose.height_m:.2f}@{date}@{note}@.jpg"
-    )
 
 
 def _shots_of(settings: dict) -> list[tuple[int, list[Shot]]]:
