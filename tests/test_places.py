@@ -122,6 +122,8 @@ def test_a_street_is_not_one_cluster():
     street = Places.build([str(i) for i in range(50)], east_m=np.arange(50) * 5.0, north_m=0.0)
     label = street.with_clusters(25).place
     assert label.max() + 1 == 9  # leaders every 30 m, the first position beyond 25 m, from 0 to 240 m
+    first_come = Places.build(["a", "b", "c"], east_m=[0, 20, 40], north_m=0.0).with_clusters(25)
+    assert first_come.place.tolist() == [0, 0, 1]
     unknown = Places.build(["a", "b"], east_m=[0, np.nan], north_m=[0, np.nan]).with_clusters(25)
     assert unknown.place.tolist() == [0, -1]
 
@@ -242,20 +244,19 @@ def test_positives_equal_a_double_loop(seed, radius_m):
 
 
 def test_exactly_25_metres_in_centimetres_is_inside():
-    # 7-24-25 and 15-20-25 triangles on decimal coordinates, whose binary distances fall on both sides of 25.
+    # 1344^2 + 2108^2 = 880^2 + 2340^2 = 2500^2: 25 m on paper, but not in binary numbers.
     rng = np.random.default_rng(0)
-    base = np.round(rng.uniform(0, 1e6, (300, 2)), 2)
-    legs = np.array([(25, 0), (0, 25), (7, 24), (15, 20)])[rng.integers(0, 4, 300)]
-    for i in range(300):
-        here = Places.build(["r"], east_m=base[i, 0], north_m=base[i, 1])
-        there = Places.build(
-            ["q"], east_m=round(base[i, 0] + legs[i, 0], 2), north_m=round(base[i, 1] + legs[i, 1], 2)
-        )
-        beyond = there.replace(east_m=np.round(there.east_m + 0.01 * np.sign(legs[i, 0] or 1), 2))
-        assert [p.tolist() for p in positives(here, there)] == [[0]]
-        assert len(positives(here, beyond)[0]) == (
-            0 if legs[i, 0] else 1 if math.hypot(25, 0.01) <= 25 else 0
-        )
+    legs = np.array([(25.0, 0.0), (7.0, 24.0), (13.44, 21.08), (8.80, 23.40)])[rng.integers(0, 4, 400)]
+    east, north = np.round(rng.uniform(1e5, 9e5, 400), 2), np.round(rng.uniform(0, 1e7, 400), 2)
+    there_east, there_north = np.round(east + legs[:, 0], 2), np.round(north + legs[:, 1], 2)
+    metres = np.hypot(there_east - east, there_north - north)
+    assert (metres > 25).any() and (metres < 25).any()  # so the test is about something
+    for i in range(400):
+        here = Places.build(["r"], east_m=east[i], north_m=north[i])
+        there = Places.build(["q"], east_m=there_east[i], north_m=there_north[i])
+        assert positives(here, there)[0].tolist() == [0]
+        beyond = there.replace(east_m=round(there_east[i] + 0.01, 2))
+        assert positives(here, beyond)[0].tolist() == []
 
 
 def test_zones_are_searched_apart_and_a_lonely_zone_is_refused():

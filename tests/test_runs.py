@@ -251,7 +251,7 @@ def test_the_log_survives_a_kill(tmp_path):
 
 def test_wall_time_goes_on_after_a_resume(tmp_path):
     run = Run.open(tmp_path, "train", "first", {})
-    write_text(run.path("log.jsonl"), '{"step": 1, "wall_time_s": 100.0}\n')
+    write_text(run.path("log.jsonl"), '{"step": 1, "wall_time_s": 40.0}\n{"step": 2, "wall_time_s": 100.0}\n')
     again = Run.open(tmp_path, "train", "first", {})
     again.finish()
     assert 100 <= load_run(run.dir).wall_time_s < 160
