@@ -197,7 +197,8 @@ def describe(
 ) -> Descriptors:
     """Describe pictures, streaming to disk; go on where an earlier call was stopped.
 
-    The descriptors before the head lie in `out_dir` itself, those of another context in a folder of that name inside it.
+    The descriptors before the head lie in `out_dir` itself, those of another context in a folder inside it whose name starts
+    with the context.
     Descriptors that are there already, from the same model, pictures and settings, are returned at once. A call
     that was killed, at any moment, is continued by the same call, and ends with the same bytes as one that was not.
 
@@ -508,7 +509,9 @@ def _describe_in_context(
         folder = f"{context}-seed{seed}"
     if context.kind == "anchors":
         identity["anchors"] = runs.fingerprint(anchors)
-        folder = f"{context}-{len(anchors)}-{identity['anchors']}"
+        folder = f"{context}-{len(anchors)}-{identity['anchors'][:8]}"
+    # Another head over the same embedding has a folder of its own.
+    folder += f"-{identity['model'][:8]}"
     directory = embedded.path / folder
     found = _finished(directory, identity, overwrite)
     if found is not None:

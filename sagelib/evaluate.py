@@ -357,7 +357,7 @@ def evaluate_many(
     split : str, optional
         Default: the benchmark's own, test for other folders.
     **options
-        Of `evaluate`.
+        Of `evaluate`, but for `name`.
     """
     if names is None:
         found = places_module.available(data_root)
