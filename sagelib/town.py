@@ -112,7 +112,7 @@ class TownConfig:
     fov_jitter_deg: float = 8.0
     occlusion: float = 0.5
     sensor_noise: float = 5.0
-    train_spacing_m: float = 4.5
+    train_spacing_m: float = 4.0
     reference_spacing_m: float = 11.0
     query_conditions: tuple[str, ...] = CONDITIONS
 
@@ -167,6 +167,14 @@ class Pose:
     fov_deg: float = 75.0
     height_m: float = 2.3
     tilt: float = 0.25
+
+    def __post_init__(self):
+        for name, low, high in (("fov_deg", 10, 130), ("height_m", 0.3, 30), ("tilt", -1, 1)):
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name} must lie between {low} and {high}, got {getattr(self, name)}")
+        for name in ("east_m", "north_m", "heading_deg"):
+            if not np.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be a finite number, got {getattr(self, name)}")
 
 
 def city_of(note: str) -> str:
@@ -986,10 +994,7 @@ class Town:
             raise ValueError(f"seed must be a whole number from 0 to 9999, got {seed!r}")
         self.seed, self.config = int(seed), config or TownConfig()
         self.name = f"town{self.seed}"
-        self.origin = (
-            320000.0 + TOWN_GRID_M * (self.seed % 100),
-            5600000.0 + TOWN_GRID_M * (self.seed // 100),
-        )
+        self.origin = self.origin_of(self.seed)
         turn = np.deg2rad(_Dice(self.seed, "turn").real(-45.0, 45.0))
         self._cos, self._sin = float(np.cos(turn)), float(np.sin(turn))
         self.turn_deg = float(np.rad2deg(turn))
@@ -1006,6 +1011,11 @@ class Town:
         self._atlas = np.zeros((2, 1 << 20), np.uint32)
         self._used = 0
         self._place_furniture()
+
+    @staticmethod
+    def origin_of(seed: int) -> tuple[float, float]:
+        """UTM east and north of the centre of a town, in metres."""
+        return 320000.0 + TOWN_GRID_M * (seed % 100), 5600000.0 + TOWN_GRID_M * (seed // 100)
 
     # -- frames ------------------------------------------------------------------------------------------------
 
@@ -1311,6 +1321,8 @@ class Town:
         rel = self._centre - (view.ox, view.oy)
         forward = rel @ np.array([view.fx, view.fy])
         near = np.flatnonzero((forward > -20) & (np.abs(rel).max(1) < _VIEW_M + 20))
+        if not len(near):  # a camera outside the town
+            return
         box = self._box[near]
         with np.errstate(divide="ignore"):
             ix, iy = 1 / view.dx[:, None], 1 / view.dy[:, None]
@@ -1803,6 +1815,9 @@ def plan_shots(town: Town, part: str, images: int | None = None) -> list[Shot]:
     list of Shot
         Two for each station: along the street and across it, in turn forwards and backwards, left and right.
     """
+    parts = ("train/database", "val/database", "val/queries", "test/database", "test/queries")
+    if part not in parts:
+        raise ValueError(f"part must be one of {', '.join(parts)}, got {part!r}")
     config, shots = town.config, []
     split, kind = part.split("/")
     spacing = config.train_spacing_m if split == "train" else config.reference_spacing_m

@@ -1,0 +1,385 @@
+"""The town: the same bytes from the same seed, geometry that agrees with itself, and folders that survive a kill."""
+
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.spatial import cKDTree
+
+from sagelib import places
+from sagelib.town import (
+    CONDITIONS,
+    LABELS,
+    SEED_RANGES,
+    Pose,
+    Town,
+    TownConfig,
+    city_of,
+    condition_of,
+    plan_shots,
+    write_town,
+)
+
+L = {name: number for number, name in enumerate(LABELS)}
+PARTS = ("train/database", "val/database", "val/queries", "test/database", "test/queries")
+
+
+@pytest.fixture(scope="module")
+def town():
+    return Town(1110)
+
+
+@pytest.fixture(scope="module")
+def shots(town):
+    return plan_shots(town, "test/queries")
+
+
+def _files(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.glob("images/**/*.jpg"))}
+
+
+def _write(folder, **changes):
+    settings = dict(
+        train_seeds=(1000,), val_seeds=(), test_seeds=(1110,), images_per_town=6, size=32, progress=False
+    )
+    return write_town(folder, **{**settings, **changes})
+
+
+# -- pictures ---------------------------------------------------------------------------------------------------
+
+
+def test_same_seed_same_bytes_whatever_was_rendered_before(town, shots):
+    def render(a_town, shot):
+        return a_town.render(shot.pose, shot.condition, 48, year=shot.year, visit=shot.visit)
+
+    some = shots[:60:5]
+    once = [render(town, s) for s in some]
+    other = Town(1110)
+    again = [render(other, s) for s in reversed(some)][::-1]
+    for a, b in zip(once, again, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert not np.array_equal(once[0], Town(1111).render(some[0].pose, some[0].condition, 48))
+
+
+def test_shapes_and_types(town, shots):
+    rgb, labels, depth = town.render(shots[0].pose, "day", (40, 64), labels=True, depth=True)
+    assert rgb.shape == (40, 64, 3) and rgb.dtype == np.uint8
+    assert labels.shape == (40, 64) and labels.dtype == np.uint8 and labels.max() < len(LABELS)
+    assert depth.shape == (40, 64) and depth.dtype == np.float32
+    np.testing.assert_array_equal(np.isinf(depth), labels == L["sky"])
+    assert depth.min() > 0.2
+    alone = town.render(shots[0].pose, "day", (40, 64))
+    np.testing.assert_array_equal(alone, rgb)
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_sky_lies_above_the_road(town, shots, condition):
+    seen = 0
+    for shot in shots[:24:2]:  # the even ones look along the street
+        _, labels = town.render(shot.pose, condition, 48, labels=True)
+        rows = np.arange(48)[:, None]
+        sky, road = labels == L["sky"], labels == L["road"]
+        if sky.any() and road.any():
+            assert np.max(rows * sky) < np.min(np.where(road, rows, 48))
+            seen += 1
+    assert seen >= 8
+
+
+def test_the_same_place_by_night_is_the_same_geometry(town, shots):
+    for shot in shots[3:40:9]:
+        day = town.render(shot.pose, "day", 64, year=shot.year, visit=7, labels=True, depth=True)
+        for condition in CONDITIONS[1:]:
+            other = town.render(shot.pose, condition, 64, year=shot.year, visit=7, labels=True, depth=True)
+            np.testing.assert_array_equal(day[1], other[1])
+            np.testing.assert_array_equal(day[2], other[2])
+            assert np.abs(day[0].astype(int) - other[0]).mean() > 4
+
+
+def test_night_is_darker_and_its_windows_are_lit(town, shots):
+    day, night, labels = [], [], []
+    for shot in shots[1:80:6]:
+        a, b = town.render(shot.pose, "day", 64, labels=True)
+        day.append(a), labels.append(b)
+        night.append(town.render(shot.pose, "night", 64))
+    day, night, labels = np.stack(day).mean(-1), np.stack(night).mean(-1), np.stack(labels)
+    assert night.mean() < 0.5 * day.mean()
+    window, wall = labels == L["window"], labels == L["facade"]
+    assert night[window].mean() > night[wall].mean()
+    assert day[window].mean() < day[wall].mean()
+
+
+def test_fog_takes_contrast_with_depth(town, shots):
+    near, far = [], []
+    for shot in shots[:40:2]:
+        day, depth = town.render(shot.pose, "day", 64, depth=True)
+        fog = town.render(shot.pose, "fog", 64)
+        for part, out in (((depth < 9), near), ((depth > 45) & np.isfinite(depth), far)):
+            if part.sum() > 50:
+                out.append(fog[part].std() / day[part].std())
+    assert np.median(far) < 0.4 < np.median(near)
+
+
+def test_depth_of_the_road_is_the_camera_s_arithmetic(town, shots):
+    pose = replace(shots[0].pose, height_m=2.0, tilt=0.0, fov_deg=90.0)
+    _, labels, depth = town.render(pose, "day", 60, labels=True, depth=True, oversample=1)
+    # 90 degrees: focal length of half the width; row i looks down by (i + 0.5 - 30) / 30
+    expected = 2.0 / ((np.arange(60) + 0.5 - 30) / 30)
+    rows, columns = np.nonzero(labels == L["road"])
+    assert len(rows) > 100
+    np.testing.assert_allclose(depth[rows, columns], expected[rows], rtol=1e-5)
+
+
+def test_walls_lie_on_the_plan(town, shots):
+    """Every facade pixel, carried out by its depth in UTM, ends on the outline of a building of the plan."""
+    n = 48
+    for shot in shots[:30:5]:
+        pose = replace(shot.pose, fov_deg=70.0)
+        _, labels, depth = town.render(pose, "day", n, labels=True, depth=True, oversample=1)
+        rows, columns = np.nonzero((labels == L["facade"]) | (labels == L["window"]) | (labels == L["door"]))
+        assert len(rows) > 50
+        aside = (columns + 0.5 - n / 2) / (n / 2) * np.tan(np.deg2rad(35.0))
+        a = np.deg2rad(pose.heading_deg)
+        east = pose.east_m + depth[rows, columns] * (np.sin(a) + aside * np.cos(a))
+        north = pose.north_m + depth[rows, columns] * (np.cos(a) - aside * np.sin(a))
+        x, y = town._from_utm(east, north)
+        x0, x1, y0, y1 = town._box.T[:, :, None]
+        outside = np.maximum(np.maximum(x0 - x, x - x1), np.maximum(y0 - y, y - y1))
+        assert np.abs(outside).min(axis=0).max() < 0.01
+
+
+def test_years_repaint_and_only_if_asked(shots):
+    """Without change the walls of two years are equal but for noise and exposure; with it they are not."""
+    differences = {}
+    for change in (0.0, 1.0):
+        town = Town(1110, TownConfig(appearance_change=change, occlusion=0, sensor_noise=0))
+        found = []
+        for shot in shots[1:40:4]:
+            (a, labels_a), (b, labels_b) = (
+                town.render(shot.pose, "fog", 48, year=year, labels=True, oversample=1) for year in (0, 3)
+            )
+            wall = (labels_a == L["facade"]) & (labels_b == L["facade"])
+            a, b = a[wall].astype(float), b[wall].astype(float)
+            found.append(np.abs(a / a.mean() - b / b.mean()).mean())
+        differences[change] = np.median(found)
+    assert differences[0.0] < 0.01
+    assert differences[1.0] > 5 * differences[0.0]
+
+
+def test_occlusion_brings_cars_and_persons(shots):
+    share = []
+    for occlusion in (0.0, 0.3, 1.0):
+        town = Town(1110, TownConfig(occlusion=occlusion))
+        labels = [town.render(s.pose, "day", 32, labels=True)[1] for s in shots[:40:2]]
+        share.append(np.isin(np.stack(labels), (L["car"], L["person"])).mean())
+    assert share[0] == 0 and share[0] < share[1] < share[2]
+
+
+def test_every_label_is_seen_somewhere(town, shots):
+    seen = set()
+    for shot in shots[::3]:
+        seen |= set(np.unique(town.render(shot.pose, "day", 64, visit=shot.visit, labels=True)[1]).tolist())
+    assert {LABELS[k] for k in seen} == set(LABELS)
+
+
+def test_turning_the_camera_moves_the_picture_the_other_way(town, shots):
+    pose = replace(shots[0].pose, fov_deg=60.0)
+    _, a = town.render(pose, "day", 64, depth=True)
+    turned = replace(pose, heading_deg=pose.heading_deg + 12)
+    _, b = town.render(turned, "day", 64, depth=True)
+    # what was right of the middle by 12 degrees now stands in the middle column
+    shift = round(np.tan(np.deg2rad(12)) / np.tan(np.deg2rad(30)) * 32)
+    row = 32
+    right = np.abs(b[row, 28:36] - a[row, 28 + shift : 36 + shift]) / b[row, 28:36]
+    left = np.abs(b[row, 28:36] - a[row, 28 - shift : 36 - shift]) / b[row, 28:36]
+    assert np.median(right) < 0.2
+    assert np.median(right) < np.median(left)
+
+
+# -- poses ------------------------------------------------------------------------------------------------------
+
+
+def test_seed_ranges_never_meet():
+    ranges = list(SEED_RANGES.values())
+    assert len(set().union(*ranges)) == sum(len(r) for r in ranges)
+
+
+def test_towns_lie_kilometres_apart_in_one_zone():
+    seeds = [s for r in SEED_RANGES.values() for s in r]
+    origins = np.array([Town.origin_of(s) for s in seeds])
+    nearest = cKDTree(origins).query(origins, k=2)[0][:, 1]
+    assert nearest.min() >= 2000
+    assert 166_000 < origins[:, 0].min() and origins[:, 0].max() < 834_000
+    east, north = Town.origin_of(1000)
+    shots = plan_shots(Town(1000), "train/database")
+    assert max(np.hypot(s.pose.east_m - east, s.pose.north_m - north) for s in shots) < 500
+
+
+@pytest.mark.parametrize("seed", [1100, 1110, 1112])
+def test_every_query_has_a_positive_that_looks_the_same_way(seed):
+    town, split = Town(seed), "val" if seed in SEED_RANGES["val"] else "test"
+    refs, queries = (
+        np.array(
+            [(s.pose.east_m, s.pose.north_m, s.pose.heading_deg) for s in plan_shots(town, f"{split}/{kind}")]
+        )
+        for kind in ("database", "queries")
+    )
+    near = np.hypot(*(queries[:, None, :2] - refs[None, :, :2]).transpose(2, 0, 1)) <= 25
+    turn = np.abs((queries[:, None, 2] - refs[None, :, 2] + 180) % 360 - 180)
+    assert near.any(1).all()
+    assert (near & (turn < 15)).any(1).all()
+    assert 100 <= len(refs) == len(queries) <= 300
+
+
+@pytest.mark.parametrize("seed", [1000, 1001, 7])
+def test_every_training_image_belongs_to_a_clique_of_ten(seed):
+    """Images within 12.5 m of one of them are pairwise within 25 m: a clique of the graph, by the triangle."""
+    shots = plan_shots(Town(seed), "train/database")
+    at = np.array([(s.pose.east_m, s.pose.north_m) for s in shots])
+    near = np.hypot(*(at[:, None] - at[None]).transpose(2, 0, 1)) <= 12.5
+    large = near.sum(1) >= 10
+    assert near[:, large].any(1).all()
+    assert 350 <= len(shots) <= 750
+
+
+def test_queries_come_by_condition_and_from_later_years(shots):
+    for condition in CONDITIONS:
+        assert sum(s.condition == condition for s in shots) >= len(shots) // 6
+    assert {s.year for s in shots} == {1, 2, 3}
+    # a condition never goes with one direction of view only
+    looks = {(s.condition, i % 2) for i, s in enumerate(shots)}
+    assert len(looks) == 2 * len(CONDITIONS)
+    refs = plan_shots(Town(1110), "test/database")
+    assert {(s.condition, s.year) for s in refs} == {("day", 0)}
+
+
+def test_jitter_stays_within_its_limits():
+    calm = TownConfig(viewpoint_jitter_m=0, heading_jitter_deg=0, fov_jitter_deg=0)
+    town = Town(1110, calm)
+    refs, queries = plan_shots(town, "test/database"), plan_shots(town, "test/queries")
+    for a, b in zip(refs, queries, strict=True):
+        assert (a.pose.east_m, a.pose.north_m, a.pose.heading_deg) == (
+            b.pose.east_m,
+            b.pose.north_m,
+            b.pose.heading_deg,
+        )
+        assert a.pose.fov_deg == b.pose.fov_deg
+    shaken = plan_shots(Town(1110), "test/queries")
+    moved = [
+        np.hypot(a.pose.east_m - b.pose.east_m, a.pose.north_m - b.pose.north_m)
+        for a, b in zip(refs, shaken, strict=True)
+    ]
+    assert 1 < np.mean(moved) and max(moved) <= np.hypot(3.0, 1.0) + 0.02
+
+
+# -- folders ----------------------------------------------------------------------------------------------------
+
+
+def test_folder_reads_back_as_places(small_town):
+    for part, n in zip(PARTS, (48,) * 5, strict=True):
+        table = places.read_folder(small_town / "images" / part)
+        assert len(table) == n
+        assert set(table.utm_zone) == {"31U"}
+        assert np.isfinite(table.heading_deg).all()
+        assert len(set(table.key)) == n
+        assert set(table.city) == {city_of(note) for note in table.note}
+        assert {condition_of(note) for note in table.note} <= set(CONDITIONS)
+        with Image.open(table.path[0]) as picture:
+            assert picture.size == (56, 56) and picture.mode == "RGB"
+    found = places.open_set(small_town.parent, small_town.name)
+    assert all(len(p) > 0 for p in places.positives(found.database, found.queries))
+
+
+def test_second_call_changes_nothing_and_a_lost_file_comes_back(tmp_path):
+    folder = _write(tmp_path / "t")
+    before = _files(folder)
+    stamps = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+    assert _write(folder) == folder
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()} == stamps
+    lost = sorted(folder.glob("images/**/*.jpg"))[4]
+    lost.unlink()
+    _write(folder)
+    assert _files(folder) == before
+
+
+def test_processes_write_the_same_bytes(tmp_path):
+    assert _files(_write(tmp_path / "one")) == _files(_write(tmp_path / "two", workers=2))
+
+
+def test_a_killed_run_is_unfinished_and_resumes_to_equal_bytes(tmp_path):
+    whole = _files(_write(tmp_path / "whole", images_per_town=40))
+    folder = tmp_path / "killed"
+    code = (
+        "from sagelib.town import write_town; write_town("
+        f"{str(folder)!r}, train_seeds=(1000,), val_seeds=(), test_seeds=(1110,), images_per_town=40, size=32, progress=False)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code])
+    deadline = time.monotonic() + 60
+    while len(list(folder.glob("images/**/@*.jpg"))) < 5:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    part = [p for p in folder.glob("images/**/@*.jpg")]
+    assert not (folder / "manifest.json").exists()
+    assert 5 <= len(part) < len(whole)
+    (folder / "images/train/database/.tmp-dead-left.jpg").write_bytes(b"half")
+    _write(folder, images_per_town=40)
+    assert _files(folder) == whole
+    assert (folder / "manifest.json").exists()
+
+
+def test_other_settings_are_refused_by_name(tmp_path):
+    _write(tmp_path / "t")
+    with pytest.raises(ValueError, match="other settings .*size"):
+        _write(tmp_path / "t", size=48)
+    with pytest.raises(ValueError, match="other settings .*config"):
+        _write(tmp_path / "t", config=TownConfig(occlusion=0.1))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "holiday.jpg").write_bytes(b"x")
+    with pytest.raises(ValueError, match="not empty"):
+        _write(tmp_path / "mine")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"train_seeds": (1110,)}, "train_seeds must lie in 1000 to 1099 or 0 to 999, got 1110"),
+        ({"test_seeds": (3,)}, "test_seeds must lie in 1110 to 1119, got 3"),
+        ({"train_seeds": (5, 5)}, "twice"),
+        ({"images_per_town": 0}, "images_per_town must be at least 1"),
+        ({"size": 4}, "size must lie between 16 and 2048, got 4"),
+        ({"workers": 0}, "workers"),
+    ],
+)
+def test_bad_arguments_of_write_town(tmp_path, changes, words):
+    with pytest.raises(ValueError, match=words):
+        _write(tmp_path / "t", **changes)
+    assert not (tmp_path / "t").exists()
+
+
+def test_bad_arguments_elsewhere(town, shots):
+    with pytest.raises(
+        ValueError, match="condition must be one of day, dusk, night, rain, fog, snow, got 'noon'"
+    ):
+        town.render(shots[0].pose, "noon")
+    with pytest.raises(ValueError, match="year must be 0 or later, got -1"):
+        town.render(shots[0].pose, year=-1)
+    with pytest.raises(ValueError, match="size must be at least 8"):
+        town.render(shots[0].pose, size=4)
+    with pytest.raises(ValueError, match="occlusion must lie between 0 and 1, got 1.5"):
+        TownConfig(occlusion=1.5)
+    with pytest.raises(ValueError, match="'noon'"):
+        TownConfig(query_conditions=("noon",))
+    with pytest.raises(ValueError, match="at least one condition"):
+        TownConfig(query_conditions=())
+    with pytest.raises(ValueError, match="seed must be a whole number"):
+        Town(-1)
+    with pytest.raises(ValueError, match="part must be one of"):
+        plan_shots(town, "test/databse")
+    with pytest.raises(ValueError, match="fov_deg must lie between"):
+        Pose(east_m=0, north_m=0, heading_deg=0, fov_deg=180)
