@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "PictureError",
     "PlaceImages",
     "Preprocess",
     "TrainTransform",
@@ -36,6 +37,17 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 MODES = ("paper", "antialias", "autocontrast")
 
 
+class PictureError(ValueError):
+    """A picture does not decode; the sentence names the file."""
+
+    def __init__(self, message: str) -> None:
+        # torch's loader raises the error of a worker process anew, with the worker's whole traceback as its
+        # message; the sentence is the traceback's last line.
+        if message.startswith("Caught "):
+            message = message.strip().splitlines()[-1].partition(": ")[2]
+        super().__init__(message)
+
+
 def load_image(path: str | os.PathLike) -> Image.Image:
     """Decode one picture wholly, as RGB, upright.
 
@@ -46,8 +58,8 @@ def load_image(path: str | os.PathLike) -> Image.Image:
     ------
     FileNotFoundError
         If there is no such file.
-    ValueError
-        If it does not decode as a picture; the sentence names the file.
+    PictureError
+        A ValueError, if it does not decode as a picture; the sentence names the file.
     """
     try:
         with Image.open(path) as picture:
@@ -57,7 +69,7 @@ def load_image(path: str | os.PathLike) -> Image.Image:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         # Pillow's own sentence may repeat the file's name; what counts is its last part.
         reason = str(error).replace(f" '{os.fspath(path)}'", "").replace(f" {os.fspath(path)!r}", "")
-        raise ValueError(
+        raise PictureError(
             f"{os.fspath(path)}: this picture does not decode ({reason}); replace or remove the file"
         ) from None
 

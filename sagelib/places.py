@@ -1545,6 +1545,9 @@ def open_set(
 
     Notes
     -----
+    A benchmark is looked for under the folder names of `Benchmark.folders`: sped, amstertime, msls,
+    pitts30k, tokyo247, pitts250k, nordland, eynsham, as the VPR-datasets-downloader project writes them.
+
     ``nordland-2760`` swaps the seasons of the full set (winter references, summer queries) and asks for every
     tenth frame; a folder ``nordland-2760`` of one's own is taken as it is. ``msls-val-full`` takes all of the
     validation queries (about 11,000 after conversion), and is another benchmark than ``msls-val``.
