@@ -868,6 +868,7 @@ class _Loop:
             with np.load(replay) as stored:
                 made = [(stored[f"0_{i}"], stored[f"1_{i}"]) for i in range(int(stored["calls"]))]
                 source.sampler.refresh(int(stored["epoch"]), lambda indices: _replayed(made, indices))
+                record = made if int(stored["epoch"]) == number else []
         if source.sampler.needs_refresh(number):
 
             def describe(indices: np.ndarray) -> np.ndarray:

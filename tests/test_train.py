@@ -22,6 +22,7 @@ from sagelib.model import SAGE
 from sagelib.places import Places, open_set
 from sagelib.sampler import CliqueSampler
 from sagelib.tokens import open_tokens
+from sagelib.town import write_town
 from sagelib.train import (
     TrainConfig,
     build_loss,
@@ -55,6 +56,7 @@ TINY = {
     "tensorboard": False,
 }
 HEAD = {"interact": True, "interact_options": {"segment_width": 32, "heads": 4, "layers": 1, "ffn": 32}}
+STEADY = {"dropout": 0.0, "schedule": "none"}
 QUIET = {"device": "cpu", "progress": False}
 
 
@@ -63,8 +65,23 @@ def tiny(**changes) -> TrainConfig:
 
 
 @pytest.fixture(scope="module")
-def mined(small_town) -> Places:
-    return training_places(small_town)
+def town(tmp_path_factory) -> Path:
+    """Two towns to train in, one to validate in: large enough for a few places a batch."""
+    folder = tmp_path_factory.mktemp("town") / "pair"
+    return write_town(
+        folder,
+        train_seeds=(1000, 1001),
+        val_seeds=(1100,),
+        test_seeds=(),
+        images_per_town=64,
+        size=56,
+        progress=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def mined(town) -> Places:
+    return training_places(town)
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +91,8 @@ def labelled(mined) -> Places:
 
 
 @pytest.fixture(scope="module")
-def validation(small_town):
-    return open_set(small_town.parent, small_town.name, split="val")
+def validation(town):
+    return open_set(town.parent, town.name, split="val")
 
 
 def run_once(root, config, name="run", **data):
@@ -93,8 +110,8 @@ def assert_same_weights(a, b) -> None:
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
-def without_times(lines: list[dict]) -> list[dict]:
-    """Log lines without what a clock or a speed says."""
+def without_times(lines: list[dict]) -> list[str]:
+    """Log lines without what a clock or a speed says, as text (in which a NaN equals itself)."""
 
     def clean(value):
         if isinstance(value, dict):
@@ -105,7 +122,7 @@ def without_times(lines: list[dict]) -> list[dict]:
             }
         return value
 
-    return [clean(line) for line in lines]
+    return [json.dumps(clean(line)) for line in lines]
 
 
 # -- configuration, loss, schedule -------------------------------------------------------------------------------------
@@ -215,22 +232,23 @@ def learned(tmp_path_factory, mined, validation):
 def test_the_loss_falls_and_leaves_the_plateau(learned):
     result = learned[2]
     losses = [line["loss"] for line in result.lines("epoch") if line["epoch"]]
-    assert losses[-1] < 0.75 * losses[0]
+    assert losses[-1] < 0.85 * losses[0]
     plateau = result.metrics["plateau"]
     assert plateau["value"] == pytest.approx(plateau_value(3, 2))
-    assert not plateau["ended_there"] and plateau["gap"] > 0.2 and plateau["sentence"] == ""
+    assert not plateau["ended_there"] and plateau["gap"] > 0.1 and plateau["sentence"] == ""
 
 
-def test_a_run_tells_what_happened(learned):
-    root, config, result = learned
+def test_a_run_tells_what_happened(learned, validation):
+    asked = len(validation.queries)
+    _, config, result = learned
     steps, epochs = result.lines("step"), result.lines("epoch")
     assert [line["step"] for line in steps] == list(range(2, 41, 2))
     assert [line["epoch"] for line in epochs] == [0, 1, 2, 3, 4]
     assert all(0 <= line["live"] <= 1 and line["images_per_s"] > 0 for line in steps)
     assert steps[0]["lr"] == pytest.approx(config.lr * rate_factor(config, 1, 40))
     for line in epochs:
-        assert line["context"] == "none" and line["queries"] == 48
-        assert line["recall"]["1"] == pytest.approx(100 * line["hits"]["1"] / 48)
+        assert line["context"] == "none" and line["queries"] == asked
+        assert line["recall"]["1"] == pytest.approx(100 * line["hits"]["1"] / asked)
     changed = [line["graph"]["mined"] for line in epochs[2:]]
     assert all(g["edges_gained"] + g["edges_kept"] <= g["edges"] for g in changed)
     best = max((line["hits"]["1"], line["hits"]["5"], line["hits"]["10"]) for line in epochs)
@@ -333,8 +351,8 @@ def test_other_losses_of_the_library_train_too(tmp_path, mined):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory, mined, validation):
-    """A short float32 run without dropout, which others must agree with."""
-    return run_once(tmp_path_factory.mktemp("plain"), tiny(dropout=0.0), mined=mined, validation=validation)
+    """A short float32 run without dropout, which others must agree with; its batches do not depend on descriptors."""
+    return run_once(tmp_path_factory.mktemp("plain"), tiny(**STEADY), mined=mined, validation=validation)
 
 
 def losses_of(result) -> np.ndarray:
@@ -355,7 +373,7 @@ def losses_of(result) -> np.ndarray:
 )
 def test_other_ways_to_the_same_losses(tmp_path, plain, mined, validation, changes, tolerance):
     """Chunks, stored tokens, lower precision and workers change how a loss is computed, and not which."""
-    result = run_once(tmp_path, tiny(dropout=0.0, **changes), mined=mined, validation=validation)
+    result = run_once(tmp_path, tiny(**STEADY, **changes), mined=mined, validation=validation)
     np.testing.assert_allclose(losses_of(result), losses_of(plain), rtol=tolerance, atol=tolerance)
 
 
@@ -367,7 +385,7 @@ def test_accumulated_batches_are_the_mean_of_their_gradients(tmp_path, mined):
     np.testing.assert_allclose(double, single.reshape(-1, 2).mean(axis=1), rtol=1e-5)
 
 
-def test_two_processes_train_like_one(tmp_path, small_town, mined, labelled):
+def test_two_processes_train_like_one(tmp_path, town, mined, labelled):
     """Half of each batch in each process, descriptors gathered with a gradient: the same losses and weights."""
     parameters = tmp_path / "two.yaml"
     changes = {**HEAD, "dropout": 0.0, "augment": 2}
@@ -385,7 +403,7 @@ def test_two_processes_train_like_one(tmp_path, small_town, mined, labelled):
         }
         started.append(
             subprocess.Popen(
-                command(parameters, small_town, tmp_path, "two"),
+                command(parameters, town, tmp_path, "two"),
                 env={**os.environ, **environment, "MASTER_PORT": port, "OMP_NUM_THREADS": "1"},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -393,7 +411,7 @@ def test_two_processes_train_like_one(tmp_path, small_town, mined, labelled):
             )
         )
     config = TrainConfig.from_mapping(yaml.safe_load(parameters.read_text()))
-    validation = open_set(small_town.parent, small_town.name, split="val")
+    validation = open_set(town.parent, town.name, split="val")
     one = run_once(tmp_path, config, name="one", mined=mined, validation=validation)
     for process in started:
         said, _ = process.communicate(timeout=120)
@@ -417,7 +435,7 @@ def command(parameters, town, root, name) -> list[str]:
     ]
 
 
-def test_three_kills_at_random_moments_change_no_bit(tmp_path, small_town, mined, validation):
+def test_three_kills_at_random_moments_change_no_bit(tmp_path, town, mined, validation):
     """Augmentation, dropout, anchors and a graph from the model's own descriptors, stopped by SIGKILL wherever it is."""
     parameters = tmp_path / "kill.yaml"
     changes = {
@@ -436,7 +454,7 @@ def test_three_kills_at_random_moments_change_no_bit(tmp_path, small_town, mined
     moments = random.Random()
     for number in range(3):
         process = subprocess.Popen(
-            command(parameters, small_town, tmp_path, "killed"),
+            command(parameters, town, tmp_path, "killed"),
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -482,19 +500,20 @@ def stop_at(monkeypatch, step: int) -> None:
         {"refresh_every": 3, "top_k": 2, "epochs": 4},
         {"graph_descriptors": "training", "node_descriptor": "cluster"},
         {**HEAD, "train_context": "half", "graph_context": "solo", "data_init": 16, "clip_norm": 1.0},
-        {"precision": "float16", "batches_per_epoch": 6},
+        {"precision": "float16", "batches_per_epoch": 2},
     ],
     ids=lambda changes: "-".join(changes),
 )
 def test_resumed_runs_repeat_whole_ones(tmp_path, mined, labelled, validation, monkeypatch, changes):
-    """Stopped in each epoch once: weights and log are those of a run that was never stopped."""
+    """Stopped in two epochs: weights and log are those of a run that was never stopped."""
     config = tiny(**changes)
     data = {"mined": mined, "validation": validation}
     if config.train_context == "half":
         data["labelled"] = labelled
     whole = run_once(tmp_path, config, name="whole", **data)
     per_epoch = -(-config.batches_per_epoch // config.accumulate)
-    for step in range(1, config.epochs * per_epoch, per_epoch):
+    for epoch in (1, 2) if config.epochs == 2 else (2, config.epochs):
+        step = (epoch - 1) * per_epoch + 1
         with monkeypatch.context() as patch:
             stop_at(patch, step)
             with pytest.raises(Stopped):
@@ -580,12 +599,12 @@ def test_a_warm_store_never_runs_the_prefix(tmp_path, small_model, mined, valida
 def test_the_bytes_are_told_and_refused_above_the_limit(tmp_path, small_model, mined, capsys):
     preprocess = training.Preprocess(56)
     with pytest.raises(
-        ValueError, match=r"48 images would take 0.000313 GB.*more than cache_limit_gb = 0.0003"
+        ValueError, match=r"128 images would take 0.000836 GB.*more than cache_limit_gb = 0.0008"
     ):
-        open_tokens(tmp_path, small_model, mined, preprocess=preprocess, limit_gb=0.0003, progress=False)
+        open_tokens(tmp_path, small_model, mined, preprocess=preprocess, limit_gb=0.0008, progress=False)
     assert not list(tmp_path.iterdir())
-    open_tokens(tmp_path, small_model, mined, preprocess=preprocess, limit_gb=0.0004, progress=True)
-    assert "0.000313 GB on disk" in capsys.readouterr().out
+    open_tokens(tmp_path, small_model, mined, preprocess=preprocess, limit_gb=0.0009, progress=True)
+    assert "0.000836 GB on disk" in capsys.readouterr().out
 
 
 def test_a_killed_build_goes_on_and_other_things_get_other_stores(tmp_path, small_model, mined, monkeypatch):
@@ -655,7 +674,7 @@ def test_half_needs_two_sources_and_anchors_a_head_with_some(tmp_path, mined):
         run_once(tmp_path, tiny(**HEAD, train_context="half"), name="half", mined=mined)
     with pytest.raises(ValueError, match="context 'solo' needs a cross-image head"):
         run_once(tmp_path, tiny(graph_context="solo"), name="solo", mined=mined)
-    with pytest.raises(ValueError, match="anchors asks for 999 training images, and there are 48"):
+    with pytest.raises(ValueError, match="anchors asks for 999 training images, and there are 128"):
         run_once(tmp_path, tiny(**HEAD, train_context="anchors", anchors=999), name="anchors", mined=mined)
 
 
@@ -663,7 +682,7 @@ def test_a_loss_that_is_not_finite(tmp_path, mined):
     with pytest.raises(
         FloatingPointError, match=r"the loss is nan at step 2, with a learning rate of .*: lower lr"
     ):
-        run_once(tmp_path, tiny(lr=1e38, lr_schedule="constant"), mined=mined)
+        run_once(tmp_path, tiny(lr=1e30, lr_schedule="constant"), mined=mined)
 
 
 @pytest.mark.parametrize(
@@ -684,10 +703,10 @@ def test_not_enough_memory(tmp_path, mined, monkeypatch, error):
         run_once(tmp_path, tiny(), mined=mined)
 
 
-def test_the_command_says_one_sentence(tmp_path, small_town, capsys):
+def test_the_command_says_one_sentence(tmp_path, town, capsys):
     parameters = tmp_path / "wrong.yaml"
     parameters.write_text(yaml.safe_dump({**TINY, "lr": -1.0}))
-    assert training.main(command(parameters, small_town, tmp_path, "wrong")[3:]) == 1
+    assert training.main(command(parameters, town, tmp_path, "wrong")[3:]) == 1
     assert capsys.readouterr().err == "python -m sagelib.train: lr must be a number > 0, got -1.0\n"
     assert training.main(["--data", str(tmp_path), "--runs", str(tmp_path), "--name", "x"]) == 1
     assert "no set with a training part" in capsys.readouterr().err
