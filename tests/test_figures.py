@@ -1,0 +1,621 @@
+"""Every figure: it shows the numbers that it was given, nothing is cut off, and nothing global changes."""
+
+import json
+import re
+
+import matplotlib
+import numpy as np
+import plotly.graph_objects as go
+import pytest
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from PIL import Image
+
+from sagelib import figures
+from sagelib.figures import PALETTE, RIGHT, WRONG
+
+RNG = np.random.default_rng(0)
+EAST = 551_000 + RNG.uniform(0, 300, 80)
+NORTH = 4_182_000 + RNG.choice([0.0, 60, 120], 80)
+IMAGES = [RNG.integers(0, 255, (28, 28, 3), dtype=np.uint8) for _ in range(9)]
+EDGES = np.stack([np.arange(79), np.arange(1, 80)], axis=1)
+WEIGHT = -RNG.uniform(0, 30, 79)
+METHODS = ["frozen GeM", "SALAD", "EMVP's probing", "SAGE"]
+PLACE = np.repeat(np.arange(10), 6)
+POINTS = {name: RNG.normal(size=(60, 2)) + PLACE[:, None] for name in METHODS}
+AID = {name: (0.8, 0.7, 0.9) for name in METHODS}
+CLASS_AID = {name: {int(p): 0.8 for p in range(10)} for name in METHODS}
+AUDIT = {
+    "n": [2, 4, 8, 16, 32],
+    "sorted": [99, 97, 93, 88, 80],
+    "shuffled": RNG.normal(56, 1, (5, 4)),
+    "none": 57.0,
+    "solo": 54.0,
+    "anchors": 58.0,
+    "interval": 4.5,
+    "aligned": True,
+}
+RECALL = RNG.uniform(40, 90, (4, 3))
+RECALL[1, 2] = np.nan
+
+GALLERY = {
+    "place_map": lambda: figures.place_map(
+        EAST, NORTH, group=["database", "queries"] * 40, heading_deg=[90, np.nan] * 40
+    ),
+    "place_map, cities": lambda: figures.place_map(
+        np.tile(EAST, 8),
+        np.tile(NORTH, 8),
+        panel=np.repeat([f"city {i}" for i in range(8)], 80),
+        title="Cities",
+    ),
+    "images_per_place": lambda: figures.images_per_place(RNG.integers(-1, 40, 500)),
+    "distance_histogram": lambda: figures.distance_histogram(RNG.exponential(12, 300)),
+    "distance_histogram, wide": lambda: figures.distance_histogram(np.exp(RNG.normal(3, 3, 300))),
+    "heading_rose": lambda: figures.heading_rose(RNG.uniform(0, 360, 200)),
+    "dates": lambda: figures.dates(
+        np.datetime64("2012-01-01") + RNG.integers(0, 3000, 300).astype("timedelta64[D]"),
+        group=["a", "b", "c"] * 100,
+    ),
+    "contact_sheet": lambda: figures.contact_sheet(
+        IMAGES[:7], ["one\ntwo"] * 7, title="Seven", marked=[True, False] * 3 + [True]
+    ),
+    "label_map": lambda: figures.label_map(IMAGES[0], np.arange(28 * 28).reshape(28, 28) % 6, list("abcdef")),
+    "retrieval_panel": lambda: figures.retrieval_panel(
+        IMAGES[:2],
+        [IMAGES[2:7], IMAGES[3:8]],
+        RNG.uniform(0, 5000, (2, 5)),
+        np.eye(2, 5),
+        truth=[IMAGES[8], None],
+        title="Two",
+    ),
+    "nearest_map": lambda: figures.nearest_map(
+        EAST,
+        NORTH,
+        [1, 2, 3, 40, 60],
+        similarity=[0.9] * 5,
+        query_east_m=551_100.0,
+        query_north_m=4_182_010.0,
+    ),
+    "review_page": lambda: figures.review_page(
+        IMAGES[0],
+        IMAGES[1:6],
+        [],
+        retrieved_captions=["#1\n26 m"] * 5,
+        positive_captions=[],
+        correct=[0] * 5,
+        notes="why",
+    ),
+    "recall_bars": lambda: figures.recall_bars(
+        ["town", "sf-streets", "corridor"],
+        METHODS,
+        RECALL,
+        RECALL - 4,
+        RECALL + 4,
+        published={"SAGE, sorted": [98, np.nan, 95]},
+    ),
+    "recall_curve": lambda: figures.recall_curve(
+        [1, 5, 10, 20], {"a": [40, 60, 70, 80]}, intervals={"a": ([36] * 4, [84] * 4)}
+    ),
+    "recall_vs_dim": lambda: figures.recall_vs_dim(
+        {"here": [128, 512, 8448]},
+        {"here": [50, 60, 70]},
+        published={"SAGE": ([2048, 4096, 8448], [95.6, 97.7, 98.9])},
+    ),
+    "recall_vs_parameters": lambda: figures.recall_vs_parameters(
+        METHODS,
+        [0, 1.4e6, 1.5e6, 9e6],
+        [40, 50, 60, 65],
+        [35] * 4,
+        [70] * 4,
+        published={"SAGE": (2.5e6, 92.0)},
+    ),
+    "graph_cost": lambda: figures.graph_cost(
+        ["online", "static", "the paper, online"], [2.0, 0.4, 372], [4, np.nan, 17.7], published=[0, 0, 1]
+    ),
+    "context_audit": lambda: figures.context_audit({"one": AUDIT, "two": AUDIT, "three": AUDIT}),
+    "ablation_figure": lambda: figures.ablation_figure(
+        ["full", "no SoftP", "not run"],
+        [[60, 61, 62], [58, 59, 20], [np.nan] * 3],
+        [np.nan, -2.5, np.nan],
+        [np.nan, -4, np.nan],
+        [np.nan, -1, np.nan],
+        plateau=[[0, 0, 0], [0, 0, 1], [0, 0, 0]],
+        smallest_visible=1.0,
+        published=[98, 97, np.nan],
+    ),
+    "speed_plot": lambda: figures.speed_plot(
+        [2e4, 2e5, 1e6], {"ours": [0.4, 5, 30], "plain": [10, 900, np.nan]}
+    ),
+    "graph_map": lambda: figures.graph_map(
+        EAST, NORTH, EDGES, WEIGHT, cliques=[[0, 1, 2], [7, 8, 9]], radius_m=25
+    ),
+    "graph_histograms": lambda: figures.graph_histograms(
+        RNG.poisson(8, 200), RNG.integers(4, 90, 80), WEIGHT, title="Town"
+    ),
+    "pair_matrices": lambda: figures.pair_matrices(
+        np.eye(12), np.eye(12), np.eye(12), np.eye(12), title="Toy"
+    ),
+    "greedy_steps": lambda: figures.greedy_steps(
+        EAST[:6],
+        NORTH[:6],
+        EDGES[:5],
+        WEIGHT[:5],
+        [[0], [0, 1], [0, 1, 2]],
+        np.where(np.eye(3, 6), -2.0, np.nan),
+    ),
+    "sampler_comparison": lambda: figures.sampler_comparison(
+        {
+            name: {
+                "hardest_negative": RNG.normal(0.5, 0.1, 90),
+                "positive_similarity": RNG.normal(0.7, 0.1, 90),
+                "positive_distance_m": RNG.uniform(0, 25, 90),
+            }
+            for name in ("random places", "static cliques", "SAGE, affine")
+        }
+    ),
+    "graph_change": lambda: figures.graph_change([1, 2, 3], [40, 30, 20], [30, 20, 20], [100, 120, 130]),
+    "loss_curve": lambda: figures.loss_curve(
+        np.arange(50), np.linspace(1.5, 0.5, 50), plateau=1.477, epoch_steps=[0, 25]
+    ),
+    "training_rates": lambda: figures.training_rates(
+        np.arange(9), np.arange(9), np.arange(9), np.arange(9) / 1e4
+    ),
+    "recall_per_epoch": lambda: figures.recall_per_epoch(
+        [0, 1, 2], {"R@1": [40, 50, 55]}, start={"frozen": 38}, best=2
+    ),
+    "tsne_figure": lambda: figures.tsne_figure(POINTS, PLACE, aid=AID, class_aid=CLASS_AID),
+    "aid_bars": lambda: figures.aid_bars(
+        METHODS, [0.9, 0.7, 0.6, 0.5], [0.8, 0.6, 0.5, 0.4], [1, 0.8, 0.7, 0.6], per_class=[[0.5]] * 4
+    ),
+    "heatmap_overlay": lambda: figures.heatmap_overlay(
+        IMAGES[:3], [RNG.random((4, 4))] * 3, captions=["entropy 0.9"] * 3, title="Weights"
+    ),
+    "heatmap_overlay, own scales": lambda: figures.heatmap_overlay(
+        IMAGES[:1], [np.ones((4, 4))], shared_scale=False, smooth=True
+    ),
+    "contributions_pair": lambda: figures.contributions_pair(
+        IMAGES[0],
+        IMAGES[1],
+        {m: RNG.normal(size=(4, 4)) for m in METHODS},
+        {m: RNG.normal(size=(4, 4)) for m in METHODS},
+        captions={m: "score 0.61" for m in METHODS},
+        title="Why",
+    ),
+    "mass_bars": lambda: figures.mass_bars(
+        ["a", "b"],
+        ["sky", "road", "car"],
+        [[0.2, 0.3, 0.5]] * 2,
+        area=[0.3, 0.3, 0.4],
+        spread=[[0.05] * 3] * 2,
+    ),
+    "patch_match": lambda: figures.patch_match(IMAGES[0], IMAGES[1], (2, 3), RNG.random((4, 4)), grid=(4, 4)),
+    "number_grids": lambda: figures.number_grids(
+        {"x": np.arange(9.0).reshape(3, 3) - 4, "b": np.arange(3)}, signed=True, title="Toy"
+    ),
+}
+
+
+def texts(figure) -> list[str]:
+    return [text.get_text() for text in figure.findobj(Text) if text.get_text().strip()]
+
+
+@pytest.fixture(scope="module")
+def gallery():
+    """Every figure, drawn once."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            made[name] = GALLERY[name]()
+        return made[name]
+
+    return get
+
+
+@pytest.mark.parametrize("name", GALLERY)
+def test_nothing_is_cut_off_or_too_small_to_read(gallery, name):
+    figure = gallery(name)
+    assert isinstance(figure, Figure)
+    figure.draw_without_rendering()
+    box = figure.get_tightbbox().padded(-0.02)
+    width, height = figure.get_size_inches()
+    assert box.x0 > -0.1 and box.y0 > -0.1 and box.x1 < width + 0.1 and box.y1 < height + 0.1, "cut off"
+    shown = [t for t in figure.findobj(Text) if t.get_text().strip() and t.get_visible()]
+    # Half of the smallest is what a figure across a page of a paper has for its numbers.
+    assert all(t.get_fontsize() >= 8 for t in shown)
+    assert width <= 14.1
+
+
+@pytest.mark.parametrize("name", GALLERY)
+def test_axes_are_labelled(gallery, name):
+    for axis in gallery(name).axes:
+        pictures = axis.get_images() and not axis.lines
+        if not axis.axison or not axis.get_visible() or pictures or axis.name == "polar":
+            continue
+        if name.startswith("tsne") or "colorbar" in axis.get_label():
+            continue  # t-SNE's axes mean nothing
+        across, along = axis.get_shared_x_axes(), axis.get_shared_y_axes()
+        assert any(other.get_xlabel() for other in across.get_siblings(axis)) or named(axis.get_xticklabels())
+        row = [other for other in gallery(name).axes if _row(other) == _row(axis)]
+        assert any(other.get_ylabel() for other in row) or named(
+            [t for other in along.get_siblings(axis) for t in other.get_yticklabels()]
+        )
+
+
+def _row(axis):
+    """The panels of one row share the label of its first."""
+    return axis.get_subplotspec().rowspan.start if axis.get_subplotspec() else None
+
+
+def named(labels) -> bool:
+    """Names of methods or sets stand at the ticks: they need no other label."""
+    return any(re.search("[a-z]", label.get_text()) for label in labels)
+
+
+def test_nothing_global_changes():
+    import matplotlib.pyplot as plt
+
+    before, opened = dict(matplotlib.rcParams), plt.get_fignums()
+    figures.loss_curve([0, 1], [2, 1], plateau=1.5)
+    figures.contact_sheet(IMAGES[:1])
+    assert dict(matplotlib.rcParams) == before and plt.get_fignums() == opened
+
+
+def test_a_figure_draws_itself_in_a_notebook():
+    png = figures.loss_curve([0, 1], [2, 1])._repr_png_()
+    assert png.startswith(b"\x89PNG")
+    assert png == figures.to_png(figures.loss_curve([0, 1], [2, 1])), "the same bytes for the same numbers"
+
+
+def test_the_colours_differ_for_the_colour_blind():
+    """Machado, Oliveira and Fernandes (2009), severity 1: protan, deutan and tritan; distances in linear RGB."""
+    machado = {
+        "protan": [
+            [0.152286, 1.052583, -0.204868],
+            [0.114503, 0.786281, 0.099216],
+            [-0.003882, -0.048116, 1.051998],
+        ],
+        "deutan": [
+            [0.367322, 0.860646, -0.227968],
+            [0.280085, 0.672501, 0.047413],
+            [-0.011820, 0.042940, 0.968881],
+        ],
+        "tritan": [
+            [1.255528, -0.076749, -0.178779],
+            [-0.078411, 0.930809, 0.147602],
+            [0.004733, 0.691367, 0.303900],
+        ],
+    }
+    linear = np.array([to_rgb(colour) for colour in PALETTE]) ** 2.2
+    for kind, matrix in machado.items():
+        seen = np.clip(linear @ np.array(matrix).T, 0, 1) ** (1 / 2.2)
+        apart = np.linalg.norm(seen[:, None] - seen[None], axis=2) + 9 * np.eye(len(seen))
+        assert apart.min() > 0.1, kind
+
+
+def test_places_have_seventy_different_marks():
+    assert len({figures._place_mark(i) for i in range(70)}) == 70
+
+
+# --- what the figures show -------------------------------------------------------------------------------------
+
+
+def test_a_map_has_equal_metres_and_says_where_its_origin_is():
+    figure = figures.place_map(EAST, NORTH, group=np.where(EAST > 551_100, "a", "b"))
+    axis = figure.axes[0]
+    assert axis.get_aspect() == 1.0
+    assert axis.get_xlabel() == "east of 551,000 m (m)" and axis.get_ylabel() == "north of 4,182,000 m (m)"
+    drawn = np.concatenate([c.get_offsets() for c in axis.collections])
+    assert sorted(drawn[:, 0]) == pytest.approx(sorted(EAST - 551_000))
+    assert f"a ({(EAST > 551_100).sum()})" in texts(figure)
+
+
+def test_many_cities_become_panels_and_the_rest_is_counted():
+    figure = GALLERY["place_map, cities"]()
+    assert sum(axis.get_visible() for axis in figure.axes) == 6
+    assert "Cities: 6 of 8 shown" in texts(figure)
+
+
+def test_images_of_a_place_are_counted():
+    axis = figures.images_per_place([0, 0, 0, 1, 1, 2, -1]).axes[0]
+    heights = {round(p.get_x() + p.get_width() / 2): p.get_height() for p in axis.patches}
+    assert heights == {1: 1, 2: 1, 3: 1}
+    assert "3 places, 1 images of none" in axis.get_title()
+    assert figures.images_per_place([-1]).axes[0].get_title().endswith("0 places, 1 images of none")
+
+
+def test_the_radius_is_inclusive_and_what_is_missing_is_said():
+    figure = figures.distance_histogram([1.0, 25.0, 25.1, np.inf])
+    assert "25 m: 66.7% within" in texts(figure)
+    assert "1 have none" in figure.axes[0].get_title()
+    assert "25 m: none within" in texts(figures.distance_histogram([np.nan]))
+
+
+def test_the_rose_points_where_the_camera_looks():
+    axis = figures.heading_rose([0, 359, 1, 90, np.nan]).axes[0]
+    petals = {
+        round(np.rad2deg(p.get_x() + p.get_width() / 2)): p.get_height() ** 2
+        for p in axis.patches
+        if p.get_height()
+    }
+    assert petals == pytest.approx({0: 3, 90: 1})
+    assert axis.get_theta_direction() == -1 and axis.get_theta_offset() == pytest.approx(np.pi / 2)
+
+
+def test_dates_are_counted_by_month_or_day():
+    figure = figures.dates(np.array(["2020-01-05", "2020-01-30", "2021-03-01", "NaT"], dtype="datetime64[D]"))
+    heights = [p.get_height() for p in figure.axes[0].patches]
+    assert heights[0] == 2 and heights[-1] == 1 and sum(heights) == 3 and len(heights) == 15
+    assert "(1 have no date)" in texts(figure)[-1] or any("1 have no date" in t for t in texts(figure))
+    few = figures.dates(np.array(["2020-01-05", "2020-01-06"], dtype="datetime64[D]"))
+    assert few.axes[0].get_xlabel() == "day" and len(few.axes[0].patches) == 2
+    assert (
+        figures.dates(np.array(["NaT"], dtype="datetime64[D]"))
+        ._suptitle.get_text()
+        .endswith("(1 have no date)")
+    )
+
+
+def frame(axis) -> tuple:
+    spine = axis.spines["left"]
+    return spine.get_visible(), spine.get_edgecolor(), spine.get_linestyle()
+
+
+def test_right_and_wrong_differ_in_colour_line_and_mark():
+    figure = figures.retrieval_panel(IMAGES[:1], [IMAGES[1:3]], [[3.2, 1840.0]], [[True, False]])
+    query, right, wrong = figure.axes
+    assert frame(right)[1] == matplotlib.colors.to_rgba(RIGHT) and frame(wrong)[
+        1
+    ] == matplotlib.colors.to_rgba(WRONG)
+    assert frame(right)[2] != frame(wrong)[2]
+    assert (right.get_xlabel(), wrong.get_xlabel()) == ("#1 ✓  3 m", "#2 ✗  1.8 km")
+    with pytest.raises(ValueError, match="must agree, got 1 queries"):
+        figures.retrieval_panel(IMAGES[:1], [IMAGES[1:3]], [[3.2]] * 2, [[True, False]])
+
+
+def test_a_contact_sheet_shows_every_image_once():
+    figure = figures.contact_sheet(IMAGES[:7], [str(i) for i in range(7)], columns=4)
+    shown = [axis for axis in figure.axes if axis.get_images()]
+    assert [axis.get_xlabel() for axis in shown] == [str(i) for i in range(7)]
+    assert all(
+        (axis.get_images()[0].get_array() == image).all() for axis, image in zip(shown, IMAGES, strict=False)
+    )
+    for sentence, call in (
+        ("at least one image", lambda: figures.contact_sheet([])),
+        ("got 1 for 2 images", lambda: figures.contact_sheet(IMAGES[:2], ["a"])),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            call()
+
+
+def test_pil_images_arrays_and_floats_are_all_pictures():
+    for image in (Image.fromarray(IMAGES[0]), IMAGES[0], IMAGES[0] / 255.0, IMAGES[0][..., 0]):
+        figures.to_png(figures.contact_sheet([image]))
+        figures.to_png(figures.heatmap_overlay([image], [np.eye(4)]))
+
+
+def test_the_nearest_are_where_they_are_and_as_far_as_they_are():
+    figure = figures.nearest_map(
+        [0.0, 30, 0],
+        [0.0, 40, 100],
+        [1, 2],
+        query_east_m=0.0,
+        query_north_m=0.0,
+        names=["b", "c"],
+        descriptor_distance=[0.1, 0.2],
+    )
+    assert {"1  b  distance 0.10  50 m", "2  c  distance 0.20  100 m"} <= set(texts(figure))
+    together = figures.nearest_map([0.0, 0.1, 100], [0.0, 0, 0], [0, 1, 2])
+    assert {"1,2", "3"} <= set(texts(together)), "discs that would cover each other share their numbers"
+
+
+def test_recall_bars_show_value_interval_and_absence():
+    figure = GALLERY["recall_bars"]()
+    axis = figure.axes[0]
+    bars = [p for p in axis.patches if isinstance(p, matplotlib.patches.Rectangle)]
+    heights = np.array([bar.get_height() for bar in bars]).reshape(4, 3)
+    np.testing.assert_allclose(heights, np.nan_to_num(RECALL))
+    assert texts(figure).count("not run") == 1
+    assert "published: SAGE, sorted" in texts(figure)
+    with pytest.raises(ValueError, match=r"recall must have shape \(4, 2\), got \(4, 3\)"):
+        figures.recall_bars(["a", "b"], METHODS, RECALL)
+
+
+def test_methods_without_parameters_stand_on_the_axis():
+    figure = GALLERY["recall_vs_parameters"]()
+    axis = figure.axes[0]
+    low, high = axis.get_xlim()
+    assert low < 0 < high and "0" in [t.get_text() for t in axis.get_xticklabels()]
+    assert {"frozen GeM (0)", "SALAD (1.4M)", "published: SAGE (2.5M)"} <= set(texts(figure))
+
+
+def test_costs_are_written_out():
+    figure = GALLERY["graph_cost"]()
+    assert {"2.0 s", "400 ms", "6.2 min", "17.7 %", "not known"} <= set(texts(figure))
+
+
+def test_the_audit_shows_each_context():
+    figure = figures.context_audit(
+        {"one": AUDIT, "two": {**AUDIT, "shuffled": np.full((5, 1), np.nan), "aligned": None}}
+    )
+    axis = figure.axes[0]
+    lines = {line.get_label(): line for line in axis.lines}
+    np.testing.assert_allclose(lines["sorted, as published"].get_ydata(), AUDIT["sorted"])
+    np.testing.assert_allclose(lines["shuffled: mean"].get_ydata(), AUDIT["shuffled"].mean(axis=1))
+    assert lines["anchors"].get_ydata()[0] == 58.0
+    assert "sort alike" in axis.get_title() and "sort" not in figure.axes[1].get_title()
+
+
+def test_the_ablation_marks_plateaus_and_clear_differences():
+    figure = GALLERY["ablation_figure"]()
+    left, right = figure.axes
+    stuck = [c for c in left.collections if len(c.get_offsets()) and c.get_offsets()[0][0] == 20]
+    assert len(stuck) == 1, "the run on the plateau is drawn apart"
+    means = [
+        line.get_xdata()[0] for line in left.lines if line.get_marker() == "|" and line.get_markersize() == 18
+    ]
+    assert means == pytest.approx([61.0, 58.5]), "means leave the plateau out"
+    points = [line for line in right.lines if line.get_marker() == "o"]
+    assert len(points) == 1 and points[0].get_markerfacecolor() != "white", "its interval is clear of zero"
+    assert "not run" in texts(figure)
+
+
+def test_speed_has_its_guide_through_the_first_point():
+    axis = GALLERY["speed_plot"]().axes[0]
+    guide = next(line for line in axis.lines if line.get_label() == "n log n")
+    x, y = guide.get_data()
+    assert y[0] == 0.4 and y[-1] / y[0] == pytest.approx(1e6 * np.log(1e6) / (2e4 * np.log(2e4)))
+
+
+def test_the_graph_draws_every_edge_with_its_affinity():
+    figure = GALLERY["graph_map"]()
+    lines = next(
+        c for c in figure.axes[0].collections if isinstance(c, matplotlib.collections.LineCollection)
+    )
+    assert len(lines.get_segments()) == 79
+    assert (np.diff(lines.get_array()) >= 0).all(), "the strongest lie on top"
+    strongest = EDGES[WEIGHT.argmax()]
+    origin = 551_000
+    np.testing.assert_allclose(lines.get_segments()[-1][:, 0], EAST[strongest] - origin)
+    assert "80 images, 79 edges, 2 places of 3" in texts(figure)
+    empty = figures.graph_map([0.0, 9.0], [0.0, 0.0], np.empty((0, 2)), [])
+    assert "2 images, 0 edges" in texts(empty)
+    with pytest.raises(ValueError, match="got 3 for 79 edges"):
+        figures.graph_map(EAST, NORTH, EDGES, [1, 2, 3])
+
+
+def test_greedy_steps_write_what_they_compare():
+    figure = GALLERY["greedy_steps"]()
+    titles = [axis.get_title() for axis in figure.axes[:3]]
+    assert titles == ["step 1: node 0 joins", "step 2: node 1 joins", "step 3: node 2 joins"]
+    assert texts(figure).count("-2.0") >= 3
+    with pytest.raises(ValueError, match=r"scores must have shape \(1, 6\)"):
+        figures.greedy_steps(EAST[:6], NORTH[:6], EDGES[:5], WEIGHT[:5], [[0]], np.zeros((2, 6)))
+
+
+def test_a_sampler_without_negatives_says_so():
+    one = {"hardest_negative": [np.nan], "positive_similarity": [0.5, 0.7], "positive_distance_m": [3.0, 5.0]}
+    shown = texts(figures.sampler_comparison({"a": one}))
+    assert "none" in shown and "0.60" in shown and "4.0" in shown
+
+
+def test_the_loss_curve_draws_its_plateau_and_a_mean_that_forgets():
+    loss = np.r_[np.full(50, 2.0), np.nan, np.full(49, 1.0)]
+    axis = figures.loss_curve(np.arange(100), loss, plateau=1.477).axes[0]
+    raw, mean, plateau = axis.lines
+    np.testing.assert_array_equal(raw.get_ydata(), loss)
+    assert set(plateau.get_ydata()) == {1.477} and plateau.get_label() == "plateau: 1.477"
+    smooth = mean.get_ydata()
+    assert smooth[0] == 2.0 and smooth[-1] == pytest.approx(1.0) and np.isfinite(smooth).all()
+    window = 4
+    np.testing.assert_allclose(smooth[51], np.nanmean(loss[52 - window : 52]))
+
+
+def test_several_runs_share_a_loss_curve():
+    figure = figures.loss_curve({"a": [0, 1], "b": [0, 1, 2]}, {"a": [2, 1], "b": [2, 1, 0.5]})
+    assert {"a", "b"} <= set(texts(figure))
+
+
+def test_graph_change_is_a_share_of_either_graph():
+    axis = GALLERY["graph_change"]().axes[1]
+    np.testing.assert_allclose(axis.lines[0].get_ydata(), [100 * 70 / 170, 100 * 50 / 170, 100 * 40 / 170])
+
+
+def test_a_heatmap_covers_the_picture_patch_by_patch():
+    values = np.arange(8.0).reshape(2, 4)
+    figure = figures.heatmap_overlay([np.zeros((20, 40, 3))], [values])
+    overlay = figure.axes[1].get_images()[1]
+    assert overlay.get_extent() == [-0.5, 39.5, 19.5, -0.5]
+    np.testing.assert_array_equal(overlay.get_array(), values)
+    assert overlay.origin == "upper" and overlay.get_interpolation() == "nearest"
+    with pytest.raises(ValueError, match="got 2 for 1 images"):
+        figures.heatmap_overlay([np.zeros((2, 2, 3))], [values, values])
+
+
+def test_contributions_keep_their_sign_and_share_a_scale_in_a_pair():
+    query, reference = np.array([[1.0, -2.0]]), np.array([[0.5, 4.0]])
+    figure = figures.contributions_pair(IMAGES[0], IMAGES[1], {"m": query}, {"m": reference})
+    drawn = [axis.get_images()[1] for axis in figure.axes[:4] if len(axis.get_images()) == 2]
+    np.testing.assert_allclose(drawn[0].get_array(), query / 4)
+    np.testing.assert_allclose(drawn[1].get_array(), reference / 4)
+    assert drawn[0].get_clim() == (-1, 1)
+
+
+def test_a_chosen_patch_is_framed_and_so_is_its_match():
+    similarity = np.zeros((4, 4))
+    similarity[3, 1] = 0.75
+    figure = figures.patch_match(IMAGES[0], IMAGES[1], (0, 2), similarity, grid=(4, 4))
+    corners = [axis.patches[0].get_xy() for axis in figure.axes[:2]]
+    assert corners == [(13.5, -0.5), (6.5, 20.5)]
+    assert "best match (3, 1): 0.75" in texts(figure)
+    with pytest.raises(ValueError, match="patch must lie within 4 x 4"):
+        figures.patch_match(IMAGES[0], IMAGES[1], (4, 0), similarity, grid=(4, 4))
+
+
+def test_matrices_are_written_out():
+    shown = texts(figures.number_grids({"x": [[1.234, -5]]}, digits=1))
+    assert {"1.2", "-5.0", "x\n1 x 2"} <= set(shown)
+
+
+# --- plotly ----------------------------------------------------------------------------------------------------
+
+
+def test_tsne_points_name_their_file_and_place():
+    files = [f"{i}.jpg" for i in range(60)]
+    chart = figures.tsne_plotly(POINTS, PLACE, files=files, aid=AID, class_aid=CLASS_AID)
+    assert isinstance(chart, go.Figure) and len(chart.data) == 4 * 10
+    for trace in chart.data:
+        name = re.search("<extra>(.*)</extra>", trace.hovertemplate).group(1)
+        for x, y, (index, file, place) in zip(trace.x, trace.y, trace.customdata, strict=True):
+            assert (
+                (x, y) == tuple(POINTS[name][index]) and file == files[index] and place == str(PLACE[index])
+            )
+    assert {f"<b>{m}</b><br>AID 0.800 [0.700, 0.900]" for m in METHODS} <= {
+        a.text for a in chart.layout.annotations
+    }
+    with pytest.raises(ValueError, match="got 1 for 60 images"):
+        figures.tsne_plotly(POINTS, PLACE, files=["a"])
+
+
+def test_the_same_numbers_give_the_same_json():
+    files = [f"{i}.jpg" for i in range(60)]
+    first, second = (figures.tsne_plotly(POINTS, PLACE, files=files).to_json() for _ in range(2))
+    assert json.loads(first) == json.loads(second)
+
+
+def test_a_page_holds_a_thumbnail_for_every_point():
+    chart = figures.tsne_plotly({"m": POINTS["SAGE"][:6]}, PLACE[:6], files=list("abcdef"))
+    page = figures.thumbnail_page(chart, [*IMAGES[:5], Image.fromarray(IMAGES[5])], size_px=16)
+    encoded = json.loads(re.search(r"const pictures = (\[.*?\]);", page).group(1))
+    import base64
+    import io
+
+    sizes = [Image.open(io.BytesIO(base64.b64decode(e))).size for e in encoded]
+    assert sizes == [(16, 16)] * 6
+    assert "{plot_id}" not in page and "plotly_hover" in page
+
+
+def test_the_map_of_places_holds_query_and_found():
+    chart = figures.places_plotly(
+        EAST,
+        NORTH,
+        query_east_m=EAST[:5],
+        query_north_m=NORTH[:5],
+        found=[7, 9],
+        correct=[True, False],
+        chosen=2,
+    )
+    names = [trace.name for trace in chart.data]
+    assert names == ["references", "queries", "found", "found, by rank", "this query"]
+    np.testing.assert_allclose(chart.data[3].x, EAST[[7, 9]] - 551_000)
+    assert list(chart.data[3].marker.color) == [RIGHT, WRONG]
+    assert list(chart.data[3].marker.symbol) == ["circle", "square"]
+    assert chart.layout.yaxis.scaleanchor == "x"
+    alone = figures.places_plotly(EAST, NORTH)
+    assert len(alone.data[4].x) == 0 and len(alone.data[2].x) == 0
+
+
+def test_positions_that_disagree_are_refused():
+    with pytest.raises(ValueError, match=r"got \(3,\) and \(2,\)"):
+        figures.place_map([1, 2, 3], [1, 2])
