@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sagelib.runs import (
@@ -135,6 +135,7 @@ def test_streams_are_the_same_everywhere():
     assert torch_seed(0, "augment", 1, 2) == 4038901944437503147
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**63), st.lists(st.text(max_size=5) | st.integers(-5, 5), max_size=3))
 def test_torch_seeds_fit(seed, names):
     value = torch_seed(seed, *names)
