@@ -144,12 +144,15 @@ def geographic_distances(east_m, north_m) -> np.ndarray:
 def visual_distances(descriptors) -> np.ndarray:
     """The (n, n) float64 matrix of Euclidean distances between all of few descriptors, (n, D).
 
-    Computed in float64 from inner products of centred rows: the common part of alike descriptors would otherwise
-    cancel, and leave rounding instead of a distance. Distances below the resolution of that sum are zero.
+    Computed in float64 from inner products of differences to the first row: the common part of alike descriptors would
+    otherwise cancel, and leave rounding instead of a distance. Distances below the resolution of these sums are zero.
     """
-    rows = np.asarray(descriptors, dtype=np.float64)
-    rows = rows - rows.mean(axis=0)
-    inner = rows @ rows.T
+    rows = np.asarray(descriptors)
+    n = len(rows)
+    inner = np.zeros((n, n))
+    if n > 1:
+        away = np.subtract(rows[1:], rows[0], dtype=np.float64)
+        inner[1:, 1:] = away @ away.T
     own = np.diagonal(inner)
     sums = own[:, None] + own
     squared = sums - (inner + inner.T)

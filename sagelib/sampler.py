@@ -239,7 +239,12 @@ class CliqueSampler:
         self._stored: dict[int, np.ndarray] = {}
         self._chunk: _Chunk | None = None
         self._seconds_graph = time.perf_counter() - started
-        self._refresh_report: dict = {}
+        self._refresh_report = {
+            "descriptors": None,
+            "described_images": 0,
+            "describe_calls": 0,
+            "seconds_describe": 0.0,
+        }
         self._counts = _Counts()
         self._check_room()
 
@@ -295,15 +300,14 @@ class CliqueSampler:
         if utm_zone is not None:
             zones = np.asarray(utm_zone).astype(str)
             check_length("utm_zone", zones, n)
-            zones = same_grid(zones[self._order])
+            zones = zones[self._order]
+            grids = same_grid(zones)
             starts = self._cluster_start[self._city_start]
             names = []
             for code, name in enumerate(city_names):
                 part = zones[starts[code] : starts[code + 1]]
                 check_one_zone(part, len(part), f" in city {str(name)!r}")
-                names.append(
-                    part[0] or f"\0{code}"
-                )  # cities of unknown zones have nothing to do with each other
+                names.append(grids[starts[code]] or f"?{code}")
             plane = np.unique(names, return_inverse=True)[1][city_code]
         self._plane = plane
         self.city_names = city_names
@@ -450,6 +454,7 @@ class CliqueSampler:
             raise ValueError(
                 f"describe must return shape ({len(images)}, D) for {len(images)} images, got {values.shape}"
             )
+        _check_finite(values, images)
         return values
 
     def _describe_images(self, epoch: int, describe: Callable) -> None:
