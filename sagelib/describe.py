@@ -6,6 +6,7 @@ batches composed as a `Context` says. What a descriptor depends on is then writt
 context costs no second run through the backbone.
 """
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -259,20 +260,40 @@ def describe(
         "n_given": len(places),
     }
     out_dir = Path(out_dir)
-    embedded = _finished(out_dir, identity, overwrite)
-    if embedded is None:
-        embedded = _embed(
-            model, places, out_dir, identity, preprocess, batch_size, device, workers, on_error, progress
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with _alone(out_dir):
+        embedded = _finished(out_dir, identity, overwrite)
+        if embedded is None:
+            embedded = _embed(
+                model, places, out_dir, identity, preprocess, batch_size, device, workers, on_error, progress
+            )
+        elif embedded.manifest["skipped"] and on_error == "raise":
+            raise ValueError(
+                f"{embedded.manifest['skipped'][0]['reason']} (descriptors without it are in {out_dir}; on_error='skip' takes them)"
+            )
+        if context.kind == "none":
+            return embedded
+        return _describe_in_context(
+            model, embedded, places, context, anchors, seed, loader, device, dtype, overwrite, progress
         )
-    elif embedded.manifest["skipped"] and on_error == "raise":
-        raise ValueError(
-            f"{embedded.manifest['skipped'][0]['reason']} (descriptors without it are in {out_dir}; on_error='skip' takes them)"
-        )
-    if context.kind == "none":
-        return embedded
-    return _describe_in_context(
-        model, embedded, places, context, anchors, seed, loader, device, dtype, overwrite, progress
-    )
+
+
+@contextlib.contextmanager
+def _alone(directory):
+    """Let one process at a time write into a directory; the next one waits, and then finds what is there."""
+    try:
+        import fcntl
+    except ImportError:  # Windows, where two processes in one folder are not kept apart
+        yield
+        return
+    # A lock on the directory itself leaves no file behind, and ends with the process, however that ends.
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _check_settings(places, preprocess, batch_size, dtype, workers, autocast, on_error):
@@ -354,7 +375,6 @@ def _collate(items):
 
 
 def _embed(model, places, out_dir, identity, preprocess, batch_size, device, workers, on_error, progress):
-    out_dir.mkdir(parents=True, exist_ok=True)
     part, progress_file, final = out_dir / _PART, out_dir / _PROGRESS, out_dir / _VALUES
     # Equal bytes after a kill need equal batches on an equal device: with others, begin again.
     settings = {**identity, "batch_size": batch_size, "device": device.type, "on_error": on_error}

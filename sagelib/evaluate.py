@@ -32,8 +32,10 @@ from sagelib.images import load_image
 from sagelib.retrieval import (
     KS,
     PCA,
+    Difference,
     Recall,
     bootstrap_mean,
+    paired_bootstrap,
     positive_lists,
     recall,
     search,
@@ -69,7 +71,9 @@ class Result:
     descriptors : dict of str to str
         Folders of the references' and the queries' descriptors, relative to `path`.
     left_out : tuple of str
-        Pictures that did not decode and were skipped on request.
+        What was skipped on request, when the set was read or described: one sentence each.
+    warning : str
+        A sentence where the set is not as large as in the published evaluations.
     per_query_rank : array (n_queries,)
         Rank of each query's first positive, 0: not among those searched.
     path : Path
@@ -93,6 +97,7 @@ class Result:
     data_fingerprint: str
     descriptors: dict[str, str]
     left_out: tuple[str, ...] = ()
+    warning: str = ""
     per_query_rank: np.ndarray = field(repr=False)
     path: Path
 
@@ -129,6 +134,23 @@ def load_result(path) -> Result:
 def load_results(root) -> list[Result]:
     """All finished evaluations in a folder of runs, sorted by name."""
     return [load_result(run.dir) for run in runs.find_runs(root, STAGE)]
+
+
+def compare(a: Result, b: Result, k: int = 1, seed: int = 0, **options) -> Difference:
+    """R@k of b less that of a over the same queries, by `paired_bootstrap`, whose `options` these are.
+
+    Raises
+    ------
+    ValueError
+        If the two were measured on different pictures.
+    """
+    for what in ("dataset", "data_fingerprint"):
+        mine, theirs = getattr(a, what), getattr(b, what)
+        if mine != theirs:
+            raise ValueError(
+                f"{a.path.name} and {b.path.name} cannot be compared: {what} is {mine} and {theirs}"
+            )
+    return paired_bootstrap(a.recall, b.recall, k, seed, **options)
 
 
 # ------------------------------------------------------------------------------------------------- evaluation
@@ -290,7 +312,8 @@ def evaluate(
             "database": _relative(references.path, run.dir),
             "queries": _relative(asked.path, run.dir),
         },
-        "left_out": [s["reason"] for d in (references, asked) for s in d.manifest["skipped"]],
+        "left_out": [*database.left_out, *queries.left_out],
+        "warning": test_set.warning,
     }
     # For readers without this package; a Result computes them.
     percents = {f"R@{k}": {"percent": counted.percent(k), "interval": counted.interval(k)} for k in ks}
@@ -770,15 +793,18 @@ def published(what: str = "recalls") -> pd.DataFrame:
     )
 
 
+_read_published = published  # `results_table` has an argument of that name
+
+
 def results_table(
-    results: Iterable[Result], *, published_rows: bool = True, ks: Sequence[int] = (1, 5, 10)
+    results: Iterable[Result], *, published: bool = True, ks: Sequence[int] = (1, 5, 10)
 ) -> pd.DataFrame:
     """Results side by side, with the published numbers of the same sets beneath, each with its context.
 
     Parameters
     ----------
     results : iterable of Result
-    published_rows : bool
+    published : bool
         Add what was published on the data sets among `results`.
     ks : sequence of int
 
@@ -805,14 +831,14 @@ def results_table(
                 "references": result.n_database,
                 "without positive": result.n_without_positive,
                 "preprocess": result.preprocess,
-                "source": f"run {result.path.name}",
+                "source": f"run {result.path.name}" + (f"; {result.warning}" if result.warning else ""),
             }
         )
     columns = ["dataset", "method", "backbone", "dim", "context", *(f"R@{k}" for k in ks)]
     columns += [f"R@{k} 95 %" for k in ks] + [f"hits@{k}" for k in ks]
     columns += ["queries", "references", "without positive", "preprocess", "source"]
-    if published_rows:
-        theirs = published()
+    if published:
+        theirs = _read_published()
         theirs = theirs[theirs["dataset"].isin({row["dataset"] for row in rows})]
         names = {"r1": "R@1", "r5": "R@5", "r10": "R@10"}
         rows += theirs.rename(columns=names).to_dict("records")

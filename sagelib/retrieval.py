@@ -1,5 +1,6 @@
 """Exact search, recall with its uncertainty, the file of rankings, and PCA: arrays in, numbers out."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -479,12 +480,14 @@ def read_rankings(path) -> pd.DataFrame:
 
 
 def _relative(paths, root):
+    """Paths below `root` relative to it, with forward slashes; links are not followed, they are the names in the set."""
     names = [str(p) for p in paths]
     if root is not None:
-        root = Path(root).resolve()
+        root = Path(os.path.abspath(root))
+        inside = [Path(os.path.abspath(name)) for name in names]
         names = [
             p.relative_to(root).as_posix() if p.is_relative_to(root) else name
-            for name, p in ((name, Path(name).resolve()) for name in names)
+            for p, name in zip(inside, names, strict=True)
         ]
     return np.array(names, dtype=object)
 

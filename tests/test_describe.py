@@ -7,6 +7,7 @@ import sys
 import textwrap
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -160,12 +161,38 @@ def test_batch_size_and_workers_make_no_difference_beyond_rounding(places, tmp_p
     np.testing.assert_allclose(a.values, b.values, atol=1e-6)
 
 
+def test_mixed_precision_on_request(places, tmp_path):
+    exact = describe(Headed(), places, tmp_path / "a", dtype="float32", device="cpu", progress=False)
+    mixed = describe(
+        Headed(), places, tmp_path / "b", dtype="float32", device="cpu", autocast="bfloat16", progress=False
+    )
+    error = np.abs(mixed.values - exact.values).max()
+    assert 1e-6 < error < 0.02 and mixed.manifest["autocast"] == "bfloat16"
+
+
 def test_finished_descriptors_are_not_made_again(places, tmp_path):
     model = Headed()
     describe(model, places, tmp_path / "d", batch_size=4, progress=False)
     assert model.embedded == N
     describe(model, places, tmp_path / "d", batch_size=3, progress=False)
     assert model.embedded == N
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no lock on a directory")
+def test_two_at_once_describe_once(places, tmp_path):
+    class Slow(Headed):
+        def embed(self, images):
+            time.sleep(0.05)
+            return super().embed(images)
+
+    model = Slow()
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [
+            pool.submit(describe, model, places, tmp_path / "d", batch_size=2, progress=False)
+            for _ in range(2)
+        ]
+        a, b = [job.result() for job in jobs]
+    assert model.embedded == N and np.array_equal(a.values, b.values)
 
 
 def test_other_settings_are_refused_by_name_or_replaced_on_request(places, tmp_path):

@@ -13,6 +13,7 @@ from sagelib import runs
 from sagelib.describe import GreyPixels, baseline_pixels, choose_anchors, describe
 from sagelib.evaluate import (
     audit_contexts,
+    compare,
     evaluate,
     evaluate_many,
     load_audit,
@@ -28,7 +29,7 @@ from sagelib.evaluate import (
 from sagelib.images import Preprocess
 from sagelib.interact import InteractHead
 from sagelib.places import BENCHMARKS, PositiveRule, TestSet, open_set
-from sagelib.retrieval import PCA, paired_bootstrap, read_rankings
+from sagelib.retrieval import PCA, read_rankings
 
 spec = importlib.util.spec_from_file_location("slow_recall", Path(__file__).with_name("slow_recall.py"))
 slow = importlib.util.module_from_spec(spec)
@@ -148,8 +149,14 @@ def test_finished_results_are_found_and_other_settings_refused(data, tmp_path):
         evaluate(model, test_set, tmp_path, dtype="float32", progress=False)
     assert [r.context for r in load_results(tmp_path)] == ["none", "sorted-8"]
     assert str(first).startswith("random on aligned (test), context none: R@1 ")
-    difference = paired_bootstrap(first.recall, under.recall)
+    difference = compare(first, under)
     assert difference.points == pytest.approx(under.recall.percent(1) - first.recall.percent(1))
+
+
+def test_results_on_different_pictures_are_not_compared(data, tmp_path):
+    a, b = evaluate_many(Noisy(), data, ["aligned", "unaligned"], tmp_path, progress=False).results
+    with pytest.raises(ValueError, match="cannot be compared: dataset is aligned and unaligned"):
+        compare(a, b)
 
 
 def test_unfinished_results_do_not_look_finished(data, tmp_path, monkeypatch):
@@ -337,9 +344,10 @@ def test_tables_put_published_numbers_beside_results(data, tmp_path):
     ours = table.iloc[1]
     assert (ours["method"], ours["context"], ours["queries"]) == ("random", "none", PLACES)
     assert ours["hits@1"] == results[1].hits[1] and ours["R@1 95 %"].count("-") == 1
+    assert "in the published evaluations" in ours["source"], "96 pictures are not the 607 of SPED"
     theirs = table.iloc[2:]
     assert theirs["hits@1"].isna().all() and theirs["context"].notna().all()
-    assert len(results_table(results, published_rows=False)) == 2
+    assert len(results_table(results, published=False)) == 2
     assert len(results_table([])) == 0
 
     markdown = to_markdown(table)
