@@ -62,7 +62,7 @@ SEED_RANGES = {
 UTM_ZONE, UTM_LETTER = 31, "U"
 TOWN_GRID_M = 2000.0  # towns lie this far apart: a 25 m graph never joins two
 FIRST_YEAR = 2020
-PICTURE_VERSION = 3  # raised whenever the same seed gives other pictures: part of a folder's settings
+PICTURE_VERSION = 4  # raised whenever the same seed gives other pictures: part of a folder's settings
 
 _SKY, _ROAD, _FACADE, _WINDOW, _SIGN, _TREE, _CAR, _PERSON, _PAVEMENT, _DOOR, _ROOF, _LAMP = range(
     len(LABELS)
@@ -377,7 +377,7 @@ class _Canvas:
         levels, rgb, glow, label = [], self.rgb, self.glow, self.label
         while True:
             out = []
-            for colour, last in ((rgb, label), (glow, np.zeros_like(label))):
+            for colour, last in ((rgb, label), (glow, 0)):
                 texel = np.empty((*label.shape, 4), np.uint8)
                 texel[..., :3] = np.clip(colour, 0, 1) * np.float32(255) + np.float32(0.5)
                 texel[..., 3] = last
@@ -951,6 +951,7 @@ _LIGHTS = {
 _LAMP_COLOUR = np.float32((1.0, 0.72, 0.38))
 _LAMP_HEIGHT_M = 5.2
 _VIEW_M = 200.0
+_ATLAS_TEXELS = 1 << 24  # painted walls kept in memory: 8 bytes each
 _FAR_M = 400.0  # the ground ends here
 _HITS = 6  # boxes followed behind each other in one column
 
@@ -969,6 +970,12 @@ def _clouds() -> np.ndarray:
         blend = x / np.float32(columns)  # so that the two ends of the strip meet
         total += np.float32(weight) * (lower * (1 - blend) + wrapped * blend)
     return total
+
+
+@lru_cache(maxsize=1 << 14)
+def _changes(key: int, what: str, year: int, probability: float) -> int:
+    """How often something has changed from the first year to this one."""
+    return sum(_key(key, what, y) / 2**32 < probability for y in range(1, year + 1))
 
 
 class Town:
@@ -1008,7 +1015,7 @@ class Town:
         self._ridge_x = np.array([lot.ridge_along_x for lot in lots])
         self._roof_colour = np.array([lot.style.roof_colour for lot in lots], np.float32)
         self._textures: dict = {}
-        self._atlas = np.zeros((2, 1 << 20), np.uint32)
+        self._atlas = np.zeros((2, _ATLAS_TEXELS), np.uint32)
         self._used = 0
         self._place_furniture()
 
@@ -1093,8 +1100,8 @@ class Town:
         Level n has ``density / 2**n`` texels a metre. Walls seen from afar alone (``fine`` false) start at level 2.
         """
         lot, change = self._lots[box], self.config.appearance_change
-        paint = sum(_key(lot.key, "repaint", y) / 2**32 < change for y in range(1, year + 1))
-        shop = sum(_key(lot.key, "new sign", y) / 2**32 < change for y in range(1, year + 1))
+        paint = _changes(lot.key, "repaint", year, change)
+        shop = _changes(lot.key, "new sign", year, change)
         key = (box, face, paint, shop if lot.is_shop and lot.fronts[face] else 0, density, fine)
         if key not in self._textures:
             x0, x1, y0, y1 = lot.box
@@ -1361,7 +1368,9 @@ class Town:
         roof_y = np.maximum(wall_y, np.where(hit, (height + rise - view.cam) / t_ridge, -1e9))
         cover = np.maximum.accumulate(roof_y, axis=1)
         seen = hit & (roof_y > np.concatenate([np.full((view.w, 1), -1e8), cover[:, :-1]], axis=1))
-        # texture addresses of the walls in sight
+        # texture addresses of the walls in sight; a full atlas starts afresh, walls are painted again when seen
+        if self._used > 0.7 * _ATLAS_TEXELS:
+            self._textures, self._used = {}, 0
         density = 8.0 if view.focal < 110 else 16.0 if view.focal < 330 else 32.0
         base, up_scale, n_up = (np.zeros(t.shape, np.int64), np.zeros(t.shape), np.ones(t.shape, np.int64))
         columns, ks = np.nonzero(seen)
@@ -1758,7 +1767,8 @@ def _develop(picture, light: _Light, noise: float, key: int) -> np.ndarray:
     exposure = np.float32(dice.real(0.88, 1.12))
     r2 = ((x - w / 2) / (w / 2)) ** 2 + ((y - h / 2) / (h / 2)) ** 2
     picture = picture * ((np.float32(1.02) - np.float32(0.10) * r2.astype(np.float32)) * exposure)
-    picture = np.clip(picture, 0, 1) * np.float32(255)
+    over = np.maximum(picture - np.float32(0.7), 0)  # highlights roll off, as film does
+    picture = (np.maximum(picture, 0) - over + over / (1 + np.float32(1.6) * over)) * np.float32(255)
     if noise:
         k = np.arange(3)[:, None, None] * 4096
         a, b = _hash(x + k, y, key + 11), _hash(x + k, y, key + 12)
