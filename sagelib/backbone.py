@@ -282,9 +282,10 @@ class Backbone(nn.Module):
         return tokens
 
     def _embed(self, images: Tensor) -> Tensor:
-        vit, grid = self.vit, self.grid(images)
-        tokens = vit.patch_embed(images).reshape(len(images), grid[0] * grid[1], self.width)
-        prefix = [t.expand(len(images), -1, -1) for t in (vit.cls_token, vit.reg_token) if t is not None]
+        # shape[0] rather than len: an exported model keeps it free.
+        vit, grid, batch = self.vit, self.grid(images), images.shape[0]
+        tokens = vit.patch_embed(images).reshape(batch, grid[0] * grid[1], self.width)
+        prefix = [t.expand(batch, -1, -1) for t in (vit.cls_token, vit.reg_token) if t is not None]
         if vit.pos_embed is None:
             tokens = torch.cat([*prefix, tokens], dim=1)
         elif vit.no_embed_class:
@@ -295,6 +296,7 @@ class Backbone(nn.Module):
 
     # -- position embeddings ---------------------------------------------------------------------------------
 
+    @torch.compiler.disable
     def position_embedding(self, grid: tuple[int, int]) -> Tensor:
         """The position embeddings (1, T or N, M) resampled to ``grid`` rows and columns of patches.
 

@@ -161,9 +161,13 @@ def _recognise(ours: dict[str, Tensor], path: Path) -> dict:
 
 
 class _PerImage(nn.Module):
-    def __init__(self, model: SAGE):
+    """The model without its head; the position embeddings of one grid become a constant."""
+
+    def __init__(self, model: SAGE, grid: tuple[int, int]):
         super().__init__()
         self.model = model
+        table = model.backbone.position_embedding(grid)
+        model.backbone.position_embedding = lambda _: table
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model.embed(images)
@@ -183,7 +187,7 @@ def export_onnx(model: SAGE, path: str | Path, *, image_size: int | tuple[int, i
         In pixels; multiples of the patch.
     """
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    model.backbone.grid((height, width))
+    grid = model.backbone.grid((height, width))
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
@@ -192,7 +196,7 @@ def export_onnx(model: SAGE, path: str | Path, *, image_size: int | tuple[int, i
     device = next(model.parameters()).device
     images = torch.zeros(2, 3, height, width, device=device)
     was_training = model.training
-    wrapper = _PerImage(model).eval()
+    wrapper = _PerImage(model, grid).eval()
     try:
         with torch.no_grad():
             program = torch.onnx.export(
@@ -205,6 +209,7 @@ def export_onnx(model: SAGE, path: str | Path, *, image_size: int | tuple[int, i
                 verbose=False,
             )
     finally:
+        del model.backbone.position_embedding
         model.train(was_training)
     with atomic_path(path) as temporary:
         program.save(str(temporary), external_data=False)

@@ -17,8 +17,8 @@ def random_checkpoint(size: str, *, head: bool, seed: int = 0) -> dict[str, torc
     generator = torch.Generator().manual_seed(seed)
     state = {}
 
-    def matrix(name, out, *inside, gain=1.0):
-        scale = gain / math.sqrt(math.prod(inside))
+    def matrix(name, out, *inside):
+        scale = 1 / math.sqrt(math.prod(inside))
         state[f"{name}.weight"] = torch.randn(out, *inside, generator=generator).mul_(scale)
         state[f"{name}.bias"] = torch.randn(out, generator=generator).mul_(0.1)
 
@@ -51,7 +51,7 @@ def random_checkpoint(size: str, *, head: bool, seed: int = 0) -> dict[str, torc
     matrix("aggregator.token_features.2", 256, 512)
     for name, out in (("cluster_features", 128), ("score", 64), ("single_branch", 192)):
         matrix(f"aggregator.{name}.0", 512, width, 1, 1)
-        matrix(f"aggregator.{name}.3", out, 512, 1, 1, gain=4.0)
+        matrix(f"aggregator.{name}.3", out, 512, 1, 1)
     matrix("aggregator.gpn.projection.0", 32, 64)
     matrix("aggregator.gpn.projection.3", 1, 32)
     if head:

@@ -1,0 +1,321 @@
+"""SAGE as a whole: its size, its independence of the batch, its parameters, its files."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+from sagelib.aggregators import aggregator_names
+from sagelib.model import SAGE, build_model
+
+# Parameters whose gradient softmax cancels: a constant added to all scores changes nothing.
+CANCELLED = {"aggregator.probe.3.bias"}
+CANCELLED_KEYS = {"head.layers.0.self_attn.in_proj_bias", "head.layers.1.self_attn.in_proj_bias"}
+
+
+def tiny(seed=0, **options):
+    torch.manual_seed(seed)
+    return SAGE("sage_vit_tiny", pretrained=False, **options).eval()
+
+
+def images(batch=3, height=56, width=70, seed=0):
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def off():
+    return tiny(interact=False)
+
+
+@pytest.fixture(scope="module")
+def on():
+    return tiny()
+
+
+# -- parameters -------------------------------------------------------------------------------------------------
+
+PUBLISHED = {
+    "base": {
+        "4 x dpn": (49_284, 49_284),
+        "final LayerNorm": (1_536, 1_536),
+        "token MLP": (525_056, 525_056),
+        "reduction branch": (459_392, 459_392),
+        "probe branch": (426_560, 426_560),
+        "post DPN": (2_113, 2_113),
+        "soft weighting": (385, 385),
+        "single branch (never called)": (0, 492_224),
+        "trained, head off": (1_464_326, 1_956_550),
+        "InteractHead": (7_880_192, 7_880_192),
+    },
+    "large": {
+        "4 x dpn": (65_668, 65_668),
+        "final LayerNorm": (2_048, 2_048),
+        "token MLP": (656_128, 656_128),
+        "reduction branch": (590_464, 590_464),
+        "probe branch": (557_632, 557_632),
+        "post DPN": (2_113, 2_113),
+        "soft weighting": (385, 385),
+        "single branch (never called)": (0, 623_296),
+        "trained, head off": (1_874_438, 2_497_734),
+        "InteractHead": (7_880_192, 7_880_192),
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("size", "millions", "with_head"), [("base", "88.54", "96.42"), ("large", "306.86", "314.74")]
+)
+def test_every_number_of_the_parameter_table(size, millions, with_head):
+    with torch.device("meta"):
+        report = SAGE(f"vit_{size}_patch14_dinov2", pretrained=False).parameter_report()
+    for name, counts in PUBLISHED[size].items():
+        assert report[name] == counts, name
+    assert f"{report['whole model, head off'][1] / 1e6:.2f}" == millions
+    assert f"{report['whole model, head on'][1] / 1e6:.2f}" == with_head
+    assert len(report.rows) == len(PUBLISHED[size]) + 2
+    table = str(report)
+    for name, (live, published) in PUBLISHED[size].items():
+        assert f"| {name} | {live:,} | {published:,} |" in table
+    with pytest.raises(KeyError, match="no row 'head'"):
+        report["head"]
+
+
+def test_the_report_counts_what_trains_for_other_parts_too():
+    for options in ({"adapter": "lora"}, {"aggregator": "gem", "interact": False}, {"adapter": "unfreeze"}):
+        model = tiny(**options)
+        report = model.parameter_report()
+        head = report["InteractHead"][0] if model.has_head else 0
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert report["trained, head off"][0] + head == trained
+        assert str(report).startswith("| module | live | as published |")
+
+
+def test_no_parameter_is_dead_but_the_biases_that_softmax_cancels():
+    model = tiny(aggregator_options={"dropout": 0.0}).double().train()
+    target = torch.randn(4, model.width, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    (model(images(4).double()) * target).sum().backward()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert not [name for name, p in trained.items() if p.grad is None]
+    largest = max(p.grad.abs().max() for p in trained.values())
+    for name, p in trained.items():
+        if name in CANCELLED:
+            assert p.grad.abs().max() < 1e-14 * largest, name
+        elif name in CANCELLED_KEYS:
+            query, key, value = p.grad.chunk(3)
+            assert key.abs().max() < 1e-14 * largest
+            assert min(query.abs().max(), value.abs().max()) > 1e-12 * largest
+        else:
+            assert p.grad.abs().max() > 1e-12 * largest, name
+    assert CANCELLED | CANCELLED_KEYS <= trained.keys()
+
+
+# -- the forward pass --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(224, 224), (322, 322), (518, 518), (126, 224), (322, 196)])
+def test_sizes(off, size):
+    with torch.no_grad():
+        out = off(images(1, *size))
+    assert out.shape == (1, 8448)
+    torch.testing.assert_close(out.norm(dim=1), torch.ones(1))
+
+
+def test_a_size_that_is_no_multiple_of_the_patch_is_refused(off):
+    with pytest.raises(
+        ValueError, match="320 x 322 pixels cannot be cut into patches of 14.*such as 322 x 322"
+    ):
+        off(images(1, 320, 322))
+
+
+def test_without_head_a_descriptor_depends_on_its_image_alone(off):
+    with torch.no_grad():
+        x = images(5)
+        whole = off(x)
+        parts = torch.cat([off(x[:1]), off(x[1:3]), off(x[3:])])
+        order = torch.tensor([4, 1, 0, 3, 2])
+        assert (whole - parts).abs().max() < 1e-6
+        assert (whole[order] - off(x[order])).abs().max() < 1e-6
+
+
+def test_with_head_it_depends_on_the_batch_but_not_on_its_order(on):
+    with torch.no_grad():
+        x = images(5)
+        whole = on(x)
+        order = torch.tensor([4, 1, 0, 3, 2])
+        torch.testing.assert_close(whole[order], on(x[order]), rtol=0, atol=1e-4)
+        assert (whole[:2] - on(x[:2])).abs().max() > 1e-3
+        torch.testing.assert_close(whole, on.interact(on.embed(x)), rtol=0, atol=0)
+        torch.testing.assert_close(on.embed(x).norm(dim=1), torch.ones(5))
+
+
+def test_with_anchors_of_its_own_it_does_not():
+    model = tiny()
+    with torch.no_grad():
+        x = images(4)
+        batch_wise = model(x)
+        model.set_anchors(model.embed(images(6, seed=3)))
+        whole = model(x)
+        assert (whole - batch_wise).abs().max() > 1e-3
+        torch.testing.assert_close(whole, torch.cat([model(x[:1]), model(x[1:])]), rtol=0, atol=1e-5)
+
+
+def test_kept_tokens_give_the_same_descriptors(on):
+    with torch.no_grad():
+        x = images()
+        tokens = on.backbone.prefix(x)
+        torch.testing.assert_close(on.embed_tokens(tokens, on.backbone.grid(x)), on.embed(x), rtol=0, atol=0)
+
+
+def test_bfloat16_stays_close_to_float32(off):
+    with torch.no_grad():
+        x = images(4, 126, 126)
+        full = off(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            half = off(x)
+    assert half.dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(full, half).min() > 0.999
+
+
+@pytest.mark.parametrize("name", ["softp", *aggregator_names()])
+def test_any_aggregator_takes_its_place(name):
+    options = {"grid": [16, 16]} if name == "mixvpr" else None
+    model = tiny(aggregator=name, aggregator_options=options, interact=False)
+    with torch.no_grad():
+        out = model(images(2, 224, 224))
+    assert out.shape == (2, model.width)
+    torch.testing.assert_close(out.norm(dim=1), torch.ones(2), rtol=0, atol=1e-5)
+
+
+def test_another_width_works_or_is_refused_with_the_arithmetic():
+    small = {"channels": 64, "probes": 60}
+    with pytest.raises(ValueError, match=r"width 4096 .* 4096 = 5 x 768 \+ 256"):
+        tiny(aggregator_options=small)
+    model = tiny(aggregator_options=small, interact_options={"segment_width": 512})
+    assert model.width == 4096 and model.head.segments == 8
+    assert model(images(2)).shape == (2, 4096)
+
+
+def test_without_a_head_there_is_nothing_to_interact_with(off):
+    assert not off.has_head and off.anchors is None
+    with pytest.raises(ValueError, match="no cross-image head"):
+        off.interact(torch.zeros(1, 8448))
+    with pytest.raises(ValueError, match="no cross-image head"):
+        off.set_anchors(torch.zeros(1, 8448))
+
+
+def test_initialisation_from_data_spreads_untrained_descriptors():
+    model, x = tiny(interact=False), images(24)
+    with torch.no_grad():
+        before = model(x)
+        other = copy.deepcopy(model)
+        model.initialise_from(x.split(8))
+        other.initialise_from((other.backbone.prefix(part), other.backbone.grid(part)) for part in x.split(8))
+        after = model(x)
+        torch.testing.assert_close(other(x), after, rtol=0, atol=1e-6)
+    assert (after @ after.T).mean() < (before @ before.T).mean() - 0.1
+    with pytest.raises(ValueError, match="only Soft Probing"):
+        tiny(aggregator="gem", interact=False).initialise_from([x])
+
+
+# -- files -------------------------------------------------------------------------------------------------------
+
+
+def test_saved_whole_and_loaded_it_is_the_same(tmp_path):
+    model = tiny(adapter_blocks=2, aggregator_options={"probes": 64, "alpha": 0.3})
+    model.set_anchors(model.embed(images(4, seed=8)).detach())
+    model.save_pretrained(tmp_path / "m")
+    names = {p.name for p in (tmp_path / "m").iterdir()}
+    assert {"model.safetensors", "config.json"} <= names and not [n for n in names if n.startswith(".")]
+    torch.manual_seed(99)
+    again = SAGE.from_pretrained(tmp_path / "m")
+    assert not again.training
+    assert torch.equal(again(images()), model(images()))
+    assert again.aggregator.weighting.alpha == 0.3
+    # ... and once more, from the model that was loaded.
+    again.save_pretrained(tmp_path / "n")
+    read = [json.loads((tmp_path / d / "config.json").read_text()) for d in "mn"]
+    assert read[0] == read[1]
+    assert read[0]["backbone"] == "sage_vit_tiny" and read[0]["interact_options"] == {"stored_anchors": 4}
+
+
+@pytest.mark.parametrize("adapter", ["dpn", "lora", "oft", "unfreeze", "none"])
+def test_the_trained_part_alone_is_small_and_enough(tmp_path, monkeypatch, adapter):
+    torch.manual_seed(0)
+    torch.save(tiny(adapter="none", interact=False).backbone.vit.state_dict(), tmp_path / "vit.pth")
+    options = {
+        "adapter": adapter,
+        "adapter_blocks": 2,
+        "interact": False,
+        "weights": str(tmp_path / "vit.pth"),
+    }
+    torch.manual_seed(7)
+    model = SAGE("sage_vit_tiny", **options).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * 0.05)
+    model.save_trainable(tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["weights"] == "vit.pth", "no path of this machine may go into a file"
+    if adapter != "unfreeze":
+        assert sum(f.stat().st_size for f in (tmp_path / "run").iterdir()) < 3e6
+    again = SAGE.from_pretrained(tmp_path / "run", weights=str(tmp_path / "vit.pth"))
+    assert torch.equal(again(images()), model(images()))
+    other = {k: v + 0.01 for k, v in torch.load(tmp_path / "vit.pth").items()}
+    torch.save(other, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="trained on another backbone"):
+        SAGE.from_pretrained(tmp_path / "run", weights=str(tmp_path / "other.pth"))
+
+
+def test_the_trained_part_moves_between_models_and_misfits_are_named(off):
+    other = tiny(seed=5, interact=False)
+    frozen = {f"backbone.{n}" for n in other.backbone.frozen_names}
+    state = off.trainable_state_dict()
+    assert not frozen & state.keys() and frozen | state.keys() == off.state_dict().keys()
+    other.load_trainable_state_dict(state)
+    assert all(torch.equal(other.state_dict()[k], v) for k, v in state.items())
+    bad = {k: v for k, v in state.items() if k != "aggregator.token.0.bias"} | {
+        "aggregator.extra": torch.zeros(1)
+    }
+    with pytest.raises(ValueError, match="missing aggregator.token.0.bias; left over aggregator.extra"):
+        other.load_trainable_state_dict(bad)
+
+
+def test_a_folder_without_weights_is_refused(tmp_path, off):
+    off.save_pretrained(tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="neither model.safetensors nor trainable.safetensors"):
+        SAGE.from_pretrained(tmp_path / "m")
+
+
+def test_it_is_read_from_the_hub_by_name(tmp_path, monkeypatch, off):
+    from huggingface_hub.errors import EntryNotFoundError
+
+    off.save_pretrained(tmp_path)
+
+    def download(repo_id, filename, **_):
+        assert repo_id == "someone/model"
+        if not (tmp_path / filename).is_file():
+            raise EntryNotFoundError(filename)
+        return str(tmp_path / filename)
+
+    monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", lambda **kw: download(**kw))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *a, **kw: download(*a, **kw))
+    assert torch.equal(SAGE.from_pretrained("someone/model")(images()), off(images()))
+
+
+def test_build_model(tmp_path, off):
+    plain = build_model("sage_vit_tiny", aggregator="cls", pretrained=False)
+    assert not any(p.requires_grad for p in plain.backbone.parameters()) and not plain.has_head
+    x = images()
+    with torch.no_grad():
+        expected = plain.backbone.vit.forward_features(x)[:, 0]
+    torch.testing.assert_close(
+        plain.eval()(x), torch.nn.functional.normalize(expected, dim=1), rtol=0, atol=1e-6
+    )
+    off.save_pretrained(tmp_path / "m")
+    assert torch.equal(build_model(tmp_path / "m")(x), off(x))
+    torch.save({}, tmp_path / "checkpoint.pth")
+    with pytest.raises(ValueError, match="load_authors_checkpoint"):
+        build_model(tmp_path / "checkpoint.pth")
