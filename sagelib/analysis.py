@@ -68,6 +68,7 @@ def tsne(descriptors, *, seed: int = 0, perplexity: float = 10.0) -> np.ndarray:
     array (n, 2) of float32
         The same for the same arguments on one machine and one set of versions.
     """
+    import threadpoolctl
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
@@ -82,9 +83,9 @@ def tsne(descriptors, *, seed: int = 0, perplexity: float = 10.0) -> np.ndarray:
     if kept < values.shape[1]:
         values = PCA(kept, svd_solver="full").fit_transform(values)
     start = "pca" if values.shape[1] >= 2 else "random"
-    return TSNE(2, perplexity=perplexity, init=start, random_state=seed).fit_transform(
-        values.astype(np.float32)
-    )
+    method = TSNE(2, perplexity=perplexity, init=start, random_state=seed)
+    with threadpoolctl.threadpool_limits(1):  # threads would change the last digits, which t-SNE makes large
+        return method.fit_transform(values.astype(np.float32))
 
 
 def choose_places(labels, *, places: int, images: int | None = None, seed: int = 0) -> np.ndarray:
@@ -331,8 +332,9 @@ def integrated_contributions(describe: Callable, patches, other, *, steps: int =
 
     Sundararajan, Taly and Yan, "Axiomatic Attribution for Deep Networks" (ICML 2017): from every patch replaced by
     the image's mean patch, on a straight line to the patches, the gradient is averaged (midpoint rule) and
-    multiplied with the way. The shares add up to the difference of the two scores, up to the error of `steps`. One
-    step is gradient times (patch - mean), half way.
+    multiplied with the way. The shares add up to the difference of the two scores, up to the error of `steps`; a
+    layer norm along the positions (MixVPR) jumps where constant patches begin to differ, and that jump is missed.
+    One step is gradient times (patch - mean), half way.
 
     Parameters
     ----------
