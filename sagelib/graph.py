@@ -317,26 +317,35 @@ def first_clique(adjacency: list[int], alive: int, min_size: int, budget: Search
     """
     steps = budget.steps
 
-    def extend(clique: int, size: int, common: int) -> int:
+    def straight_down(clique: int, common: int) -> int:
+        while common:
+            low = common & -common
+            clique |= low
+            common &= adjacency[low.bit_length() - 1]
+        return clique
+
+    def search(clique: int, common: int) -> int:
         nonlocal steps
-        while size + common.bit_count() >= min_size:
-            if not common:
-                return clique
+        stack = [(clique, 1, common, False)]
+        while stack:
+            clique, size, common, failed = stack.pop()
+            if size >= min_size:
+                return straight_down(clique, common)
+            if failed:  # only nodes with enough neighbours left can matter
+                rest, need = common, min_size - size - 1
+                while rest:
+                    node = rest & -rest
+                    rest ^= node
+                    if (adjacency[node.bit_length() - 1] & common).bit_count() < need:
+                        common ^= node
+            if size + common.bit_count() < min_size:
+                continue
             if steps <= 0:
                 return -1
             steps -= 1
             low = common & -common
-            found = extend(clique | low, size + 1, common & adjacency[low.bit_length() - 1])
-            if found:
-                return found
-            common ^= low
-            # After a failure only nodes with enough neighbours left can matter.
-            rest, need = common, min_size - size - 1
-            while rest:
-                node = rest & -rest
-                rest ^= node
-                if (adjacency[node.bit_length() - 1] & common).bit_count() < need:
-                    common ^= node
+            stack.append((clique, size, common ^ low, True))
+            stack.append((clique | low, size + 1, common & adjacency[low.bit_length() - 1], False))
         return 0
 
     found, left = 0, alive
@@ -345,14 +354,10 @@ def first_clique(adjacency: list[int], alive: int, min_size: int, budget: Search
         common = adjacency[low.bit_length() - 1] & left
         if common.bit_count() + 1 >= min_size:
             # Straight down first; the search with its way back only where that ends too soon.
-            found, rest = low, common
-            while rest:
-                node = rest & -rest
-                found |= node
-                rest &= adjacency[node.bit_length() - 1]
             steps -= 1
+            found = straight_down(low, common)
             if found.bit_count() < min_size:
-                found = extend(low, 1, common)
+                found = search(low, common)
             if found:
                 break
         left ^= low

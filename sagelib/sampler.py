@@ -394,6 +394,11 @@ class CliqueSampler:
         dict
             `report`.
 
+        Notes
+        -----
+        What the callable returns for the images of an epoch is kept in memory, in the type it has, until the batches up
+        to the next refresh are made (the static schedule: for good). Return float16 to halve it, or give a memory map.
+
         Raises
         ------
         ValueError
@@ -743,6 +748,10 @@ class CliqueSampler:
                 return np.zeros((len(images), len(images)))
             return visual_distances(self._clusters.values[clusters])[position][:, position]
         original = self._order[images]
+        if self._images is None:
+            raise RuntimeError(
+                "the descriptors of this epoch are gone since a later refresh: begin iteration again"
+            )
         if isinstance(self._images, _DescribedImages):
             unknown = ~self._images.has(original)
             if unknown.any():
@@ -766,7 +775,7 @@ class CliqueSampler:
             self._batch_number += 1
             self._sweep(rng(self.seed, "sampler", "room", attempt), places, None)
             most = max(most, len(places))
-            if most == self.places_per_batch:
+            if most == self.places_per_batch or 2 * most < self.places_per_batch:
                 break
         self._counts = _Counts()
         if most < self.places_per_batch:

@@ -199,6 +199,16 @@ def test_a_spent_budget_ends_the_search_and_is_counted():
     assert enough.cut == 0
 
 
+def test_a_clique_of_thousands_is_found_behind_a_dead_end():
+    # Nodes 0 and 1 form a clique of their own; 0 is also joined to 1,500 nodes that are all joined to one another.
+    matrix = np.ones((1502, 1502), dtype=bool)
+    np.fill_diagonal(matrix, False)
+    matrix[1, 2:] = matrix[2:, 1] = False
+    budget = SearchBudget(20_000)
+    found, _ = first_clique(adjacency_bits(matrix), (1 << 1502) - 1, 1400, budget)
+    assert found.bit_count() == 1501 and budget.cut == 0
+
+
 @ORDINARY
 @given(towns(30))
 def test_maximal_cliques_are_those_of_networkx(town):
