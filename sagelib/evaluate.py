@@ -18,6 +18,7 @@ from sagelib import runs
 from sagelib.describe import (
     Context,
     Descriptors,
+    baseline_pixels,
     compose,
     describe,
     describe_callable,
@@ -29,6 +30,7 @@ from sagelib.describe import (
     pictures_fingerprint,
 )
 from sagelib.images import load_image
+from sagelib.model import build_model
 from sagelib.retrieval import (
     KS,
     PCA,
@@ -42,6 +44,8 @@ from sagelib.retrieval import (
     wilson_interval,
     write_rankings,
 )
+from sagelib.train import load_trained
+from sagelib.weights import load_authors_checkpoint
 
 STAGE, AUDIT_STAGE, STORE = "evaluate", "audit", "descriptors"
 
@@ -772,6 +776,48 @@ def locate(
             "heading_deg": found.heading_deg,
             "row": rows,
         }
+    )
+
+
+# ----------------------------------------------------------------------------------------------- models by name
+POOLINGS = {"gem": {}, "gem2x2": {"grid": 2}, "mean": {}, "cls": {}}
+
+
+def open_model(spec: str, roots: Iterable = ()) -> Callable:
+    """A model by the name that a command line or a notebook's parameter gives it, in evaluation mode.
+
+    Parameters
+    ----------
+    spec : str
+        ``pixels`` (`baseline_pixels`); ``POOLING:BACKBONE`` with gem, gem2x2, mean or cls, for a frozen backbone with plain pooling,
+        ``POOLING:BACKBONE:FILE`` to read its weights from a file, ``POOLING:BACKBONE:random`` for none; the name or directory of a
+        training run; a folder written by ``save_pretrained``; a released checkpoint's file.
+    roots : iterable of path
+        Folders of runs in which the name of a training run is looked for.
+
+    Raises
+    ------
+    ValueError
+        If it is none of these.
+    """
+    if spec == "pixels":
+        return baseline_pixels
+    pooling, colon, rest = spec.partition(":")
+    if colon and pooling in POOLINGS:
+        backbone, _, weights = rest.partition(":")
+        source = {"pretrained": False} if weights == "random" else {"weights": weights or None}
+        pool = "gem" if pooling.startswith("gem") else pooling
+        return build_model(backbone, aggregator=pool, aggregator_options=POOLINGS[pooling], **source).eval()
+    for folder in (Path(spec), *(Path(root) / "train" / spec for root in roots)):
+        if (folder / "manifest.json").is_file():
+            return load_trained(runs.load_run(folder))
+        if (folder / "config.json").is_file():
+            return build_model(folder).eval()
+    if Path(spec).is_file():
+        return load_authors_checkpoint(spec)
+    raise ValueError(
+        f"there is no model {spec!r}: give pixels, gem:BACKBONE (or gem2x2, mean, cls), a finished training run, a folder "
+        "written by save_pretrained, or a released checkpoint's file"
     )
 
 

@@ -20,6 +20,7 @@ from sagelib.evaluate import (
     load_result,
     load_results,
     locate,
+    open_model,
     published,
     results_table,
     to_latex,
@@ -382,3 +383,15 @@ def test_pixels_on_real_photographs_agree_with_the_slow_script(sage_data, tmp_pa
     hits, n, without, _ = slow.slow_recall(*values, sage_data / name / "images" / "test")
     assert (result.hits, result.n_queries, result.n_without_positive) == (hits, n, without)
     assert 20 < result.recall.percent(1) < 50
+
+
+def test_models_are_opened_by_name(tmp_path):
+    assert open_model("pixels") is baseline_pixels
+    frozen = open_model("gem2x2:sage_vit_tiny:random")
+    assert frozen.width == 4 * 192 and not frozen.has_head and not frozen.training
+    frozen.save_pretrained(tmp_path / "kept")
+    again = open_model(str(tmp_path / "kept"))
+    images = torch.randn(2, 3, 56, 56)
+    assert torch.equal(again(images), frozen(images))
+    with pytest.raises(ValueError, match="there is no model 'nothing'"):
+        open_model("nothing", [tmp_path])
