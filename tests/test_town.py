@@ -1,5 +1,6 @@
 """The town: the same bytes from the same seed, geometry that agrees with itself, and folders that survive a kill."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -64,6 +65,29 @@ def test_same_seed_same_bytes_whatever_was_rendered_before(town, shots):
     for a, b in zip(once, again, strict=True):
         np.testing.assert_array_equal(a, b)
     assert not np.array_equal(once[0], Town(1111).render(some[0].pose, some[0].condition, 48))
+
+
+def test_another_processor_differs_by_one_grey_level_at_most(tmp_path):
+    """numpy without the vector units of this machine stands for another machine."""
+    from numpy._core._multiarray_umath import __cpu_dispatch__, __cpu_features__
+
+    units = [name for name in __cpu_dispatch__ if __cpu_features__[name]]
+    if not units:
+        pytest.skip("numpy uses no vector unit here that could be switched off")
+    code = (
+        "import sys, numpy as np; from sagelib.town import Town, plan_shots; t = Town(1110);"
+        "np.save(sys.argv[1], [t.render(s.pose, s.condition, 48, year=s.year, visit=s.visit)"
+        " for s in plan_shots(t, 'test/queries')[::17]])"
+    )
+    pictures = []
+    for name, off in (("with.npy", ""), ("without.npy", " ".join(units))):
+        subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / name)],
+            check=True,
+            env={**os.environ, "NPY_DISABLE_CPU_FEATURES": off},
+        )
+        pictures.append(np.load(tmp_path / name).astype(int))
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1
 
 
 def test_shapes_and_types(town, shots):
