@@ -1161,6 +1161,8 @@ def graph_histograms(degree, clique_size, weight, *, title: str | None = None) -
         axes[0, 2].hist(weight, bins=40, color=GREEN)
     axes[0, 2].set_xlabel("W = -(d_geo · d_vis)  (m)")
     axes[0, 2].set_ylabel("edges")
+    for axis in axes[0]:
+        axis.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     if title:
         figure.suptitle(title)
     return figure
@@ -1229,6 +1231,8 @@ def greedy_steps(
     scores = np.asarray(scores, dtype=float)
     if scores.shape != (len(chosen), len(east)):
         raise ValueError(f"scores must have shape ({len(chosen)}, {len(east)}), got {scores.shape}")
+    x0, y0 = _origin(east), _origin(north)
+    east, north = east - x0, north - y0
     columns = min(len(chosen), 2 if len(chosen) in (2, 4) else 3)
     rows = -(-len(chosen) // columns)
     figure, axes = _panels(
@@ -1291,9 +1295,9 @@ def greedy_steps(
         axis.set_ylim(north.min() - 0.15 * spread, north.max() + 0.15 * spread)
         axis.set_title(titles[t] if titles else f"step {t + 1}: node {newest[0]} joins", fontsize=12)
     for axis in axes[-1]:
-        axis.set_xlabel("east (m)")
+        axis.set_xlabel(_axis_name("east", x0))
     for row in axes:
-        row[0].set_ylabel("north (m)")
+        row[0].set_ylabel(_axis_name("north", y0))
     if picture is not None:
         figure.colorbar(picture, ax=axes, label="what is compared: mean W (m)", shrink=0.8)
     figure.suptitle(title)

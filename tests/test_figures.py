@@ -490,6 +490,7 @@ def test_greedy_steps_write_what_they_compare():
     titles = [axis.get_title() for axis in figure.axes[:3]]
     assert titles == ["step 1: node 0 joins", "step 2: node 1 joins", "step 3: node 2 joins"]
     assert texts(figure).count("-2.0") >= 3
+    assert figure.axes[2].get_xlabel() == "east of 551,000 m (m)", "no offset in a corner of the axes"
     with pytest.raises(ValueError, match=r"scores must have shape \(1, 6\)"):
         figures.greedy_steps(EAST[:6], NORTH[:6], EDGES[:5], WEIGHT[:5], [[0]], np.zeros((2, 6)))
 
