@@ -95,7 +95,14 @@ class DynamicPowerNorm(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             if x.dtype in (torch.float16, torch.bfloat16):
                 x = x.float()
-            return torch.sign(x) * (x.abs() + self.epsilon) ** self.exponent(x) + x
+            exponent = self.exponent(x)
+            if not torch.is_grad_enabled():
+                return self._power(x, exponent)
+            # Cheap to compute and large to keep: computed again in the backward pass.
+            return checkpoint(self._power, x, exponent, use_reentrant=False, preserve_rng_state=False)
+
+    def _power(self, x: Tensor, exponent: Tensor) -> Tensor:
+        return torch.sign(x) * (x.abs() + self.epsilon) ** exponent + x
 
 
 class Backbone(nn.Module):
