@@ -35,9 +35,13 @@ reproduce: $(STAMP)  ## run the ordered notebooks headlessly on the town, from r
 
 test: test-unit test-notebooks  ## every test, then every notebook against its stored outputs
 
+# Two test processes, one thread each: on small tensors, threads that fight for cores cost more than they give.
+test-unit: export OMP_NUM_THREADS = 1
 test-unit: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && SAGE_RUNS="$$runs" \
+	    $(BIN)/python -m pytest -n 2 --dist loadfile
 
+test-notebooks: export OMP_NUM_THREADS = 1
 test-notebooks: $(STAMP)
 	runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && SAGE_RUNS="$$runs" \
 	    $(BIN)/python -m pytest -p no:cacheprovider --nbval --nbval-cell-timeout=240 --nbval-sanitize-with tests/nbval_sanitize.cfg \
