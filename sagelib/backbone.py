@@ -320,6 +320,19 @@ class Backbone(nn.Module):
             self._positions[key] = resampled
         return self._positions[key]
 
+    def _forget(self) -> None:
+        """Forget what was computed from weights that are about to be exchanged."""
+        self._positions.clear()
+        self._fingerprints.clear()
+
+    def _apply(self, *args, **kwargs):
+        self._forget()
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self._forget()
+        return super()._load_from_state_dict(*args, **kwargs)
+
     # -- what identifies the frozen part ---------------------------------------------------------------------
 
     def prefix_fingerprint(self) -> str:

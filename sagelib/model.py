@@ -92,7 +92,7 @@ class SAGE(
         backbone: str = "vit_large_patch14_dinov2",
         *,
         pretrained: bool = True,
-        weights: str | None = None,
+        weights: str | Path | None = None,
         position: str | None = None,
         adapter: str = "dpn",
         adapter_blocks: int = 4,
@@ -104,6 +104,10 @@ class SAGE(
         interact_options: dict | None = None,
     ):
         super().__init__()
+        self._hub_mixin_config = {
+            **self._hub_mixin_config,
+            "weights": None if weights is None else str(weights),
+        }
         self.backbone = Backbone(
             backbone,
             pretrained=pretrained,
@@ -257,14 +261,17 @@ class SAGE(
     def load_trainable_state_dict(self, state: dict[str, Tensor]) -> None:
         """The inverse of :meth:`trainable_state_dict`; anything missing or left over is an error."""
         own = self.trainable_state_dict()
-        missing, left = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-        if missing or left:
-            raise ValueError(
-                "these trained parameters do not fit the model: "
-                + "; ".join(
-                    f"{what} {', '.join(n)}" for what, n in (("missing", missing), ("left over", left)) if n
-                )
-            )
+        wrong = (
+            ("missing", sorted(own.keys() - state.keys())),
+            ("left over", sorted(state.keys() - own.keys())),
+            (
+                "of another shape",
+                sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape),
+            ),
+        )
+        if any(names for _, names in wrong):
+            told = "; ".join(f"{what} {', '.join(names)}" for what, names in wrong if names)
+            raise ValueError(f"these trained parameters do not fit the model: {told}")
         self.load_state_dict(state, strict=False)
 
     # -- files -----------------------------------------------------------------------------------------------

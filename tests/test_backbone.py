@@ -179,6 +179,12 @@ def test_remembered_positions_follow_the_weights():
     with torch.no_grad():
         model.vit.pos_embed.mul_(2.0)
     torch.testing.assert_close(model.position_embedding((3, 3)), 2 * first)
+    # Weights put in place of others are not taken for them, wherever they lie in memory.
+    model.position_embedding((3, 3))
+    state = {k: torch.zeros_like(v) for k, v in model.state_dict().items()}
+    fingerprint = model.prefix_fingerprint()
+    model.load_state_dict(state, assign=True)
+    assert not model.position_embedding((3, 3)).any() and model.prefix_fingerprint() != fingerprint
     with torch.inference_mode():
         kept = model.position_embedding((4, 4))
     assert not kept.is_inference()

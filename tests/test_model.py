@@ -275,6 +275,8 @@ def test_the_trained_part_moves_between_models_and_misfits_are_named(off):
     assert not frozen & state.keys() and frozen | state.keys() == off.state_dict().keys()
     other.load_trainable_state_dict(state)
     assert all(torch.equal(other.state_dict()[k], v) for k, v in state.items())
+    with pytest.raises(ValueError, match="of another shape aggregator.token.0.bias$"):
+        other.load_trainable_state_dict({**state, "aggregator.token.0.bias": torch.zeros(3)})
     bad = {k: v for k, v in state.items() if k != "aggregator.token.0.bias"} | {
         "aggregator.extra": torch.zeros(1)
     }
