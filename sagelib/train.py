@@ -68,6 +68,7 @@ __all__ = [
     "plateau_value",
     "rate_factor",
     "train",
+    "training_places",
 ]
 
 PRECISIONS = {None: None, "bfloat16": torch.bfloat16, "float16": torch.float16}
