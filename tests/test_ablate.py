@@ -1,0 +1,521 @@
+"""The ablation runner: what a grid may be, what shares a run, what is skipped, what counts as evidence, and what is kept."""
+
+import dataclasses
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from sagelib import ablate, runs
+from sagelib.ablate import (
+    Grid,
+    Results,
+    export_audits,
+    export_results,
+    load_exported,
+    load_grid,
+    pooled_difference,
+    read_grid,
+    run_grid,
+)
+from sagelib.evaluate import audit_contexts, published
+from sagelib.images import Preprocess
+from sagelib.model import SAGE
+from sagelib.places import open_set
+from sagelib.retrieval import Recall, paired_bootstrap
+from sagelib.town import write_town
+from sagelib.train import TrainConfig, training_places
+
+GRIDS = sorted((Path(__file__).parent.parent / "notebooks" / "params" / "ablations").glob("*.yaml"))
+BASE = {
+    "backbone": "sage_vit_tiny",
+    "pretrained": False,
+    "adapter_blocks": 1,
+    "aggregator_options": {"channels": 16, "probes": 8, "token_dim": 32, "hidden": 32},
+    "interact": False,
+    "interact_options": {"segment_width": 32, "heads": 4, "layers": 1, "ffn": 32},
+    "image_size": 56,
+    "validation_size": 56,
+    "augment": 0,
+    "dropout": 0.0,
+    "cache_limit_gb": 1.0,
+    "places_per_batch": 3,
+    "images_per_place": 2,
+    "similar_places": 3,
+    "min_clique": 2,
+    "batches_per_epoch": 2,
+    "epochs": 1,
+    "patience": None,
+    "tensorboard": False,
+}
+ROWS = {
+    "full method": {},
+    "no weighting": {"aggregator_options": {"alpha": None}},
+    "mean": {"aggregator": "mean"},
+    "head, anchors": {"interact": True, "train_context": "anchors", "anchors": 4},
+    "head, k-means after": {"interact": True, "train_context": "solo", "anchors_from": "kmeans-3"},
+    "16 components": {"pca": 16},
+}
+
+
+def grid_of(configurations=ROWS, reference="full method", **changes) -> Grid:
+    return Grid(
+        **{"name": "tiny", "base": BASE, "seeds": (0, 1), **changes},
+        reference=reference,
+        configurations=configurations,
+    )
+
+
+@pytest.fixture(scope="module")
+def town(tmp_path_factory) -> Path:
+    return write_town(
+        tmp_path_factory.mktemp("town") / "pair",
+        train_seeds=(1000, 1001),
+        val_seeds=(),
+        test_seeds=(1110,),
+        images_per_town=48,
+        size=56,
+        progress=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def data(town) -> dict:
+    return {"mined": training_places(town), "test_sets": [open_set(town.parent, town.name)]}
+
+
+@pytest.fixture(scope="module")
+def done(data, tmp_path_factory) -> tuple[Path, Results]:
+    """A grid with a row of each kind, run once."""
+    root = tmp_path_factory.mktemp("runs")
+    return root, run_grid(grid_of(), root, **data, device="cpu", progress=False)
+
+
+# --- grids -----------------------------------------------------------------------------------------------------
+
+
+def test_a_configuration_adds_options_to_the_bases_unless_it_names_another_part():
+    grid = grid_of({**ROWS, "salad": {"aggregator": "salad", "aggregator_options": {"clusters": 4}}})
+    assert grid.training("no weighting", 0).aggregator_options == {
+        **BASE["aggregator_options"],
+        "alpha": None,
+    }
+    assert grid.training("mean", 0).aggregator_options == {}
+    assert grid.training("salad", 0).aggregator_options == {"clusters": 4}
+    assert grid.training("full method", 3).seed == 3
+    assert grid.training("full method", 0).augment is None  # 0 in a parameter file is off
+    nothing = grid_of({"full method": {}}, base={})
+    assert nothing.training("full method", 0) == TrainConfig()
+
+
+def test_measured_where_a_descriptor_depends_on_its_image_alone():
+    grid = grid_of({**ROWS, "batch": {"interact": True}})
+    contexts = {name: grid.measurement(name)["context"] for name in grid.configurations}
+    assert contexts == {
+        "full method": "none",
+        "no weighting": "none",
+        "mean": "none",
+        "head, anchors": "anchors",
+        "head, k-means after": "anchors",
+        "16 components": "none",
+        "batch": "solo",
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"reference": "the best"}, "reference is 'the best'"),
+        ({"seeds": (1, 1)}, "seeds must differ"),
+        ({"seeds": ()}, "at least one"),
+        ({"name": "a/b"}, "one plain word"),
+        ({"published": {"none such": "x"}}, "no configuration of this grid"),
+        ({"configurations": {"full method": {"lr": -1}}}, "'full method': lr must be a number > 0"),
+        ({"configurations": {"full method": {"prefers": "hard"}}}, "did you mean 'prefer'"),
+        ({"configurations": {"full method": {}, "Full-Method": {}}}, "the same folder"),
+        (
+            {"configurations": {"full method": {"context": "sorted-8", "interact": True}}},
+            "depends on its image",
+        ),
+        ({"configurations": {"full method": {"context": "solo"}}}, "needs interact"),
+        ({"configurations": {"full method": {"context": "anchors", "interact": True}}}, "give anchors_from"),
+        ({"configurations": {"full method": {"interact": True, "anchors_from": "best-4"}}}, "kmeans-m"),
+        ({"configurations": {"full method": {"seed": 1}}}, "the grid's seeds"),
+    ],
+)
+def test_a_grid_that_cannot_be_is_told_in_a_sentence(changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        grid_of(**changes)
+
+
+def test_files(tmp_path):
+    base = tmp_path / "base.yaml"
+    base.write_text("dataset: town\nlr: 5e-4\nseed: 7\n")
+    path = tmp_path / "g.yaml"
+    path.write_text(
+        "base: base.yaml\nsettings: {epochs: 2}\nreference: a\nconfigurations: {a: , b: {prefer: hard}}\n"
+    )
+    grid = read_grid(path)
+    assert (grid.name, grid.base, grid.seeds) == ("g", {"lr": "5e-4", "epochs": 2}, (0, 1, 2))
+    assert grid.training("b", 1).lr == 5e-4 and grid.training("b", 1).prefer == "hard"
+    again = tmp_path / "again.yaml"
+    again.write_text(yaml.safe_dump(grid.to_dict()))
+    assert read_grid(again) == grid
+    for text, sentence in (
+        ("reference: a\nconfiguration: {a: }\n", "no key 'configuration'"),
+        ("configurations: {a: }\n", "reference is missing"),
+        ("reference: [a\n", "line 2: this is not YAML"),
+        ("base: other.yaml\nreference: a\nconfigurations: {a: }\n", "other.yaml: there is no such file"),
+        ("reference: a\nconfigurations: {a: {eta: 1}}\n", "g.yaml: configuration 'a': .*'eta'"),
+        ("reference: a\nconfigurations: {a: 3}\n", "must be fields and values"),
+    ):
+        path.write_text(text)
+        with pytest.raises((ValueError, FileNotFoundError), match=sentence):
+            read_grid(path)
+
+
+def test_the_shipped_grids():
+    assert {path.stem for path in GRIDS} == set(
+        "components sampler adapter aggregator k-and-P alpha descriptor-size anchors".split()
+    )
+    theirs = set(published("ablation")["configuration"])
+    for path in GRIDS:
+        grid = read_grid(path)
+        assert grid.name == path.stem and grid.title.endswith("?") and len(grid.seeds) >= 3
+        assert set(grid.published.values()) <= theirs
+        fields = [f.name for f in dataclasses.fields(TrainConfig) if f.name != "seed"]
+        reference = grid.training(grid.reference, 0)
+        for name in grid.configurations:
+            config = grid.training(name, 0)
+            differs = [f for f in fields if getattr(config, f) != getattr(reference, f)]
+            budget = {
+                "epochs",
+                "batches_per_epoch",
+                "lr",
+                "backbone",
+                "image_size",
+                "validation_size",
+                "augment",
+            }
+            assert not budget & set(differs), f"{path.stem}: {name} is not trained on equal terms: {differs}"
+    rows = read_grid(next(p for p in GRIDS if p.stem == "components"))
+    assert set(rows.published.values()) == theirs, "the paper's own rows are all there"
+
+
+def test_grids_share_their_full_method():
+    """Its training is the same run in every grid that compares with it, and so is done once."""
+    shared = {
+        str(read_grid(p).training(read_grid(p).reference, 0).identity())
+        for p in GRIDS
+        if p.stem in ("components", "sampler", "aggregator", "alpha", "descriptor-size", "adapter")
+    }
+    assert len(shared) == 1
+
+
+# --- running ---------------------------------------------------------------------------------------------------
+
+
+def test_every_configuration_and_seed_is_measured(done):
+    root, results = done
+    assert len(results.table) == len(ROWS) * 2 and (results.table["run"] != "").all()
+    assert results.datasets == ["pair"]
+    # One training serves the full method and its principal components.
+    trainings = runs.find_runs(root, "train")
+    assert len(trainings) == (len(ROWS) - 1) * 2
+    by_name = results.table.set_index(["configuration", "seed"])
+    assert by_name.loc[("16 components", 0), "dim"] == 16
+    assert by_name.loc[("full method", 0), "dim"] == 32 + 16 * 8
+    fewer = by_name.loc[("full method", 0), "parameters"] - by_name.loc[("no weighting", 0), "parameters"]
+    assert fewer == 385  # all that the weighting adds
+    counted = by_name["hits@5"] / by_name["queries"] * 100
+    np.testing.assert_allclose(by_name["R@5"].astype(float), counted.astype(float))
+    assert (by_name["steps"] == 2).all()
+
+
+def test_tokens_are_shared(done):
+    """One store for training images, one for references, one for queries; of each seed, as the random backbone differs by seed."""
+    root, _ = done
+    assert len(list((root / "tokens").iterdir())) == 3 * 2
+
+
+def test_measured_as_a_full_pass_through_the_model_would_be(done, data, town):
+    from sagelib.evaluate import evaluate
+    from sagelib.train import load_trained
+
+    root, results = done
+    test = data["test_sets"][0]
+    for name in ("full method", "head, anchors"):
+        run = runs.load_run(root / results.table.set_index(["configuration", "seed"]).loc[(name, 1), "run"])
+        model = load_trained(runs.load_run(root / "train" / run.config["training"]), "last")
+        direct = evaluate(
+            model,
+            test,
+            root / "direct",
+            preprocess=Preprocess(56, "paper"),
+            context=run.config["context"],
+            model_name=name.replace(", ", "-"),
+            dtype="float32",
+            device="cpu",
+            progress=False,
+        )
+        # Stored tokens are rounded to float16: a rank may move where two references are equally near.
+        same = np.mean(direct.per_query_rank == results.ranks[name, 1, "pair"])
+        assert same > 0.9
+
+
+def test_again_it_does_nothing_and_adds_only_what_is_new(done, data):
+    root, results = done
+    before = {p: p.stat().st_mtime_ns for p in root.rglob("*") if p.is_file() and p.name != "lock"}
+    again = run_grid(grid_of(), root, **data, device="cpu", progress=False)
+    pd.testing.assert_frame_equal(again.table, results.table)
+    assert before == {p: p.stat().st_mtime_ns for p in root.rglob("*") if p.is_file() and p.name != "lock"}
+    more = {**ROWS, "hard": {"prefer": "hard"}}
+    unfinished = load_grid(grid_of(more), root)
+    summary = unfinished.summary("pair").set_index("configuration")
+    assert summary.loc["hard", "verdict"] == "not run" and np.isnan(summary.loc["hard", "R@1"])
+    assert summary.loc["full method", "verdict"] == "the full method"
+    assert (unfinished.table[unfinished.table["configuration"] == "hard"]["run"] == "").all()
+
+
+def test_other_data_under_the_same_name_are_refused_before_any_training(done, data):
+    root, _ = done
+    test = data["test_sets"][0]
+    other = dataclasses.replace(test, queries=test.queries[:10])
+    trainings = len(runs.find_runs(root, "train", finished=None))
+    with pytest.raises(runs.RunConflict, match="another configuration"):
+        run_grid(grid_of(), root, mined=data["mined"], test_sets=[other], device="cpu", progress=False)
+    assert len(runs.find_runs(root, "train", finished=None)) == trainings
+
+
+def test_two_processes_give_the_numbers_of_one(data, tmp_path, done):
+    two = grid_of({"full method": {}, "no weighting": ROWS["no weighting"]}, seeds=(0,))
+    results = run_grid(two, tmp_path, **data, workers=2, device="cpu", progress=False)
+    for key, ranks in results.ranks.items():
+        np.testing.assert_array_equal(ranks, done[1].ranks[key])
+
+
+def test_one_failure_leaves_the_others_finished(data, tmp_path):
+    rows = {"full method": {}, "too large": {"aggregator_options": {"channels": 8}, "pca": 5000}}
+    with pytest.raises(RuntimeError, match="1 of 2 trainings failed.*5000") as caught:
+        run_grid(grid_of(rows, seeds=(0,)), tmp_path, **data, device="cpu", progress=False)
+    assert "\n" not in str(caught.value)
+    results = load_grid(grid_of(rows, seeds=(0,)), tmp_path)
+    assert (results.table["run"] != "").tolist() == [True, False]
+
+
+def test_killed_at_any_moment_it_goes_on(town, tmp_path, capsys):
+    """The command is killed while it trains; the same command then finishes, and finishes nothing twice."""
+    path = tmp_path / "g.yaml"
+    rows = {"full method": {}, "uniform": {"prefer": "uniform"}}
+    grid = {**grid_of(rows, seeds=(0,)).to_dict(), "name": "killed", "seeds": [0]}
+    grid["base"] = {**BASE, "epochs": 3}
+    path.write_text(yaml.safe_dump(grid))
+    command = [
+        sys.executable,
+        "-m",
+        "sagelib.ablate",
+        str(path),
+        "--data",
+        str(town),
+        "--runs",
+        str(tmp_path / "runs"),
+    ]
+    process = subprocess.Popen(
+        [*command, "--device", "cpu"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    started = tmp_path / "runs" / "train"
+    while process.poll() is None and not list(started.glob("*/checkpoints/*.pt")):
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    arguments = [*command[3:], "--device", "cpu", "--export", str(tmp_path / "small")]
+    assert ablate.main(arguments) == 0
+    assert "against full method" in capsys.readouterr().out
+    assert (load_exported(tmp_path / "small" / "killed").table["steps"] == 6).all()
+    assert ablate.main([*command[3:], "--only-read"]) == 0
+    assert "uniform" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"reference": "x"}, "g.yaml: reference is 'x'"),
+        ({}, "nowhere"),
+        ({"seeds": 3}, "seeds must be a list"),
+    ],
+)
+def test_mistakes_at_the_command_are_one_sentence(changes, sentence, tmp_path, capsys):
+    path = tmp_path / "g.yaml"
+    path.write_text(yaml.safe_dump({**grid_of().to_dict(), **changes}))
+    assert ablate.main([str(path), "--data", "nowhere", "--runs", str(tmp_path)]) == 1
+    said = capsys.readouterr().err.strip()
+    assert sentence in said and len(said.splitlines()) == 1
+
+
+# --- evidence --------------------------------------------------------------------------------------------------
+
+
+def test_the_difference_is_that_of_the_means_and_its_interval_that_of_the_paired_bootstrap():
+    rng = np.random.default_rng(0)
+    a = np.where(rng.random(400) < 0.5, 1, 7)
+    b = np.where(rng.random(400) < 0.3, 1, a)
+    found = pooled_difference(a, b)
+    library = paired_bootstrap(Recall.from_ranks(a), Recall.from_ranks(b))
+    assert found.points == pytest.approx(library.points)
+    assert (found.gained, found.lost) == (library.gained, library.lost)
+    assert (found.low, found.high) == pytest.approx((library.low, library.high), abs=0.6)
+
+
+def test_seeds_and_places_widen_the_interval():
+    """Queries that move together, and seeds that disagree, say less than as many independent ones."""
+    rng = np.random.default_rng(1)
+    steady = np.tile(rng.choice([1, 9], 300), (3, 1))
+    better = steady.copy()
+    better[:, rng.random(300) < 0.2] = 1
+
+    def width(a, b, **options):
+        found = pooled_difference(a, b, **options)
+        return found.high - found.low
+
+    once = width(steady[:1], better[:1])
+    assert width(steady, better) == pytest.approx(once, rel=0.15)  # repeating a query is no new query
+    moody = better.copy()
+    moody[0] = steady[0]
+    moody[1] = 1
+    assert width(steady, moody) > 1.5 * once
+    together = np.repeat(np.arange(30), 10)
+    whole = np.where((np.repeat(rng.random(30), 10) < 0.2)[None], 1, steady)
+    assert width(steady, whole, groups=together) > 1.5 * width(steady, whole)
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says():
+    """Seeds and places with effects of their own: over many experiments about 95 % of the intervals hold the true difference."""
+    rng = np.random.default_rng(2)
+    inside, truth = 0, 10.0
+    for _ in range(150):
+        base, gain = rng.random(150) < 0.5, rng.random(150) < 0.2
+        a = np.tile(np.where(base, 1, 9), (4, 1))
+        b = np.where(base | gain, 1, 9)[None] + 8 * (rng.random((4, 150)) < 0.0).astype(int)
+        found = pooled_difference(a, b, draws=400, seed=int(rng.integers(2**31)))
+        inside += found.low <= truth <= found.high
+    assert 0.88 <= inside / 150 <= 1.0
+
+
+def test_shapes_are_checked():
+    with pytest.raises(ValueError, match="same shape"):
+        pooled_difference(np.ones((2, 5)), np.ones((3, 5)))
+    with pytest.raises(ValueError, match="groups must have shape"):
+        pooled_difference(np.ones((2, 5)), np.ones((2, 5)), groups=np.zeros(4))
+
+
+def made_up(percents: dict, *, queries: int = 200, stuck: set = frozenset()) -> Results:
+    """Results whose recalls are given, with the same hard queries for everybody."""
+    grid = grid_of({name: {"lr": 1e-3 + i * 1e-4} for i, name in enumerate(percents)}, seeds=(0, 1, 2))
+    rows, ranks = [], {}
+    for name, values in percents.items():
+        for seed, percent in enumerate(values):
+            ranks[name, seed, "set"] = np.where(np.arange(queries) < percent * queries / 100, 1, 0)
+            rows.append(
+                {
+                    "configuration": name,
+                    "seed": seed,
+                    "dataset": "set",
+                    "plateau": (name, seed) in stuck,
+                    "run": "r",
+                }
+            )
+    return Results(grid, ablate._tidy(rows), ranks, {"set": np.arange(queries)})
+
+
+def test_verdicts():
+    results = made_up(
+        {"full method": (50, 51, 52), "worse": (30, 31, 32), "same": (50, 51, 52), "better": (70, 71, 72)}
+    )
+    summary = results.summary("set").set_index("configuration")
+    assert summary["verdict"].to_dict() == {
+        "full method": "the full method",
+        "worse": "worse",
+        "same": "no difference shown",
+        "better": "better",
+    }
+    assert summary.loc["worse", "points"] == pytest.approx(-20)
+    assert summary.loc["full method", "R@1"] == pytest.approx(51) and summary.loc[
+        "full method", "sd"
+    ] == pytest.approx(1)
+    assert summary.loc["worse", "smallest"] > 0
+
+
+def test_a_run_on_the_plateau_is_flagged_and_no_evidence():
+    runs_of = {"full method": (50, 50, 50), "one stuck": (50, 50, 2), "all stuck": (2, 2, 2)}
+    stuck = {("one stuck", 2), *(("all stuck", s) for s in range(3))}
+    summary = made_up(runs_of, stuck=stuck).summary("set").set_index("configuration")
+    assert summary["plateau"].tolist() == [0, 1, 3]
+    assert summary["seeds"].tolist() == [3, 2, 0]
+    assert summary.loc["one stuck", "R@1"] == 50 and summary.loc["one stuck", "points"] == 0
+    assert summary.loc["all stuck", "verdict"].startswith("no evidence")
+    assert np.isnan(summary.loc["all stuck", "R@1"])
+    percent, flagged = made_up(runs_of, stuck=stuck).recalls("set")
+    assert percent[1, 2] == 2 and flagged[1, 2] and flagged.sum() == 4
+
+
+def test_training_on_the_plateau_is_noticed(data, tmp_path):
+    """A rate so small that nothing moves leaves the loss where all similarities are equal or the run is not flagged: the manifest decides."""
+    rows = {"full method": {}, "still": {"lr": 1e-12}}
+    results = run_grid(grid_of(rows, seeds=(0,)), tmp_path, **data, device="cpu", progress=False)
+    for row in results.table.itertuples():
+        run = runs.load_run(tmp_path / row.run)
+        plateau = runs.load_run(tmp_path / "train" / run.config["training"]).metrics["plateau"]
+        assert row.plateau == plateau["ended_there"]
+
+
+# --- what is kept ----------------------------------------------------------------------------------------------
+
+
+def test_the_small_copy_gives_the_same_tables(done, tmp_path):
+    root, results = done
+    folder = export_results(results, root, tmp_path)
+    again = load_exported(folder)
+    assert again.grid == results.grid
+    pd.testing.assert_frame_equal(again.summary("pair", 5), results.summary("pair", 5))
+    pd.testing.assert_frame_equal(again.table, results.table, rtol=1e-4, check_dtype=False)
+    assert sum(f.stat().st_size for f in folder.iterdir()) < 200_000
+    text = "".join(f.read_text() for f in folder.iterdir() if f.suffix != ".npz")
+    assert str(root) not in text and str(tmp_path) not in text
+    manifests = runs.read_json(folder / "manifests.json")
+    assert len(manifests["runs"]) == len(results.table) + (len(ROWS) - 1) * 2
+    assert all(m["finished"] for m in manifests["runs"].values())
+    with pytest.raises(FileNotFoundError, match="no exported grid"):
+        load_exported(tmp_path / "nothing")
+
+
+def test_published_rows_stand_beside_and_say_whose_they_are():
+    grid = read_grid(next(p for p in GRIDS if p.stem == "components"))
+    table = Results(grid, ablate._tidy([]), {}, {}).published()
+    assert {"sped", "msls-val"} <= set(table.columns) and table["note"].str.contains("second-hand").all()
+    assert Results(grid_of(), ablate._tidy([]), {}, {}).published().empty
+
+
+def test_audits_are_exported(data, tmp_path):
+    model = SAGE(
+        **{k: BASE[k] for k in ("backbone", "pretrained", "aggregator_options", "interact_options")},
+        interact=True,
+    )
+    audit = audit_contexts(
+        model,
+        data["test_sets"][0],
+        tmp_path / "runs",
+        contexts=("none", "solo", "sorted-4", "shuffled-4"),
+        shuffles=2,
+        preprocess=Preprocess(56),
+        device="cpu",
+        progress=False,
+    )
+    folder = export_audits([audit], tmp_path / "audit")
+    contexts = pd.read_csv(folder / "contexts.csv")
+    assert contexts["context"].tolist() == ["none", "solo", "sorted-4", "shuffled-4"]
+    assert pd.read_csv(folder / "leak.csv")["n"].tolist() == [4]
