@@ -1,6 +1,7 @@
 """A model on a benchmark under a context: a result with counts, in a run directory; tables of results; the audit of contexts."""
 
 import os
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -194,7 +195,7 @@ def evaluate(
     root : path
         A folder of runs.
     name : str, optional
-        Of the run; default: model, data set, context.
+        Of the run; default: model, data set, context, and a hash of the settings.
     model_name : str, optional
         How tables call the model; default: its ``name``, or that of its class.
     context : str or Context
@@ -249,10 +250,12 @@ def evaluate(
         name = f"{model_name}-{test_set.name}-{context}"
         name += f"-seed{seed}" if shuffled else ""
         name += f"-pca{pca.size}" if pca is not None else ""
+        # Another preprocess, size or model of the same name is another run, not a conflict.
+        name += f"-{runs.fingerprint([config, data_fingerprint])[:6]}"
     run = runs.Run.open(
         root,
         STAGE,
-        name.replace("/", "_"),
+        _plain_name(name),
         config,
         seed=seed if shuffled else None,
         data_fingerprint=data_fingerprint,
@@ -446,7 +449,12 @@ def _store(root, model, model_name, test_set, options):
         options["dtype"],
         options["autocast"],
     ]
-    return Path(root) / STORE / f"{model_name}-{test_set.name}-{runs.fingerprint(what)[:8]}"
+    return Path(root) / STORE / _plain_name(f"{model_name}-{test_set.name}-{runs.fingerprint(what)[:8]}")
+
+
+def _plain_name(name: str) -> str:
+    """A folder's name: what a path or a model's name may hold besides letters becomes an underscore."""
+    return re.sub(r'[/\\:*?"<>|\s]+', "_", name).lstrip("._")
 
 
 def _common_folder(test_set):
@@ -592,7 +600,7 @@ def audit_contexts(
     run = runs.Run.open(
         root,
         AUDIT_STAGE,
-        (name or f"{model_name}-{test_set.name}").replace("/", "_"),
+        _plain_name(name or f"{model_name}-{test_set.name}-{runs.fingerprint(config)[:6]}"),
         config,
         seed=seed,
         data_fingerprint=_data_fingerprint(test_set),

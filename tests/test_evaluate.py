@@ -146,9 +146,19 @@ def test_finished_results_are_found_and_other_settings_refused(data, tmp_path):
     under = evaluate(model, test_set, tmp_path, context="sorted-8", progress=False)
     assert model.embedded == 2 * PLACES, "another context needs no second embedding"
     assert under.context == "sorted-8" and under.hits != first.hits and under.seconds["head"] > 0
+    other = evaluate(model, test_set, tmp_path, dtype="float32", progress=False)
+    assert other.path != first.path, "other settings are another run"
+    evaluate(model, test_set, tmp_path, name="mine", progress=False)
     with pytest.raises(runs.RunConflict, match="dtype: 'float16' -> 'float32'"):
-        evaluate(model, test_set, tmp_path, dtype="float32", progress=False)
-    assert [r.context for r in load_results(tmp_path)] == ["none", "sorted-8"]
+        evaluate(model, test_set, tmp_path, name="mine", dtype="float32", progress=False)
+    assert [
+        r.context
+        for r in load_results(tmp_path)
+        if r.path not in (other.path, tmp_path / "evaluate" / "mine")
+    ] == [
+        "none",
+        "sorted-8",
+    ]
     assert str(first).startswith("random on aligned (test), context none: R@1 ")
     difference = compare(first, under)
     assert difference.points == pytest.approx(under.recall.percent(1) - first.recall.percent(1))
@@ -169,7 +179,7 @@ def test_unfinished_results_do_not_look_finished(data, tmp_path, monkeypatch):
             evaluate(Noisy(), open_set(data, "aligned"), tmp_path, progress=False)
     assert load_results(tmp_path) == []
     with pytest.raises(FileNotFoundError, match="no finished evaluation: it is evaluate, unfinished"):
-        load_result(tmp_path / "evaluate" / "random-aligned-none")
+        load_result(next((tmp_path / "evaluate").iterdir()))
     assert evaluate(Noisy(), open_set(data, "aligned"), tmp_path, progress=False).n_queries == PLACES
 
 
