@@ -14,20 +14,26 @@ from sagelib.retrieval import bootstrap_mean
 
 __all__ = [
     "IntraClassDistance",
+    "LabelPreference",
     "audit_arrays",
     "average_intra_class_distance",
     "choose_places",
     "entropy",
     "greedy_arrays",
+    "inter_class_distance",
     "integrated_contributions",
+    "label_preference",
     "label_shares",
     "log_arrays",
     "mass_on_labels",
+    "neighbour_purity",
     "paired_difference",
     "patch_similarity",
     "score_contributions",
     "sort_failures",
+    "split_by_heading",
     "suspicion",
+    "town_labels",
     "tsne",
     "unit",
 ]
@@ -121,6 +127,44 @@ def choose_places(labels, *, places: int, images: int | None = None, seed: int =
     return np.concatenate(members)
 
 
+def split_by_heading(labels, heading_deg, *, max_heading_deg: float = 45.0) -> np.ndarray:
+    """Split places into views: photographs of one place that look the same way.
+
+    Within a place, the first photograph without a view leads one, and all others that look the same way as it join,
+    so two photographs of a view differ by at most twice the angle.
+
+    Parameters
+    ----------
+    labels : array (n,) of int
+        -1: no place, and no view.
+    heading_deg : array (n,)
+        Degrees clockwise from north; photographs without one (NaN) are a view of their own in each place.
+    max_heading_deg : float
+        Largest angle to the leader, 0 < max_heading_deg <= 180.
+
+    Returns
+    -------
+    array (n,) of int
+        Labels from 0 in order of places, -1 where there is none.
+    """
+    labels, heading = np.asarray(labels), np.asarray(heading_deg, dtype=np.float64)
+    if labels.shape != heading.shape or labels.ndim != 1:
+        raise ValueError(
+            f"labels and heading_deg must have shape (n,), got {labels.shape} and {heading.shape}"
+        )
+    if not 0 < max_heading_deg <= 180:
+        raise ValueError(f"max_heading_deg must be in (0, 180], got {max_heading_deg}")
+    views, count = np.full(len(labels), -1), 0
+    for place in np.unique(labels[labels >= 0]):
+        left = np.flatnonzero(labels == place)
+        while len(left):
+            turn = np.abs((heading[left] - heading[left[0]] + 180) % 360 - 180)
+            joins = np.isnan(heading[left]) if np.isnan(heading[left[0]]) else turn <= max_heading_deg
+            views[left[joins]] = count
+            left, count = left[~joins], count + 1
+    return views
+
+
 @dataclass(frozen=True, kw_only=True)
 class IntraClassDistance:
     """Average intra-class distance, and what it is the average of.
@@ -188,6 +232,59 @@ def average_intra_class_distance(
 def _mean_distance(rows: np.ndarray) -> float:
     i, j = np.triu_indices(len(rows), 1)
     return float(np.linalg.norm(rows[i] - rows[j], axis=1).mean())
+
+
+def inter_class_distance(descriptors, labels) -> np.ndarray:
+    """Mean distance from the images of each class to those of all other classes.
+
+    L2 between descriptors of unit length, the scale against which `average_intra_class_distance` can be read: a
+    space in which everything lies close has both small.
+
+    Parameters
+    ----------
+    descriptors : array (n, D)
+    labels : array (n,) of int
+        -1: no place, left out.
+
+    Returns
+    -------
+    array (C,)
+        Of the classes that have at least two images, in ascending order, as `IntraClassDistance.classes`.
+    """
+    values, labels = unit(descriptors), np.asarray(labels)
+    if labels.shape != (len(values),):
+        raise ValueError(f"labels must have shape ({len(values)},), got {labels.shape}")
+    names, counts = np.unique(labels[labels >= 0], return_counts=True)
+    if len(names) < 2:
+        raise ValueError(f"a distance between classes needs two of them, got {len(names)}")
+    return np.array(
+        [
+            _cross_distances(values[labels == name], values[(labels != name) & (labels >= 0)]).mean()
+            for name in names[counts >= 2]
+        ]
+    )
+
+
+def neighbour_purity(points, labels) -> np.ndarray:
+    """Whether the nearest other point of each point is of its class: (n,) of bool.
+
+    Parameters
+    ----------
+    points : array (n, D)
+        Descriptors (`unit` first) or their t-SNE map.
+    labels : array (n,) of int
+    """
+    points, labels = np.asarray(points, dtype=np.float64), np.asarray(labels)
+    if labels.shape != (len(points),) or len(points) < 2:
+        raise ValueError(f"labels must be one for each of at least 2 points, got {labels.shape}")
+    apart = _cross_distances(points, points)
+    np.fill_diagonal(apart, np.inf)
+    return labels[apart.argmin(axis=1)] == labels
+
+
+def _cross_distances(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    squares = (first**2).sum(axis=1)[:, None] + (second**2).sum(axis=1) - 2 * first @ second.T
+    return np.sqrt(np.maximum(squares, 0))
 
 
 def paired_difference(first, second, *, seed: int = 0, draws: int = 2000, level: float = 0.95):
@@ -280,6 +377,112 @@ def mass_on_labels(weights, shares) -> np.ndarray:
     if (weights < 0).any() or weights.sum() == 0:
         raise ValueError("weights must not be negative, and not all zero")
     return weights @ shares / weights.sum()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelPreference:
+    """Where a method's weight lies, against where a method without preference would have it.
+
+    Attributes
+    ----------
+    share : array (L,)
+        Share of the weight on each label, mean over the pictures.
+    area : array (L,)
+        Share of the picture that each label covers, mean over the pictures.
+    difference, low, high : array (L,)
+        share - area, and its 95 % interval over resampled pictures; an interval that contains 0 shows no preference.
+    pictures : array (L,) of int
+        Pictures in which the label is seen at all.
+    """
+
+    share: np.ndarray
+    area: np.ndarray
+    difference: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    pictures: np.ndarray
+
+    @property
+    def ratio(self) -> np.ndarray:
+        """share / area (NaN where the area is 0): above 1 preferred, below 1 avoided."""
+        return np.divide(self.share, self.area, out=np.full(len(self.area), np.nan), where=self.area > 0)
+
+
+def label_preference(
+    weights, shares, *, seed: int = 0, draws: int = 2000, level: float = 0.95
+) -> LabelPreference:
+    """Compare the share of the weight on each label with that label's share of the picture, over many pictures.
+
+    The interval resamples pictures (percentile bootstrap), each with its own pair of shares.
+
+    Parameters
+    ----------
+    weights : array (n, N), not negative
+        One a patch and picture; for contributions of both signs, their positive part.
+    shares : array (n, N, L)
+        From `label_shares`, picture by picture.
+    seed, draws, level
+        Of the bootstrap.
+    """
+    weights, shares = np.asarray(weights, dtype=np.float64), np.asarray(shares, dtype=np.float64)
+    if shares.ndim != 3 or weights.shape != shares.shape[:2]:
+        raise ValueError(
+            f"weights (n, N) and shares (n, N, L) must agree, got {weights.shape} and {shares.shape}"
+        )
+    mass = np.stack([mass_on_labels(w, s) for w, s in zip(weights, shares, strict=True)])
+    area = shares.mean(axis=1)
+    bounds = [bootstrap_mean(d, seed, draws=draws, level=level) for d in (mass - area).T]
+    difference, low, high = np.array(bounds).T
+    return LabelPreference(
+        share=mass.mean(axis=0),
+        area=area.mean(axis=0),
+        difference=difference,
+        low=low,
+        high=high,
+        pictures=(area > 0).sum(axis=0),
+    )
+
+
+def town_labels(folder, paths: Iterable) -> np.ndarray:
+    """Label of each pixel of pictures that `sagelib.town.write_town` wrote, from the renderer.
+
+    The poses are planned again from the folder's settings, found by the names of the files, and rendered once more
+    for their labels; light and weather change a picture and never its geometry.
+
+    Parameters
+    ----------
+    folder : path
+        Of the town; holds ``settings.json``.
+    paths : iterable of n paths
+        Pictures in ``folder/images/<split>/<part>``.
+
+    Returns
+    -------
+    array (n, H, W) of uint8
+        Indices into `sagelib.town.LABELS`.
+    """
+    from pathlib import Path
+
+    from sagelib.runs import read_json
+    from sagelib.town import Town, TownConfig, plan_shots
+
+    settings = read_json(Path(folder) / "settings.json")
+    config, planned, found = TownConfig(**settings["config"]), {}, []
+    for path in map(Path, paths):
+        part = f"{path.parent.parent.name}/{path.parent.name}"
+        if part not in planned:
+            towns = [Town(seed, config) for seed in settings["seeds"].get(path.parent.parent.name, ())]
+            planned[part] = {
+                shot.name: (town, shot)
+                for town in towns
+                for shot in plan_shots(town, part, settings["images_per_town"])
+            }
+        if path.name not in planned[part]:
+            raise ValueError(f"{path} is no picture of the town in {folder}: its settings plan no such shot")
+        town, shot = planned[part][path.name]
+        view = dict(year=shot.year, visit=shot.visit, labels=True)
+        found.append(town.render(shot.pose, shot.condition, settings["size"], **view)[1])
+    return np.stack(found)
 
 
 def patch_similarity(query_patches, reference_patches, index: int) -> np.ndarray:

@@ -109,6 +109,35 @@ def test_chosen_places_are_whole_and_repeat():
         analysis.choose_places(labels, places=11)
 
 
+def test_views_split_places_by_heading():
+    labels = np.array([0, 0, 0, 0, 1, 1, -1, 0])
+    heading = np.array([350.0, 10.0, 180.0, 80.0, 10.0, np.nan, 10.0, np.nan])
+    views = analysis.split_by_heading(labels, heading, max_heading_deg=45)
+    assert views.tolist() == [0, 0, 1, 2, 4, 5, -1, 3]  # across north; not across places; unknown apart
+    assert analysis.split_by_heading(labels, heading, max_heading_deg=180).tolist()[:4] == [0, 0, 0, 0]
+    with pytest.raises(ValueError, match="max_heading_deg must be in"):
+        analysis.split_by_heading(labels, heading, max_heading_deg=0)
+
+
+def test_inter_class_distance_equals_all_pairs():
+    values, labels = clusters(3, places=4, images=3)
+    values, labels = np.vstack([values, np.ones((2, values.shape[1]))]), np.r_[labels, 9, -1]
+    rows = analysis.unit(values)
+    expected = [
+        np.mean([np.linalg.norm(rows[i] - rows[j]) for i in range(14) for j in range(13)
+                 if labels[i] == c and labels[j] != c and labels[i] >= 0])
+        for c in range(4)
+    ]  # fmt: skip
+    np.testing.assert_allclose(analysis.inter_class_distance(values, labels), expected)
+    with pytest.raises(ValueError, match="needs two of them"):
+        analysis.inter_class_distance(values[:3], labels[:3])
+
+
+def test_neighbour_purity_looks_at_the_nearest_other():
+    points = np.array([[0.0, 0], [1, 0], [1.5, 0], [9, 9]])
+    assert analysis.neighbour_purity(points, np.array([0, 0, 1, 1])).tolist() == [True, False, False, True]
+
+
 # --- heatmaps --------------------------------------------------------------------------------------------------
 
 
@@ -253,6 +282,41 @@ def test_a_descriptor_without_patches_gets_zeros():
     other = torch.ones(WIDTH, dtype=torch.float64)
     assert not analysis.score_contributions(CLS(WIDTH), cls, patches, GRID, other).any()
     assert not analysis.integrated_contributions(lambda x: cls, patches, other).any()
+
+
+def test_label_preference_of_uniform_and_of_one_label():
+    rng = np.random.default_rng(0)
+    shares = rng.dirichlet(np.ones(3), size=(20, 16))
+    even = analysis.label_preference(np.ones((20, 16)), shares)
+    np.testing.assert_allclose(even.difference, 0, atol=1e-12)
+    np.testing.assert_allclose(even.ratio, 1)
+    sought = analysis.label_preference(shares[..., 1], shares)
+    assert sought.low[1] > 0 and sought.high[0] < 0 and sought.high[2] < 0
+    np.testing.assert_allclose(
+        [sought.share.sum(), sought.area.sum(), sought.difference.sum()], [1, 1, 0], atol=1e-12
+    )
+    assert sought.pictures.tolist() == [20, 20, 20]
+    with pytest.raises(ValueError, match="must agree"):
+        analysis.label_preference(np.ones((20, 9)), shares)
+
+
+def test_labels_of_written_pictures_fit_their_pixels(small_town):
+    """The label of the sky lies where the written picture is as bright as the sky of a day."""
+    from PIL import Image
+
+    from sagelib.places import open_set
+    from sagelib.town import LABELS
+
+    test = open_set(small_town.parent, small_town.name)
+    paths = [*test.database.path[:4], test.queries.path[5]]
+    labels = analysis.town_labels(small_town, paths)
+    assert labels.shape == (5, 56, 56) and labels.max() < len(LABELS)
+    for path, drawn in zip(paths[:4], labels, strict=False):
+        grey = np.asarray(Image.open(path).convert("L"), dtype=float)
+        sky = drawn == LABELS.index("sky")
+        assert grey[sky].std() < grey[~sky].std()
+    with pytest.raises(ValueError, match="no picture of the town"):
+        analysis.town_labels(small_town, [str(paths[0]) + "x"])
 
 
 # --- graph, training, audits -----------------------------------------------------------------------------------
