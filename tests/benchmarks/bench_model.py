@@ -53,7 +53,7 @@ class Plain(nn.Module):
         for i, block in enumerate(vit.blocks):
             x = block(x)
             if i >= first:
-                x = self.dpn[i - first](x)
+                x = _power_norm(self.dpn[i - first], x)
         x = vit.norm(x)
         token, patches = F.normalize(self.token(x[:, 0]), dim=-1), x[:, 1:]
         weighted = patches * (1 + self.weighting(patches))[..., None]
@@ -62,8 +62,13 @@ class Plain(nn.Module):
         features = features - features.mean(dim=(1, 2, 3), keepdim=True)
         scores = scores - scores.mean(dim=(1, 2, 3), keepdim=True)
         gram = features.flatten(2) @ scores.flatten(2).softmax(-1).transpose(1, 2) / (rows * columns)
-        gram = F.normalize(self.post_dpn(gram), dim=1)
+        gram = F.normalize(_power_norm(self.post_dpn, gram), dim=1)
         return F.normalize(torch.cat([token, gram.flatten(1)], dim=-1), dim=-1)
+
+
+def _power_norm(norm, x):
+    exponent = torch.sigmoid(norm.projection(x.mean(dim=1)))[:, :, None]
+    return torch.sign(x) * (x.abs() + norm.epsilon) ** exponent + x
 
 
 def _convolutions(branch: nn.Sequential) -> nn.Sequential:
