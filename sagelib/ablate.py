@@ -31,6 +31,7 @@ import yaml
 from tqdm.auto import tqdm
 
 from sagelib import runs
+from sagelib.backbone import Backbone
 from sagelib.describe import Context, choose_anchors, compose, names_in_order, own_anchors, pick_device
 from sagelib.evaluate import Audit, published
 from sagelib.images import Preprocess
@@ -44,6 +45,7 @@ from sagelib.retrieval import (
     search,
 )
 from sagelib.tokens import open_tokens
+from sagelib.town import write_town
 from sagelib.train import PRECISIONS, TrainConfig, open_run, train, training_places
 
 __all__ = [
@@ -61,7 +63,7 @@ __all__ = [
 STAGE = "ablate"
 # How a configuration is measured, once it is trained; its other entries are fields of `TrainConfig`.
 MEASURED = {"context": None, "anchors_from": None, "pca": None, "whiten": False}
-GRID_KEYS = ("name", "title", "base", "settings", "seeds", "reference", "configurations", "published")
+GRID_KEYS = ("name", "title", "base", "settings", "town", "seeds", "reference", "configurations", "published")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -92,6 +94,8 @@ class Grid:
         names another aggregator, adapter, loss or miner, whose options they then are.
     published : dict of str to str
         Configuration to the name of its row in the published ablation.
+    town : dict
+        Arguments of `sagelib.town.write_town`, with which the command renders a data folder named ``town...`` that is not there yet.
     """
 
     name: str
@@ -101,6 +105,7 @@ class Grid:
     reference: str
     configurations: dict[str, dict]
     published: dict[str, str] = field(default_factory=dict)
+    town: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w-]+", self.name):
@@ -181,6 +186,7 @@ class Grid:
             "reference": self.reference,
             "configurations": self.configurations,
             "published": self.published,
+            "town": self.town,
         }
 
 
@@ -224,6 +230,7 @@ def read_grid(path: str | Path) -> Grid:
             reference=values["reference"],
             configurations={str(k): dict(v or {}) for k, v in values["configurations"].items()},
             published=values.get("published") or {},
+            town=values.get("town") or {},
         )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -361,14 +368,25 @@ def run_grid(
 
 def _jobs(grid: Grid, data: Data) -> list[_Job]:
     """Distinct trainings in order; configurations that differ only in how they are measured share one."""
-    trained_on, found = data.fingerprint(), {}
+    trained_on, found, foundations = data.fingerprint(), {}, {}
     for seed in grid.seeds:
         for configuration in grid.configurations:
             config = grid.training(configuration, seed)
             identity = {k: v for k, v in config.identity().items() if k != "seed"}
-            name = f"ablate-{runs.fingerprint([identity, trained_on])[:10]}-s{seed}"
+            key = (config.backbone, config.pretrained, config.weights)
+            if key not in foundations:
+                foundations[key] = _foundation(*key)
+            name = f"ablate-{runs.fingerprint([identity, trained_on, foundations[key]])[:10]}-s{seed}"
             found.setdefault(name, (config, []))[1].append(configuration)
     return [_Job(config, name, tuple(measured)) for name, (config, measured) in found.items()]
+
+
+def _foundation(backbone: str, pretrained: bool, weights: str | None) -> str:
+    """Which frozen weights a training starts from: a file may be exchanged under the same name."""
+    if not pretrained and weights is None:
+        return "random"
+    options = dict(pretrained=pretrained, weights=weights, adapter="none", train_norm=False)
+    return Backbone(backbone, **options).frozen_fingerprint()
 
 
 def _measured(grid: Grid, job: _Job, data: Data, root: Path) -> bool:
@@ -939,6 +957,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         grid = read_grid(options.grid)
+        if options.data.name.startswith("town") and grid.town and not options.only_read:
+            write_town(options.data, **grid.town, workers=options.workers)
         if options.only_read:
             results = load_grid(grid, options.runs)
         else:

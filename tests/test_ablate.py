@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
 from sagelib import ablate, runs
 from sagelib.ablate import (
@@ -23,6 +25,7 @@ from sagelib.ablate import (
     read_grid,
     run_grid,
 )
+from sagelib.backbone import Backbone
 from sagelib.evaluate import audit_contexts, published
 from sagelib.images import Preprocess
 from sagelib.model import SAGE
@@ -290,6 +293,23 @@ def test_other_data_under_the_same_name_are_refused_before_any_training(done, da
     with pytest.raises(runs.RunConflict, match="another configuration"):
         run_grid(grid_of(), root, mined=data["mined"], test_sets=[other], device="cpu", progress=False)
     assert len(runs.find_runs(root, "train", finished=None)) == trainings
+
+
+def test_exchanged_weights_are_another_training(data, tmp_path):
+    """The same name of a backbone, another file: runs of both must not be averaged."""
+    first = ablate._foundation("sage_vit_tiny", False, None)
+    assert first == ablate._foundation("sage_vit_tiny", False, None) == "random"
+    names = []
+    for seed in (0, 1):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            vit = Backbone("sage_vit_tiny", pretrained=False, adapter="none").vit
+        file = tmp_path / f"{seed}" / "weights.safetensors"
+        file.parent.mkdir()
+        save_file(vit.state_dict(), file)
+        grid = grid_of({"full method": {}}, base={**BASE, "weights": str(file)})
+        names.append(ablate._jobs(grid, ablate.Data(data["mined"], None, ()))[0].name)
+    assert names[0] != names[1]
 
 
 def test_two_processes_give_the_numbers_of_one(data, tmp_path, done):
