@@ -4,8 +4,9 @@ The plain functions (`retrieval_view`, `graph_view`, `patch_view`) take values a
 there are some; they work without a browser. The widgets only pass their sliders' values on.
 """
 
+import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -20,13 +21,24 @@ __all__ = [
     "draw_places",
     "graph_explorer",
     "graph_view",
+    "live",
     "patch_matcher",
     "patch_view",
     "retrieval_browser",
     "retrieval_map",
     "retrieval_view",
     "tsne_browser",
+    "tsne_explorer",
 ]
+
+
+def live() -> bool:
+    """Whether a Jupyter server runs this kernel for a page that somebody has open.
+
+    A page that is executed without a browser (papermill, nbconvert, nbval) shows the static figure alone: widgets
+    would draw nothing, and a plotly widget would write all of plotly.js into the stored page.
+    """
+    return bool(os.environ.get("JPY_SESSION_NAME"))
 
 
 # --- queries and what was retrieved for them -------------------------------------------------------------------
@@ -504,6 +516,66 @@ def tsne_browser(figure, paths: Sequence[str], *, load: Callable = load_image, s
     for trace in chart.data:
         trace.on_hover(hovered)
     box.show = show
+    return box
+
+
+def tsne_explorer(
+    descriptors: Mapping,
+    place,
+    paths: Sequence[str],
+    *,
+    aid: Mapping | None = None,
+    class_aid: Mapping | None = None,
+    perplexity: int = 10,
+    seed: int = 0,
+    load: Callable = load_image,
+):
+    """Slide perplexity and seed and see what of the t-SNE maps stays; hover over a point to see its photograph.
+
+    Parameters
+    ----------
+    descriptors : mapping of method -> array (n, D)
+    place : array (n,)
+    paths : sequence of n str
+    aid, class_aid
+        Of the descriptors, see `sagelib.figures.tsne_plotly`; the sliders do not change them.
+    perplexity, seed : int
+        Where the sliders start; see `sagelib.analysis.tsne`.
+    load : callable
+        Path -> PIL image.
+
+    Returns
+    -------
+    ipywidgets.VBox
+        With attributes ``perplexity``, ``seed`` (sliders) and those of `tsne_browser`.
+    """
+    import ipywidgets
+
+    files = [str(path).rsplit("/", 1)[-1] for path in paths]
+    most = min(30, len(place) - 1)
+    perplexities = ipywidgets.IntSlider(
+        perplexity, 2, max(most, perplexity), description="perplexity", continuous_update=False
+    )
+    seeds = ipywidgets.IntSlider(seed, 0, max(9, seed), description="seed", continuous_update=False)
+
+    def chart():
+        options = dict(perplexity=perplexities.value, seed=seeds.value)
+        maps = {name: analysis.tsne(values, **options) for name, values in descriptors.items()}
+        return figures.tsne_plotly(maps, place, files=files, aid=aid, class_aid=class_aid)
+
+    box = tsne_browser(chart(), paths, load=load)
+    box.perplexity, box.seed = perplexities, seeds
+    box.children = (ipywidgets.HBox([perplexities, seeds]), *box.children)
+
+    def show(_change) -> None:
+        fresh = chart()
+        with box.chart.batch_update():
+            for old, new in zip(box.chart.data, fresh.data, strict=True):
+                old.x, old.y = new.x, new.y
+            box.chart.layout.annotations = fresh.layout.annotations
+
+    perplexities.observe(show, "value")
+    seeds.observe(show, "value")
     return box
 
 

@@ -5,7 +5,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from sagelib import figures, widgets
+from sagelib import analysis, figures, widgets
 from sagelib.graph import GeoVisualGraph
 from sagelib.places import Places
 
@@ -189,6 +189,31 @@ def test_the_tsne_browser_shows_the_photograph():
     over = Points(point_inds=[2], xs=[], ys=[], trace_name="", trace_index=1)
     box.chart.data[1]._dispatch_on_hover(over, InputDeviceState())
     assert bytes(box.picture.value).startswith(PNG) and "f5.jpg" in box.text.value
+
+
+def test_the_tsne_explorer_follows_its_sliders():
+    rng = np.random.default_rng(0)
+    place = np.repeat(np.arange(4), 3)
+    descriptors = {"a": rng.normal(size=(12, 8)), "b": rng.normal(size=(12, 5))}
+    box = widgets.tsne_explorer(
+        descriptors, place, [f"f{i}.jpg" for i in range(12)], perplexity=4, load=picture
+    )
+    before = [np.array(trace.x) for trace in box.chart.data]
+    box.perplexity.value = 6
+    after = [np.array(trace.x) for trace in box.chart.data]
+    assert any(not np.allclose(b, a) for b, a in zip(before, after, strict=True))
+    expected = analysis.tsne(descriptors["b"], perplexity=6, seed=0)
+    np.testing.assert_allclose(np.concatenate(after[4:]), expected[:, 0], rtol=1e-6)
+    box.seed.value = 3
+    box.show(7)
+    assert "f7.jpg" in box.text.value and box.picture.value[:4] == b"\x89PNG"
+
+
+def test_a_page_without_a_browser_is_not_live(monkeypatch):
+    monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
+    assert not widgets.live()
+    monkeypatch.setenv("JPY_SESSION_NAME", "04.ipynb")
+    assert widgets.live()
 
 
 def test_the_live_curve_draws_what_the_log_holds():
