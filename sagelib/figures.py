@@ -1515,7 +1515,7 @@ def tsne_figure(
     aid : mapping of method -> (value, low, high), optional
         Average intra-class distance, in the panel's title.
     class_aid : mapping of method -> mapping of class -> value, optional
-        Each class's own, written beside its cluster.
+        Each class's own, written beside its most central image, to which thin lines join the others.
     """
     place = np.asarray(place)
     columns = min(len(coordinates), 4)
@@ -1528,14 +1528,20 @@ def tsne_figure(
         for i, label in enumerate(np.unique(place)):
             at = place == label
             colour, marker = _place_mark(i)
+            hub = _medoid(points[at])
+            spokes = LineCollection(
+                [(hub, point) for point in points[at]], colors=colour, alpha=0.35, linewidths=1
+            )
+            axis.add_collection(spokes)
             axis.scatter(*points[at].T, s=34, color=colour, marker=marker, edgecolors="white", linewidths=0.4)
             if class_aid is not None and label in class_aid.get(name, {}):
                 text = axis.annotate(
                     f"{class_aid[name][label]:.2f}",
-                    np.median(points[at], axis=0),
-                    xytext=(6, 6),
+                    hub,
+                    xytext=(5, 5),
                     textcoords="offset points",
                     fontsize=9,
+                    color=colour,
                 )
                 text.set_path_effects([patheffects.withStroke(linewidth=2.5, foreground="white")])
         value = (
@@ -1604,6 +1610,7 @@ def tsne_plotly(
         for i, label in enumerate(classes):
             at = np.flatnonzero(place == label)
             colour, marker = _place_mark(i)
+            hub = _medoid(points[at])
             figure.add_trace(
                 go.Scatter(
                     x=points[at, 0],
@@ -1624,15 +1631,14 @@ def tsne_plotly(
                 column,
             )
             if class_aid is not None and label in class_aid.get(name, {}):
-                x, y = np.median(points[at], axis=0)
                 figure.add_annotation(
-                    x=x,
-                    y=y,
+                    x=hub[0],
+                    y=hub[1],
                     text=f"{class_aid[name][label]:.2f}",
                     showarrow=False,
-                    xshift=18,
+                    xshift=16,
                     yshift=10,
-                    font={"size": 11},
+                    font={"size": 11, "color": colour},
                     bgcolor="rgba(255,255,255,0.7)",
                     row=row,
                     col=column,
@@ -2315,6 +2321,12 @@ def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
     total[window:] -= total[:-window].copy()
     count[window:] -= count[:-window].copy()
     return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
+
+
+def _medoid(points: np.ndarray) -> np.ndarray:
+    """The point that lies nearest to all others."""
+    apart = np.linalg.norm(points[:, None] - points, axis=2)
+    return points[apart.sum(axis=1).argmin()]
 
 
 def _place_mark(index: int) -> tuple[str, str]:
