@@ -1010,7 +1010,7 @@ class _Loop:
         if not torch.isfinite(total):
             rates = ", ".join(f"{group['lr']:.3g}" for group in self.optimiser.param_groups)
             raise FloatingPointError(
-                f"the loss is {float(total)} at step {step + 1}, with a learning rate of {rates}: lower lr, set warmup_steps or clip_norm"
+                f"the loss is {total.item()} at step {step + 1}, with a learning rate of {rates}: lower lr, set warmup_steps or clip_norm"
                 + (", or take bfloat16 or no precision" if self.config.precision == "float16" else "")
                 + f"; the last checkpoint in {self.run.dir / 'checkpoints'} is from before it"
             )

@@ -500,7 +500,7 @@ def stop_at(monkeypatch, step: int) -> None:
         {"refresh_every": 3, "top_k": 2, "epochs": 4},
         {"graph_descriptors": "training", "node_descriptor": "cluster"},
         {**HEAD, "train_context": "half", "graph_context": "solo", "data_init": 16, "clip_norm": 1.0},
-        {"precision": "float16", "batches_per_epoch": 2},
+        {"precision": "float16", "batches_per_epoch": 2, "adapter": "none", "cache_limit_gb": 1.0},
     ],
     ids=lambda changes: "-".join(changes),
 )
