@@ -15,9 +15,11 @@ from sagelib.retrieval import bootstrap_mean
 __all__ = [
     "IntraClassDistance",
     "LabelPreference",
+    "LocalFeatures",
     "audit_arrays",
     "average_intra_class_distance",
     "choose_places",
+    "describe_patches",
     "entropy",
     "greedy_arrays",
     "inter_class_distance",
@@ -34,6 +36,7 @@ __all__ = [
     "split_by_heading",
     "suspicion",
     "town_labels",
+    "true_references",
     "tsne",
     "unit",
 ]
@@ -297,6 +300,37 @@ def paired_difference(first, second, *, seed: int = 0, draws: int = 2000, level:
     return bootstrap_mean(first - second, seed, draws=draws, level=level)
 
 
+def true_references(database, queries, positives, *, max_heading_deg: float | None = None) -> np.ndarray:
+    """Choose one true reference for each query: the nearest of its positives that looks the same way.
+
+    Parameters
+    ----------
+    database, queries : sagelib.places.Places
+    positives : sequence of arrays
+        Rows of the references that answer each query (`sagelib.places.positives`).
+    max_heading_deg : float, optional
+        Largest angle between the two headings; ``None``, or an unknown heading of either, takes the nearest.
+
+    Returns
+    -------
+    array (n, 2) of int
+        Rows of query and reference; queries without such a reference are left out.
+    """
+    pairs = []
+    for query, rows in enumerate(positives):
+        rows = np.asarray(rows, dtype=np.int64)
+        if max_heading_deg is not None:
+            turn = np.abs((database.heading_deg[rows] - queries.heading_deg[query] + 180) % 360 - 180)
+            rows = rows[np.isnan(turn) | (turn <= max_heading_deg)]
+        if len(rows):
+            away = (
+                database.east_m[rows] - queries.east_m[query],
+                database.north_m[rows] - queries.north_m[query],
+            )
+            pairs.append((query, rows[np.hypot(*away).argmin()]))
+    return np.array(pairs, dtype=np.int64).reshape(-1, 2)
+
+
 # --- heatmaps --------------------------------------------------------------------------------------------------
 
 
@@ -483,6 +517,65 @@ def town_labels(folder, paths: Iterable) -> np.ndarray:
         view = dict(year=shot.year, visit=shot.visit, labels=True)
         found.append(town.render(shot.pose, shot.condition, settings["size"], **view)[1])
     return np.stack(found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalFeatures:
+    """What a model sees in pictures before and after its aggregator; on the CPU.
+
+    Attributes
+    ----------
+    cls : tensor (n, M)
+    patches : tensor (n, N, M)
+        In row-major order of ``grid``.
+    grid : (h, w)
+    descriptors : tensor (n, D)
+        The aggregator's, before any cross-image head.
+    """
+
+    cls: "torch.Tensor"  # noqa: F821
+    patches: "torch.Tensor"  # noqa: F821
+    grid: tuple[int, int]
+    descriptors: "torch.Tensor"  # noqa: F821
+
+
+def describe_patches(
+    model, paths: Iterable, preprocess: Callable, *, batch_size: int = 32, device: str = "auto"
+) -> LocalFeatures:
+    """Describe pictures and keep their patches: for figures of some dozens, as all of them stay in memory.
+
+    Parameters
+    ----------
+    model : sagelib.model.SAGE
+        Comes back on the CPU, where `score_contributions` wants it.
+    paths : iterable of n paths
+    preprocess : callable
+        Picture -> tensor (3, H, W), see `sagelib.images.Preprocess`.
+    batch_size : int
+    device : str
+        See `sagelib.describe.pick_device`.
+    """
+    import torch
+
+    from sagelib.describe import pick_device
+    from sagelib.images import load_image
+
+    if not hasattr(model, "local_features"):
+        name = getattr(model, "__name__", type(model).__name__)
+        raise ValueError(f"{name} has no patches: give a model with a backbone and an aggregator")
+    images, device = [preprocess(load_image(path)) for path in paths], pick_device(device)
+    model, parts = model.to(device).eval(), []
+    with torch.no_grad():
+        for start in range(0, len(images), batch_size):
+            cls, patches, grid = model.local_features(
+                torch.stack(images[start : start + batch_size]).to(device)
+            )
+            parts.append(
+                [part.float().cpu() for part in (cls, patches, model.aggregator(cls, patches, grid))]
+            )
+    model.to("cpu")
+    cls, patches, descriptors = (torch.cat(part) for part in zip(*parts, strict=True))
+    return LocalFeatures(cls=cls, patches=patches, grid=grid, descriptors=descriptors)
 
 
 def patch_similarity(query_patches, reference_patches, index: int) -> np.ndarray:

@@ -300,6 +300,43 @@ def test_label_preference_of_uniform_and_of_one_label():
         analysis.label_preference(np.ones((20, 9)), shares)
 
 
+def test_true_references_are_near_and_look_the_same_way(small_town):
+    from sagelib.places import open_set, pairwise_m
+
+    test = open_set(small_town.parent, small_town.name)
+    answers = test.positives()
+    pairs = analysis.true_references(test.database, test.queries, answers, max_heading_deg=30)
+    assert len(pairs) > 20
+    for query, reference in pairs:
+        assert reference in answers[query]
+        turn = test.database.heading_deg[reference] - test.queries.heading_deg[query]
+        assert abs((turn + 180) % 360 - 180) <= 30
+    nearest = analysis.true_references(test.database, test.queries, answers)
+    apart = pairwise_m(test.queries, test.database)
+    for query, reference in nearest:
+        assert apart[query, reference] == apart[query].min()
+
+
+def test_patches_of_pictures_give_the_descriptors(small_town):
+    from sagelib.images import Preprocess, load_image
+    from sagelib.model import SAGE
+    from sagelib.places import open_set
+
+    paths = open_set(small_town.parent, small_town.name).queries.path[:5]
+    torch.manual_seed(0)
+    model = SAGE(
+        "sage_vit_tiny", pretrained=False, interact=False, aggregator_options={"channels": 4, "probes": 3}
+    )
+    prepare = Preprocess(56, mode="antialias")
+    seen = analysis.describe_patches(model, paths, prepare, batch_size=2, device="cpu")
+    assert seen.patches.shape == (5, 16, 192) and seen.grid == (4, 4)
+    with torch.no_grad():
+        whole = model.eval()(torch.stack([prepare(load_image(path)) for path in paths]))
+    torch.testing.assert_close(seen.descriptors, whole, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="has no patches"):
+        analysis.describe_patches(lambda x: x, paths, prepare)
+
+
 def test_labels_of_written_pictures_fit_their_pixels(small_town):
     """The label of the sky lies where the written picture is as bright as the sky of a day."""
     from PIL import Image
