@@ -59,7 +59,17 @@ __all__ = [
 
 NAME = "sage_vit_tiny"
 PATCH = 14
-SCHEDULE = ("steps", "sides", "shares", "learning_rate", "muon_rate", "warmup", "average")
+SCHEDULE = (
+    "steps",
+    "sides",
+    "shares",
+    "learning_rate",
+    "muon_rate",
+    "warmup",
+    "average",
+    "worsen_from",
+    "worsen_full",
+)
 TEACHER_STRIDE = 16  # of the teacher's finest stage: crops are cut at 16 pixels a token and shrunk to 14
 
 
@@ -100,6 +110,9 @@ class PretrainConfig:
         Weights of the CLS token's loss and of the relations' beside the patches' 1; 0 is off.
     hidden : float
         Share of the patches hidden from the student where there is no teacher.
+    worsen_from, worsen_full : float
+        Shares of the steps at which the student's pictures begin to be worsened, and at which four fifths of them are. A student
+        that is shown worsened pictures from the first step hardly starts.
     towns, pictures_per_town : int
         Rendered pictures: that many of each of the first `towns` seeds for pre-training.
     validation_towns : int
@@ -113,21 +126,23 @@ class PretrainConfig:
     depth: int = 12
     heads: int = 3
     layer_scale: float = 0.5
-    steps: int = 4500
-    batch_size: int = 32
-    sides: tuple[int, ...] = (84, 112, 168)
-    shares: tuple[float, ...] = (0.4, 0.45, 0.15)
+    steps: int = 3200
+    batch_size: int = 20
+    sides: tuple[int, ...] = (112, 168)
+    shares: tuple[float, ...] = (0.85, 0.15)
     area: tuple[float, float] = (0.15, 1.0)
     frame_share: float = 0.5
     learning_rate: float = 1e-3
     muon_rate: float | None = 3e-3
     beta2: float = 0.98
     weight_decay: float = 0.02
-    warmup: int = 200
+    warmup: int = 40
     average: float = 0.998
     pooled_weight: float = 0.2
-    relation_weight: float = 0.5
+    relation_weight: float = 0.0
     hidden: float = 0.4
+    worsen_from: float = 0.15
+    worsen_full: float = 0.6
     towns: int = 150
     pictures_per_town: int = 32
     validation_towns: int = 2
@@ -139,7 +154,7 @@ class PretrainConfig:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("width", "depth", "heads", "steps", "batch_size", "towns", "pictures_per_town"):
             _check(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
-        for name in ("frame_share", "average", "hidden"):
+        for name in ("frame_share", "average", "hidden", "worsen_from", "worsen_full"):
             _check(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "0 to 1")
         for side in self.sides:
             _check("sides", self.sides, side >= 28 and side % PATCH == 0, f"multiples of {PATCH}, 28 or more")
@@ -590,11 +605,11 @@ def random_crops(
     return out.float() / 255
 
 
-def worsen(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Another light and a poorer camera for each of the images (B, 3, H, W) with values 0 to 1.
+def worsen(images: Tensor, generator: torch.Generator, share: float = 0.8) -> Tensor:
+    """Another light and a poorer camera for a share of the images (B, 3, H, W) with values 0 to 1.
 
-    Gamma and gain (more often darker than lighter), a tint, sometimes grey, blur, and noise; a fifth of the images
-    stay as they are.
+    Gamma and gain (more often darker than lighter), a tint, sometimes grey, blur, and noise; the other images stay as
+    they are.
     """
     b = len(images)
 
@@ -611,7 +626,7 @@ def worsen(images: Tensor, generator: torch.Generator) -> Tensor:
     blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
     x = torch.where(often(0.25), blurred, x)
     x = x + torch.randn(x.shape, generator=generator) * uniform(0, 0.05)
-    return torch.where(often(0.8), x, images).clamp(0, 1)
+    return torch.where(often(share), x, images).clamp(0, 1)
 
 
 def normalised(images: Tensor) -> Tensor:
@@ -731,6 +746,13 @@ def _rate(step: int, config: PretrainConfig) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
+def _worsened(step: int, config: PretrainConfig) -> float:
+    """The share of the student's pictures that are worsened."""
+    progress = step / max(1, config.steps)
+    ramp = (progress - config.worsen_from) / max(1e-9, config.worsen_full - config.worsen_from)
+    return 0.8 * min(1.0, max(0.0, ramp))
+
+
 def _optimisers(student: "Student", config: PretrainConfig) -> list[torch.optim.Optimizer]:
     """AdamW, and Muon (Jordan et al., 2024) for the matrices of the blocks where the configuration says so."""
     matrices = [p for p in student.vit.blocks.parameters() if p.ndim == 2] if config.muon_rate else []
@@ -782,12 +804,16 @@ def _batch(
 
 
 def _student_view(
-    images: Tensor, grid: tuple[int, int], generator: torch.Generator, hidden_share: float
+    images: Tensor,
+    grid: tuple[int, int],
+    generator: torch.Generator,
+    hidden_share: float,
+    worsened_share: float = 0.8,
 ) -> tuple[Tensor, Tensor | None]:
     small = F.interpolate(
         images, (grid[0] * PATCH, grid[1] * PATCH), mode="bilinear", antialias=True, align_corners=False
     )
-    view = normalised(worsen(small, generator))
+    view = normalised(worsen(small, generator, worsened_share))
     if not hidden_share:
         return view, None
     hidden = torch.rand(len(images), grid[0] * grid[1], generator=generator) < hidden_share
@@ -933,7 +959,7 @@ def pretrain(
     with log, bar:
         for step in range(began_at, last):
             images, grid, generator = _batch(step, config, sources, shares)
-            view, hidden = _student_view(images, grid, generator, hidden_share)
+            view, hidden = _student_view(images, grid, generator, hidden_share, _worsened(step, config))
             target = targets(images.to(device), grid)
             view, hidden = view.to(device), None if hidden is None else hidden.to(device)
             parts = losses(student, view, target, config, targets, hidden)
@@ -1083,6 +1109,8 @@ def export(state: dict[str, Tensor], path: str | Path, manifest: dict) -> Path:
     half = {k: v.to(torch.float16).contiguous() for k, v in state.items()}
     with atomic_path(path) as temporary:
         save_file(half, str(temporary), metadata={"format": "pt"})
+        # Readable by all, as any file of the package: the writer above makes it private.
+        temporary.chmod(0o644)
     write_json(
         path.with_suffix(".json"),
         {

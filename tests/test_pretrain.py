@@ -18,6 +18,7 @@ from sagelib.aggregators import GeM
 from sagelib.backbone import Backbone, vit_tiny
 from sagelib.pretrain import MobileNetStages, PretrainConfig, edge_orientations, pack_towns, pretrain
 from sagelib.runs import read_json
+from sagelib.town import CONDITIONS, SEED_RANGES, Town, plan_shots
 
 TOY = PretrainConfig(
     width=24,
@@ -28,6 +29,7 @@ TOY = PretrainConfig(
     sides=(28, 42),
     shares=(0.5, 0.5),
     warmup=1,
+    relation_weight=0.5,
     towns=2,
     pictures_per_town=3,
     validation_towns=0,
@@ -121,6 +123,14 @@ def test_a_schedule_changes_only_on_request_and_is_recorded(run_dir):
     assert [(s["from_step"], s["schedule"]["muon_rate"]) for s in segments] == [(0, None), (2, 0.003)]
 
 
+def test_the_light_worsens_by_degrees():
+    config = PretrainConfig(steps=100, worsen_from=0.2, worsen_full=0.7)
+    shares = [recipe._worsened(step, config) for step in (0, 20, 45, 70, 99)]
+    assert shares == pytest.approx([0, 0, 0.4, 0.8, 0.8])
+    images = torch.rand(8, 3, 28, 28)
+    assert torch.equal(recipe.worsen(images, torch.Generator().manual_seed(0), share=0.0), images)
+
+
 def test_the_loss_falls(run_dir):
     folder = run_dir("run")
     config = dataclasses.replace(
@@ -146,8 +156,8 @@ def test_mistakes_are_named(tmp_path, run_dir):
         recipe.pack_frames(tmp_path / "empty", (32, 40))
     with pytest.raises(ValueError, match=r"sides must be multiples of 14, 28 or more, got \(100, 112\)"):
         PretrainConfig(sides=(100, 112), shares=(0.5, 0.5))
-    with pytest.raises(ValueError, match=r"shares must be 3 numbers that add up to 1, got \(0.5, 0.5\)"):
-        PretrainConfig(shares=(0.5, 0.5))
+    with pytest.raises(ValueError, match=r"shares must be 2 numbers that add up to 1, got \(0.5, 0.4\)"):
+        PretrainConfig(shares=(0.5, 0.4))
 
 
 def test_towns_come_from_seeds_for_pretraining_alone(packed):
@@ -318,29 +328,29 @@ def test_the_shipped_file_gives_its_recorded_descriptors(shipped):
     torch.testing.assert_close(GeM(192)(cls, patches, (9, 9)), found, atol=1e-4, rtol=0)
 
 
-def test_the_shipped_weights_have_learned_something(shipped, small_town):
-    """Neighbouring pictures of a street in other light are nearer than others, more often than for random weights."""
-    from sagelib.images import Preprocess, load_image
-    from sagelib.places import read_folder
+def test_the_shipped_weights_have_learned_something():
+    """A view in other light and weather finds the same view by day more often than with random weights."""
+    town = Town(SEED_RANGES["test"][0])
+    views = [shot.pose for shot in plan_shots(town, "test/database")[::9]]
+    changed = [c for c in CONDITIONS if c != "day"]
 
-    database = read_folder(small_town / "images" / "test" / "database")
-    queries = read_folder(small_town / "images" / "test" / "queries")
-    transform = Preprocess(image_size=112, mode="antialias")
-    near = np.hypot(
-        queries.east_m[:, None] - database.east_m[None], queries.north_m[:, None] - database.north_m[None]
-    )
+    def batch(conditions, **moment):
+        pictures = [town.render(p, c, 112, **moment) for p, c in zip(views, conditions, strict=True)]
+        return recipe.normalised(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 255)
+
+    references = batch(["day"] * len(views))
+    queries = batch([changed[i % len(changed)] for i in range(len(views))], visit=7)
 
     def hits(backbone):
         with torch.no_grad():
             described = []
-            for places in (database, queries):
-                images = torch.stack([transform(load_image(p)) for p in places.path])
+            for images in (references, queries):
                 cls, patches = backbone.split(backbone(images))
-                described.append(GeM(192)(cls, patches, backbone.grid(images)))
-        best = (described[1] @ described[0].T).argmax(1).numpy()
-        return int((near[np.arange(len(queries)), best] <= 25).sum())
+                described.append(GeM(192, grid=2)(cls, patches, backbone.grid(images)))
+        best = (described[1] @ described[0].T).argmax(1)
+        return int((best == torch.arange(len(views))).sum())
 
     torch.manual_seed(0)
-    random = Backbone("sage_vit_tiny", pretrained=False, adapter="none").eval()
-    learned = Backbone("sage_vit_tiny", adapter="none").eval()
-    assert hits(learned) > hits(random)
+    random = hits(Backbone("sage_vit_tiny", pretrained=False, adapter="none").eval())
+    learned = hits(Backbone("sage_vit_tiny", adapter="none").eval())
+    assert learned >= random + 3

@@ -141,6 +141,7 @@ def main(arguments: list[str] | None = None) -> str:
     parser.add_argument("--teacher", help="a MobileNetV2 as .npz; default: left out")
     parser.add_argument("--sets", help=f"folder that holds {', '.join(SETS)}; default: left out")
     parser.add_argument("--town", help="where the test town is written; default: a temporary folder")
+    parser.add_argument("--towns", type=int, default=2, help="how many of the test towns")
     parser.add_argument("--out", help="write the table, in Markdown, here too")
     options = parser.parse_args(arguments)
 
@@ -158,7 +159,7 @@ def main(arguments: list[str] | None = None) -> str:
             Path(options.town or temporary) / "town",
             train_seeds=(),
             val_seeds=(),
-            test_seeds=tuple(SEED_RANGES["test"])[:1],
+            test_seeds=tuple(SEED_RANGES["test"])[: options.towns],
             size=126,
         )
         town = open_set(folder.parent, folder.name)
