@@ -295,6 +295,7 @@ class _Job:
     config: TrainConfig
     name: str
     measured: tuple[str, ...]
+    foundation: str = "random"
 
 
 def run_grid(
@@ -377,8 +378,11 @@ def _jobs(grid: Grid, data: Data) -> list[_Job]:
             if key not in foundations:
                 foundations[key] = _foundation(*key)
             name = f"ablate-{runs.fingerprint([identity, trained_on, foundations[key]])[:10]}-s{seed}"
-            found.setdefault(name, (config, []))[1].append(configuration)
-    return [_Job(config, name, tuple(measured)) for name, (config, measured) in found.items()]
+            found.setdefault(name, (config, [], foundations[key]))[1].append(configuration)
+    return [
+        _Job(config, name, tuple(measured), foundation)
+        for name, (config, measured, foundation) in found.items()
+    ]
 
 
 def _foundation(backbone: str, pretrained: bool, weights: str | None) -> str:
@@ -436,6 +440,11 @@ def _run(grid: Grid, job: _Job, data: Data, root: Path, tokens: Path, device: st
 
 def _train_and_measure(grid, job, data, root, tokens, device) -> None:
     places = {"mined": data.mined, "labelled": data.labelled}
+    if _foundation(job.config.backbone, job.config.pretrained, job.config.weights) != job.foundation:
+        raise ValueError(
+            f"the weights of {job.config.backbone} were exchanged since this grid was started: start it again, and all of it is trained "
+            "with the new ones"
+        )
     run = open_run(root, job.name, job.config, **places, device=device)
     model = train(job.config, run, **places, tokens=tokens, device=device, progress=False).model
     describe = _Describer(model.to(pick_device(device)), job.config, tokens, pick_device(device))
