@@ -73,7 +73,9 @@ def test_a_notebook_runs_in_jupyterlab_and_its_slider_changes_the_output(lab, br
     page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]')
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_text("Run All Cells", exact=True).click()
-    cells = [c for c in json.loads((ROOT / "notebooks" / name).read_text())["cells"] if c["cell_type"] == "code"]
+    cells = [
+        c for c in json.loads((ROOT / "notebooks" / name).read_text())["cells"] if c["cell_type"] == "code"
+    ]
     last = len(cells)
     # The count in the prompt of the last cell appears when it has run; an error would stop before it.
     page.wait_for_function(
@@ -83,14 +85,18 @@ def test_a_notebook_runs_in_jupyterlab_and_its_slider_changes_the_output(lab, br
         timeout=240_000,
     )
     page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]')
-    assert page.locator('[data-mime-type="application/vnd.jupyter.error"]').count() == 0, "a cell ended in an error"
+    assert page.locator('[data-mime-type="application/vnd.jupyter.error"]').count() == 0, (
+        "a cell ended in an error"
+    )
     shots = os.environ.get("SAGE_SCREENSHOTS")
     if shots:
         page.screenshot(path=f"{shots}/{Path(name).stem}.png")
 
     slider = page.locator(".widget-slider .noUi-handle, .jupyter-widgets .noUi-handle").first
     if slider.count() == 0:
-        assert "widgets." not in (ROOT / "notebooks" / name).read_text(), f"{name} has a widget but no slider was drawn"
+        assert "widgets." not in (ROOT / "notebooks" / name).read_text(), (
+            f"{name} has a widget but no slider was drawn"
+        )
         return
     slider.scroll_into_view_if_needed()
     output = page.locator(".jp-OutputArea-child:has(.noUi-handle)").first
