@@ -76,6 +76,17 @@ CONTEXTS = ("batch", "half", "solo", "anchors")
 PAPERS_LOSS = {"alpha": 1, "beta": 50, "base": 0}
 PAPERS_MINER = {"epsilon": 0.1}
 # Fields that change how a run goes about its work, and nothing of what comes out of it.
+# Parameters that are off as None and whose 0, which would make no sense, is read as off.
+OFF = (
+    "augment",
+    "data_init",
+    "max_heading_deg",
+    "top_k",
+    "patience",
+    "cache_limit_gb",
+    "clip_norm",
+    "gradient_checkpointing",
+)
 EXECUTION = ("workers", "log_every", "checkpoint_every", "tensorboard")
 
 
@@ -309,7 +320,8 @@ class TrainConfig:
     def from_mapping(cls, values: Mapping[str, Any]) -> TrainConfig:
         """The configuration that a mapping says, such as a parameter file.
 
-        Numbers that YAML reads as text (``9e-4`` has no dot) become numbers.
+        Numbers that YAML reads as text (``9e-4`` has no dot) become numbers. Where None is off and 0 has no meaning (`OFF`), 0 is off
+        too: a notebook's parameter can say 0, not None.
 
         Raises
         ------
@@ -324,7 +336,7 @@ class TrainConfig:
                 f"a training has no parameter named {unknown[0]!r}"
                 + (f": did you mean {near[0]!r}?" if near else "")
             )
-        values = dict(values)
+        values = {key: None if key in OFF and value == 0 else value for key, value in values.items()}
         for key, value in values.items():
             if isinstance(value, str) and kinds[key].startswith("float"):
                 try:

@@ -722,3 +722,12 @@ def test_parameter_files_are_configurations():
 def test_log_lines_are_json_of_plain_numbers(learned):
     for line in (learned[2].run.dir / "log.jsonl").read_text().splitlines():
         assert json.loads(line)["kind"] in ("step", "epoch")
+
+
+def test_zero_is_off_where_none_is():
+    """A notebook's parameter cannot say None."""
+    config = TrainConfig.from_mapping(
+        {"augment": 0, "data_init": 0, "max_heading_deg": 0.0, "patience": 0, "warmup_steps": 0}
+    )
+    assert (config.augment, config.data_init, config.max_heading_deg, config.patience) == (None,) * 4
+    assert config.warmup_steps == 0
