@@ -15,9 +15,11 @@ from __future__ import annotations
 import argparse
 import math
 import multiprocessing
+import multiprocessing.connection
 import os
 import re
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -427,6 +429,13 @@ def _work(grid, jobs, data, root, tokens, workers, device):
 
 def _start_worker(threads: int) -> None:
     torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would train on unseen, and meet the next call in the same run."""
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
 
 
 def _run(grid: Grid, job: _Job, data: Data, root: Path, tokens: Path, device: str) -> str | None:
