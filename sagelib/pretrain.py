@@ -255,7 +255,10 @@ def _towns_validation(seeds: Sequence[int], n: int, size: int) -> tuple[np.ndarr
 def _open_towns(config: PretrainConfig, out: Path, *, workers: int, progress: bool) -> dict:
     path, held = out / "towns.npy", out / "towns_validation.npz"
     seeds = list(SEED_RANGES["pretrain"])[: config.towns]
+    renderer = out / "towns.json"
     if not path.is_file():
+        # The renderer may be improved between a run and a reader's question how its pictures were made.
+        write_json(renderer, {"renderer_sha256": file_sha256(sys.modules[Town.__module__].__file__)})
         save_array(
             path,
             pack_towns(
@@ -273,6 +276,12 @@ def _open_towns(config: PretrainConfig, out: Path, *, workers: int, progress: bo
             near = [np.flatnonzero(row) for row in arrays["near"]]
             validation = arrays["database"], arrays["queries"], near
     pictures = np.load(path, mmap_mode="r")
+    expected = (config.towns * config.pictures_per_town, *config.picture_size, 3)
+    if pictures.shape != expected:
+        raise ValueError(
+            f"{path} holds pictures of shape {pictures.shape}, the configuration asks for {expected}: "
+            "choose another --out, or delete the file to render anew"
+        )
     return {
         "pictures": pictures,
         "validation": validation,
@@ -281,6 +290,7 @@ def _open_towns(config: PretrainConfig, out: Path, *, workers: int, progress: bo
             "seeds": [seeds[0], seeds[-1]],
             "size": list(config.picture_size),
             "sha256_of_pixels": hashlib.sha256(pictures).hexdigest(),
+            **(read_json(renderer) if renderer.is_file() else {}),
         },
     }
 

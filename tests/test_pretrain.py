@@ -108,6 +108,10 @@ def test_another_configuration_is_refused_and_more_steps_are_not(run_dir):
     pretrain(TOY, folder, stop_at=1, progress=False)
     with pytest.raises(ValueError, match=r"batch_size \(4 -> 5\)"):
         pretrain(dataclasses.replace(TOY, batch_size=5), folder, progress=False)
+    with pytest.raises(
+        ValueError, match=r"shape \(6, 32, 40, 3\), the configuration asks for \(9, 32, 40, 3\)"
+    ):
+        pretrain(dataclasses.replace(TOY, towns=3), folder, progress=False)
     longer = pretrain(dataclasses.replace(TOY, steps=5), folder, progress=False)
     assert read_json(longer.with_suffix(".json"))["step"] == 5
 
