@@ -926,9 +926,9 @@ def load_exported(folder: str | Path) -> Results:
 
 
 def export_audits(audits: Sequence[Audit], folder: str | Path, k: int = 1) -> Path:
-    """Write audits of contexts as two small tables: every context's recall, and what the order of the files was worth.
+    """Write audits of contexts as small tables: every context's recall, and what the order of the files was worth.
 
-    ``contexts.csv`` has `sagelib.evaluate.Audit.summary` of each model and data set, ``leak.csv`` its `Audit.leak`.
+    ``contexts.csv`` has `sagelib.evaluate.Audit.summary` of each model and data set, ``leak.csv`` its `Audit.leak`, ``shuffles.csv`` its table.
     """
     folder = Path(folder)
     for name, table in (
@@ -936,6 +936,7 @@ def export_audits(audits: Sequence[Audit], folder: str | Path, k: int = 1) -> Pa
             "contexts",
             [a.summary(k).assign(model=a.model, dataset=a.dataset, queries=_queries(a)) for a in audits],
         ),
+        ("shuffles", [a.table.assign(model=a.model, dataset=a.dataset) for a in audits]),
         ("leak", [a.leak(k).assign(model=a.model, dataset=a.dataset) for a in audits]),
     ):
         table = pd.concat(table)
