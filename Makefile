@@ -12,7 +12,7 @@ export JUPYTER_PLATFORM_DIRS := 1
 export PYTHONWARNINGS ?= ignore::DeprecationWarning
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install reproduce test test-unit test-notebooks test-browser lab bench lint notebooks clean
+.PHONY: help install reproduce test test-unit test-notebooks test-browser lab bench lint results notebooks clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -59,6 +59,9 @@ bench: $(STAMP)  ## speeds and memory, each as a ratio against a named alternati
 lint: $(STAMP)  ## ruff on the modules, the tests and the notebooks
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+
+results: $(STAMP)  ## train and evaluate the small runs that come with the workbench (data/results)
+	$(BIN)/python notebooks/ship.py
 
 notebooks: $(STAMP)  ## run the notebooks in place with their stored parameters and keep the outputs
 	for notebook in $(NOTEBOOKS); do $(BIN)/python -m jupyter nbconvert --to notebook --execute --inplace $$notebook || exit 1; done

@@ -1,0 +1,80 @@
+"""Make the small set of finished runs that comes with the workbench, in ``data/results``: ``make results``.
+
+Three trainings on the town with one file of parameters, SAGE and two comparators, and their evaluations on its test part. Only small files
+are kept: manifests, logs, the best weights of the trained parts, results and tables.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+import yaml
+
+from sagelib import evaluate, runs
+from sagelib.images import Preprocess
+from sagelib.places import open_set
+from sagelib.town import ensure_town
+from sagelib.train import TrainConfig, open_run, train, training_places
+
+HERE = Path(__file__).resolve().parent
+DATA, RUNS, RESULTS = HERE.parent / "data", runs.runs_root(), HERE.parent / "data" / "results"
+
+PROBES = {"channels": 32, "probes": 16, "token_dim": 64}
+METHODS = {
+    "sage": {},
+    "cfp": {"aggregator_options": {**PROBES, "alpha": None}},
+    "salad": {
+        "aggregator": "salad",
+        "aggregator_options": {"clusters": 16, "channels": 32, "token_dim": 64},
+        "data_init": None,
+    },
+}
+FROZEN = ("pixels", "gem2x2:sage_vit_tiny:random", "gem2x2:sage_vit_tiny")
+
+
+def keep(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
+    """Copy the small files of a run; the folder appears whole."""
+    aside = target.with_name(f".{target.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    for pattern in patterns:
+        for path in source.glob(pattern):
+            (aside / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, aside / path.relative_to(source))
+    shutil.rmtree(target, ignore_errors=True)
+    aside.rename(target)
+
+
+def main() -> int:
+    town = ensure_town(DATA, "town", progress=True)
+    values = yaml.safe_load((HERE / "params" / "town.yaml").read_text())
+    base = {key: value for key, value in values.items() if key in TrainConfig.field_names()}
+    mined, validation, test = (
+        training_places(town),
+        open_set(DATA, "town", split="val"),
+        open_set(DATA, "town"),
+    )
+    models = {name: evaluate.open_model(name) for name in FROZEN}
+    for name, changes in METHODS.items():
+        config = TrainConfig.from_mapping({**base, **changes})
+        run = open_run(RUNS, name, config, mined=mined, validation=validation)
+        models[name] = train(config, run, mined=mined, validation=validation).model
+        keep(run.dir, RESULTS / "train" / name, ("manifest.json", "log.jsonl", "best/*"))
+    look = Preprocess(base["validation_size"], mode=base["preprocess"])
+    results = [
+        evaluate.evaluate(m, test, RUNS, model_name=name, preprocess=look) for name, m in models.items()
+    ]
+    for result in results:
+        keep(
+            result.path,
+            RESULTS / "evaluate" / result.path.name,
+            ("manifest.json", "result.json", "ranks.npy"),
+        )
+    table = evaluate.results_table(results, published=False)
+    for ending in ("md", "csv"):
+        evaluate.write_table(table, RESULTS / f"town.{ending}")
+    print(evaluate.to_markdown(table))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
