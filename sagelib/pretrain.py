@@ -4,12 +4,15 @@
 ``sage_vit_tiny``. No place labels are used: nothing here knows which two pictures show one place. The order of the
 file is the order of the recipe:
 
-1. the material: pictures of towns whose seeds nobody else uses, and a folder of frames, each packed into one array;
+1. the material: views of towns whose seeds nobody else uses, each rendered by day and once more by the same camera in another
+   light, weather or year, and a folder of frames, each packed into one array;
 2. the targets: what a small convolutional network trained on photographs sees in a crop
    (:class:`MobileNetStages`), or, without such a network, the orientations of the crop's edges in patches that
    are hidden from the student (:func:`edge_orientations`);
-3. the student's crop: darkened, tinted, blurred and noisy, so that light has to be explained away;
-4. three losses: every patch, the CLS token, and how alike the pooled pictures of a batch are;
+3. the student's crops, two windows of each view: one by day, one of its other rendering, both darkened, tinted, blurred and
+   noisy, so that light has to be explained away; the targets are always those of the picture by day;
+4. the losses: every patch, the CLS token, the two crops of a view among those of all others, and how alike the teacher finds
+   the pooled pictures of a batch;
 5. the loop, which writes a checkpoint every few minutes and continues from it; the running average of the
    weights is what is exported, with a manifest.
 """
@@ -87,8 +90,6 @@ class PretrainConfig:
         Where LayerScale starts. The 1e-5 of long trainings barely leaves the identity in a short one.
     steps : int
         Optimiser steps; the only number that may change between a run and its continuation.
-    batch_size : int
-        Crops in a step.
     sides : tuple of int
         Side of the crops in pixels, one for each part of the run; multiples of 14. Small crops first: they cost less.
     shares : tuple of float
@@ -96,7 +97,9 @@ class PretrainConfig:
     area : (float, float)
         Smallest and largest share of a picture that a crop covers.
     frame_share : float
-        Probability that a crop comes from the frames rather than from a town, where both are given.
+        Share of a batch's pictures that come from the frames rather than from the towns, where both are given.
+    group : int
+        Pictures in a row that come from one town: they share an architecture, and are the harder to tell apart.
     learning_rate, beta2, weight_decay : float
         Of AdamW. The rate rises over `warmup` steps, then falls with a cosine to zero.
     muon_rate : float, optional
@@ -106,15 +109,19 @@ class PretrainConfig:
         Steps.
     average : float
         Decay per step of the running average of the weights that is exported.
-    pooled_weight, relation_weight : float
-        Weights of the CLS token's loss and of the relations' beside the patches' 1; 0 is off.
+    pooled_weight, instance_weight, relation_weight : float
+        Weights of the CLS token's loss, of the instances' and of the relations' beside the patches' 1; 0 is off.
+    temperature : float
+        Of the instances' loss.
+    batch_size : int
+        Pictures in a step; each gives two crops.
     hidden : float
         Share of the patches hidden from the student where there is no teacher.
     worsen_from, worsen_full : float
         Shares of the steps at which the student's pictures begin to be worsened, and at which four fifths of them are. A student
         that is shown worsened pictures from the first step hardly starts.
     towns, pictures_per_town : int
-        Rendered pictures: that many of each of the first `towns` seeds for pre-training.
+        Rendered views: that many of each of the first `towns` seeds for pre-training, each rendered twice.
     validation_towns : int
         How many of the last ten seeds for pre-training are used for validation, 0 to 10.
     picture_size, frame_size : (int, int)
@@ -127,11 +134,12 @@ class PretrainConfig:
     heads: int = 3
     layer_scale: float = 0.5
     steps: int = 3200
-    batch_size: int = 20
+    batch_size: int = 24
     sides: tuple[int, ...] = (112, 168)
     shares: tuple[float, ...] = (0.85, 0.15)
-    area: tuple[float, float] = (0.15, 1.0)
+    area: tuple[float, float] = (0.25, 1.0)
     frame_share: float = 0.5
+    group: int = 4
     learning_rate: float = 1e-3
     muon_rate: float | None = 3e-3
     beta2: float = 0.98
@@ -139,12 +147,14 @@ class PretrainConfig:
     warmup: int = 40
     average: float = 0.998
     pooled_weight: float = 0.2
+    instance_weight: float = 0.3
+    temperature: float = 0.1
     relation_weight: float = 0.0
     hidden: float = 0.4
     worsen_from: float = 0.15
     worsen_full: float = 0.6
-    towns: int = 150
-    pictures_per_town: int = 32
+    towns: int = 300
+    pictures_per_town: int = 24
     validation_towns: int = 2
     picture_size: tuple[int, int] = (144, 200)
     frame_size: tuple[int, int] = (160, 284)
@@ -152,10 +162,11 @@ class PretrainConfig:
     def __post_init__(self):
         for name in ("area", "sides", "shares", "picture_size", "frame_size"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("width", "depth", "heads", "steps", "batch_size", "towns", "pictures_per_town"):
+        for name in ("width", "depth", "heads", "steps", "batch_size", "group", "towns", "pictures_per_town"):
             _check(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
         for name in ("frame_share", "average", "hidden", "worsen_from", "worsen_full"):
             _check(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "0 to 1")
+        _check("temperature", self.temperature, self.temperature > 0, "above 0")
         for side in self.sides:
             _check("sides", self.sides, side >= 28 and side % PATCH == 0, f"multiples of {PATCH}, 28 or more")
         whole = len(self.shares) == len(self.sides) and abs(sum(self.shares) - 1) < 1e-6
@@ -177,7 +188,11 @@ def _check(name: str, value, good: bool, allowed: str) -> None:
 
 
 def _towns_pictures(seed: int, n: int, size: tuple[int, int]) -> np.ndarray:
-    """`n` pictures of one town: any street, heading, lens, light, weather and year, the town as varied as it gets."""
+    """`n` views of one town, any street, heading and lens, the town as varied as it gets: (n, 2, height, width, 3).
+
+    Each view is rendered by day, and again by the same camera in any light and weather, at another moment and, every other time,
+    another year. What one camera saw is all that says the two belong together: no place has a label.
+    """
     generator = rng(seed, "pretrain", "town")
     config = TownConfig(
         neighbourhoods=int(generator.integers(2, 7)),
@@ -187,7 +202,9 @@ def _towns_pictures(seed: int, n: int, size: tuple[int, int]) -> np.ndarray:
     )
     town = Town(seed, config)
     shots = plan_shots(town, "train/database")
-    pictures = np.empty((n, *size, 3), np.uint8)
+    pictures = np.empty((n, 2, *size, 3), np.uint8)
+    # Walls are painted anew for every year: two years a town are enough.
+    years = generator.integers(4, size=2)
     for i in range(n):
         # Any station; half of them look along the street, half at the houses beside it.
         station = shots[generator.integers(len(shots))].pose
@@ -199,22 +216,18 @@ def _towns_pictures(seed: int, n: int, size: tuple[int, int]) -> np.ndarray:
             height_m=generator.uniform(1.5, 2.8),
             tilt=generator.uniform(-0.05, 0.4),
         )
-        pictures[i] = town.render(
-            pose,
-            CONDITIONS[generator.integers(len(CONDITIONS))],
-            size,
-            year=int(generator.integers(4)),
-            visit=int(generator.integers(1000)),
+        moments = [("day", years[0]), (CONDITIONS[generator.integers(len(CONDITIONS))], years[i % 2])]
+        for k, (condition, year) in enumerate(moments):
             # Crops are resized anyway; one ray per pixel makes twice to four times as many pictures.
-            oversample=1,
-        )
+            visit = int(generator.integers(1000))
+            pictures[i, k] = town.render(pose, condition, size, year=int(year), visit=visit, oversample=1)
     return pictures
 
 
 def pack_towns(
     seeds: Sequence[int], n: int, size: tuple[int, int], *, workers: int = 1, progress: bool = True
 ) -> np.ndarray:
-    """Render `n` pictures of each town of `seeds` into one uint8 array (len(seeds) * n, height, width, 3).
+    """Render `n` views of each town of `seeds`, by day and in another light: uint8 (len(seeds), n, 2, height, width, 3).
 
     Raises
     ------
@@ -230,8 +243,8 @@ def pack_towns(
     bar = partial(tqdm, total=len(seeds), desc="rendering", unit="town", disable=not progress)
     if workers > 1:
         with ProcessPoolExecutor(workers) as pool:
-            return np.concatenate(list(bar(pool.map(render, seeds))))
-    return np.concatenate(list(bar(map(render, seeds))))
+            return np.stack(list(bar(pool.map(render, seeds))))
+    return np.stack(list(bar(map(render, seeds))))
 
 
 def _towns_validation(seeds: Sequence[int], n: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -276,7 +289,7 @@ def _open_towns(config: PretrainConfig, out: Path, *, workers: int, progress: bo
             near = [np.flatnonzero(row) for row in arrays["near"]]
             validation = arrays["database"], arrays["queries"], near
     pictures = np.load(path, mmap_mode="r")
-    expected = (config.towns * config.pictures_per_town, *config.picture_size, 3)
+    expected = (config.towns, config.pictures_per_town, 2, *config.picture_size, 3)
     if pictures.shape != expected:
         raise ValueError(
             f"{path} holds pictures of shape {pictures.shape}, the configuration asks for {expected}: "
@@ -286,7 +299,7 @@ def _open_towns(config: PretrainConfig, out: Path, *, workers: int, progress: bo
         "pictures": pictures,
         "validation": validation,
         "about": {
-            "pictures": len(pictures),
+            "pictures": int(np.prod(pictures.shape[:3])),
             "seeds": [seeds[0], seeds[-1]],
             "size": list(config.picture_size),
             "sha256_of_pixels": hashlib.sha256(pictures).hexdigest(),
@@ -388,7 +401,8 @@ def _material(
         kept = np.array([sequence_of(n) not in held for n in names])
         left_out = np.flatnonzero(~kept)
         found["frames"] = {
-            "pictures": np.ascontiguousarray(pictures[kept]),
+            # As towns of one view that was taken once.
+            "pictures": np.ascontiguousarray(pictures[kept])[:, None, None],
             "validation": _frames_validation(pictures[left_out], [names[i] for i in left_out], config.seed),
             "about": {
                 "pictures": int(kept.sum()),
@@ -574,45 +588,61 @@ class Targets(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def random_crops(
+def random_views(
     sources: Sequence[np.ndarray],
     shares: Sequence[float],
     n: int,
     side: int,
     area: tuple[float, float],
+    group: int,
     generator: np.random.Generator,
-) -> Tensor:
-    """Cut `n` random windows, resize them to `side` x `side` pixels, mirror half of them.
+) -> tuple[Tensor, Tensor]:
+    """Draw `n` views, cut two random windows of each, resize them to `side` x `side` pixels, mirror half of the views.
 
     Parameters
     ----------
-    sources : sequence of uint8 arrays (N, H, W, 3)
+    sources : sequence of uint8 arrays (towns, views, renderings, H, W, 3)
     shares : sequence of float
-        Probability of each source.
+        Share of the views that comes from each source.
     area : (float, float)
         Smallest and largest share of the picture.
+    group : int
+        Views in a row from one town, at the most.
 
     Returns
     -------
-    Tensor (n, 3, side, side)
-        float32, 0 to 1.
+    clear : Tensor (2n, 3, side, side)
+        float32, 0 to 1: all first windows, then all second ones, of each view's first rendering.
+    seen : Tensor (2n, 3, side, side)
+        The same windows, the second ones of each view's last rendering.
     """
-    out = torch.empty(n, 3, side, side, dtype=torch.uint8)
-    for k in range(n):
-        pictures = sources[generator.choice(len(sources), p=shares)]
-        picture = pictures[generator.integers(len(pictures))]
-        height, width = picture.shape[:2]
-        wanted = generator.uniform(*area) * height * width
-        ratio = math.exp(generator.uniform(-math.log(4 / 3), math.log(4 / 3)))
-        h = min(height, max(8, round(math.sqrt(wanted / ratio))))
-        w = min(width, max(8, round(math.sqrt(wanted * ratio))))
-        top, left = generator.integers(height - h + 1), generator.integers(width - w + 1)
-        window = torch.from_numpy(picture[top : top + h, left : left + w].copy())
-        window = window.permute(2, 0, 1)[None]
-        out[k] = F.interpolate(window, (side, side), mode="bilinear", antialias=True)[0]
-        if generator.random() < 0.5:
-            out[k] = out[k].flip(-1)
-    return out.float() / 255
+    together = [min(group, pictures.shape[1]) for pictures in sources]
+    # A draw gives `together` views, so that it must come the less often.
+    chances = np.array([share / size for share, size in zip(shares, together, strict=True)])
+    drawn: list[np.ndarray] = []
+    while len(drawn) < n:
+        source = generator.choice(len(sources), p=chances / chances.sum())
+        town = sources[source][generator.integers(len(sources[source]))]
+        chosen = generator.choice(len(town), together[source], replace=False)
+        drawn += [town[i] for i in chosen[: n - len(drawn)]]
+    clear = torch.empty(2, n, 3, side, side, dtype=torch.uint8)
+    seen = torch.empty_like(clear)
+    for k, view in enumerate(drawn):
+        height, width = view.shape[1:3]
+        mirror = generator.random() < 0.5
+        for which in range(2):
+            wanted = generator.uniform(*area) * height * width
+            ratio = math.exp(generator.uniform(-math.log(4 / 3), math.log(4 / 3)))
+            h = min(height, max(8, round(math.sqrt(wanted / ratio))))
+            w = min(width, max(8, round(math.sqrt(wanted * ratio))))
+            top, left = generator.integers(height - h + 1), generator.integers(width - w + 1)
+            window = torch.from_numpy(view[[0, -1], top : top + h, left : left + w].copy())
+            window = F.interpolate(
+                window.permute(0, 3, 1, 2), (side, side), mode="bilinear", antialias=True
+            )
+            window = window.flip(-1) if mirror else window
+            clear[which, k], seen[which, k] = window[0], window[which]
+    return clear.flatten(0, 1).float() / 255, seen.flatten(0, 1).float() / 255
 
 
 def worsen(images: Tensor, generator: torch.Generator, share: float = 0.8) -> Tensor:
@@ -680,6 +710,25 @@ def relation_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return 1 - (rows[0] * rows[1]).sum(1).mean()
 
 
+def instance_loss(pooled: Tensor, temperature: float) -> Tensor:
+    """How hard it is to find the second crop of each view by its first among all crops of the batch, and the other way round.
+
+    The normalised temperature-scaled cross entropy of Chen et al., "A Simple Framework for Contrastive Learning of Visual
+    Representations" (ICML 2020), on the descriptors themselves, without a projection.
+
+    Parameters
+    ----------
+    pooled : Tensor (2n, M)
+        All first crops, then all second ones.
+    """
+    n = len(pooled) // 2
+    x = F.normalize(pooled, dim=1)
+    similar = x @ x.T / temperature
+    similar.fill_diagonal_(-math.inf)
+    partner = torch.arange(2 * n, device=x.device).roll(n)
+    return F.cross_entropy(similar, partner)
+
+
 class Student(nn.Module):
     """The transformer and the two linear layers that only pre-training needs."""
 
@@ -723,9 +772,9 @@ def losses(
     targets: Targets,
     hidden: Tensor | None,
 ) -> dict[str, Tensor]:
-    """The three losses of a batch of normalised images (B, 3, H, W) and standardised targets (B, C, h, w).
+    """The losses of a batch of normalised images (B, 3, H, W) and standardised targets (B, C, h, w).
 
-    `hidden` (B, N), where given, marks the patches the first loss is taken on.
+    The second half of the batch shows the views of the first again. `hidden` (B, N), where given, marks the patches the first loss is taken on.
     """
     grid = tuple(target.shape[-2:])
     with torch.autocast(images.device.type, torch.bfloat16):
@@ -736,6 +785,8 @@ def losses(
     if config.pooled_weight:
         pooled = target.mean((2, 3)) / targets.pooled_std
         out["pooled"] = F.smooth_l1_loss(cls_out.float(), pooled)
+    if config.instance_weight:
+        out["instance"] = instance_loss(cells(patches.float(), grid, 1), config.temperature)
     if config.relation_weight and targets.teacher is not None:
         seen = cells(patches.float(), grid)
         shown = F.adaptive_avg_pool2d(target, 2).permute(0, 2, 3, 1).flatten(0, 2)
@@ -797,20 +848,21 @@ def _side(step: int, config: PretrainConfig) -> int:
 
 def _batch(
     step: int, config: PretrainConfig, sources: Sequence[np.ndarray], shares: Sequence[float]
-) -> tuple[Tensor, tuple[int, int], torch.Generator]:
+) -> tuple[Tensor, Tensor, tuple[int, int], torch.Generator]:
     """The crops of one step at the teacher's resolution; they depend on the seed and the step alone."""
     side = _side(step, config)
     grid = (side // PATCH, side // PATCH)
-    images = random_crops(
+    clear, seen = random_views(
         sources,
         shares,
         config.batch_size,
         grid[0] * TEACHER_STRIDE,
         config.area,
+        config.group,
         rng(config.seed, "pretrain", "crops", step),
     )
     generator = torch.Generator().manual_seed(torch_seed(config.seed, "pretrain", "light", step))
-    return images, grid, generator
+    return clear, seen, grid, generator
 
 
 def _student_view(
@@ -968,14 +1020,15 @@ def pretrain(
     hidden_share = config.hidden if teacher is None else 0.0
     with log, bar:
         for step in range(began_at, last):
-            images, grid, generator = _batch(step, config, sources, shares)
-            view, hidden = _student_view(images, grid, generator, hidden_share, _worsened(step, config))
-            target = targets(images.to(device), grid)
+            clear, seen, grid, generator = _batch(step, config, sources, shares)
+            view, hidden = _student_view(seen, grid, generator, hidden_share, _worsened(step, config))
+            target = targets(clear.to(device), grid)
             view, hidden = view.to(device), None if hidden is None else hidden.to(device)
             parts = losses(student, view, target, config, targets, hidden)
             total = (
                 parts["patch"]
                 + config.pooled_weight * parts.get("pooled", 0)
+                + config.instance_weight * parts.get("instance", 0)
                 + config.relation_weight * parts.get("relation", 0)
             )
             student.zero_grad(set_to_none=True)
@@ -991,7 +1044,7 @@ def pretrain(
                 torch._foreach_lerp_(list(average.values()), [now[k] for k in average], 1 - keep)
 
             before, tick = tick, time.monotonic()
-            state["step"], state["crops"] = step + 1, state["crops"] + len(images)
+            state["step"], state["crops"] = step + 1, state["crops"] + len(view)
             state["seconds"] += tick - before
             bar.update()
             if step % 50 == 49 or step + 1 == last:
@@ -1000,7 +1053,7 @@ def pretrain(
                     json.dumps({"step": step + 1, "seconds": round(state["seconds"], 1), **line}) + "\n"
                 )
                 log.flush()
-                bar.set_postfix(line | {"crops/s": f"{len(images) / (tick - before):.0f}"})
+                bar.set_postfix(line | {"crops/s": f"{len(view) / (tick - before):.0f}"})
             if tick - saved_at > checkpoint_s:
                 save()
                 saved_at = tick

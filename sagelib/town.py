@@ -1374,6 +1374,8 @@ class Town:
         density = 8.0 if view.focal < 110 else 16.0 if view.focal < 330 else 32.0
         base, up_scale, n_up = (np.zeros(t.shape, np.int64), np.zeros(t.shape), np.ones(t.shape, np.int64))
         columns, ks = np.nonzero(seen)
+        if not len(columns):  # a camera that looks out of the town, past every wall
+            return
         walls, inverse = np.unique(which[columns, ks] * 4 + face[columns, ks], return_inverse=True)
         cosine = incidence[columns, ks] / np.sqrt(view.dx[columns] ** 2 + view.dy[columns] ** 2)
         texels = tt[columns, ks] / view.focal * density / np.maximum(cosine, 0.06) ** 0.5

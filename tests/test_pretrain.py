@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import math
 import os
 from importlib import resources
 from pathlib import Path
@@ -29,6 +30,7 @@ TOY = PretrainConfig(
     sides=(28, 42),
     shares=(0.5, 0.5),
     warmup=1,
+    group=2,
     relation_weight=0.5,
     towns=2,
     pictures_per_town=3,
@@ -98,7 +100,7 @@ def test_a_run_that_was_stopped_ends_in_the_same_weights(run_dir, folded, with_t
         assert torch.equal(value, load_file(again)[name]), name
     assert any(not torch.equal(value, load_file(again)[name]) for name, value in before.items())
     manifest = read_json(again.with_suffix(".json"))
-    assert manifest["finished"] and manifest["step"] == 4 and manifest["crops"] == 16
+    assert manifest["finished"] and manifest["step"] == 4 and manifest["crops"] == 32
     assert [s["from_step"] for s in manifest["segments"]] == [0, 2]
     assert manifest["sha256"] == hashlib.sha256(again.read_bytes()).hexdigest()
 
@@ -109,7 +111,7 @@ def test_another_configuration_is_refused_and_more_steps_are_not(run_dir):
     with pytest.raises(ValueError, match=r"batch_size \(4 -> 5\)"):
         pretrain(dataclasses.replace(TOY, batch_size=5), folder, progress=False)
     with pytest.raises(
-        ValueError, match=r"shape \(6, 32, 40, 3\), the configuration asks for \(9, 32, 40, 3\)"
+        ValueError, match=r"shape \(2, 3, 2, 32, 40, 3\), the configuration asks for \(3, 3, 2, 32, 40, 3\)"
     ):
         pretrain(dataclasses.replace(TOY, towns=3), folder, progress=False)
     longer = pretrain(dataclasses.replace(TOY, steps=5), folder, progress=False)
@@ -165,8 +167,8 @@ def test_mistakes_are_named(tmp_path, run_dir):
 
 
 def test_towns_come_from_seeds_for_pretraining_alone(packed):
-    assert packed.shape == (6, 32, 40, 3) and packed.dtype == np.uint8
-    assert np.array_equal(packed[3:], pack_towns([1], 3, (32, 40), progress=False))
+    assert packed.shape == (2, 3, 2, 32, 40, 3) and packed.dtype == np.uint8
+    assert np.array_equal(packed[1:], pack_towns([1], 3, (32, 40), progress=False))
     with pytest.raises(ValueError, match=r"\[1000\] are not among those for pre-training"):
         pack_towns([0, 1000], 1, (32, 40))
 
@@ -196,21 +198,41 @@ def test_a_sequence_is_a_name_without_its_last_number():
 
 def test_crops_depend_on_the_generator_alone_and_stay_in_range(packed):
     def cut(seed):
-        return recipe.random_crops([packed], [1.0], 5, 32, (0.2, 1.0), np.random.default_rng(seed))
+        return recipe.random_views([packed], [1.0], 5, 32, (0.2, 1.0), 2, np.random.default_rng(seed))
 
-    assert torch.equal(cut(1), cut(1)) and not torch.equal(cut(1), cut(2))
-    worse = recipe.worsen(cut(1), torch.Generator().manual_seed(0))
-    assert worse.min() >= 0 and worse.max() <= 1 and not torch.equal(worse, cut(1))
+    for one, again, other in zip(cut(1), cut(1), cut(2), strict=True):
+        assert one.shape == (10, 3, 32, 32)
+        assert torch.equal(one, again) and not torch.equal(one, other)
+    worse = recipe.worsen(cut(1)[1], torch.Generator().manual_seed(0))
+    assert worse.min() >= 0 and worse.max() <= 1 and not torch.equal(worse, cut(1)[1])
 
 
-def test_a_whole_crop_is_the_picture():
-    picture = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), dtype=np.uint8)
+def test_a_whole_crop_is_the_picture_and_its_second_window_shows_the_other_rendering():
+    view = np.random.default_rng(0).integers(0, 256, (1, 1, 2, 32, 32, 3), dtype=np.uint8)
     # A window of the whole area has the picture's shape only if the drawn ratio is near 1: look for one.
-    found = recipe.random_crops([picture], [1.0], 400, 32, (1.0, 1.0), np.random.default_rng(0))
-    straight = torch.from_numpy(picture[0]).permute(2, 0, 1).float() / 255
-    distance = (found - straight).abs().amax((1, 2, 3))
-    mirrored = (found - straight.flip(-1)).abs().amax((1, 2, 3))
-    assert distance.min() < 1e-6 and mirrored.min() < 1e-6
+    clear, seen = recipe.random_views([view], [1.0], 400, 32, (1.0, 1.0), 1, np.random.default_rng(0))
+    day, other = torch.from_numpy(view[0, 0]).permute(0, 3, 1, 2).float() / 255
+
+    def nearest(crops, picture):
+        return min((crops - p).abs().amax((1, 2, 3)).min().item() for p in (picture, picture.flip(-1)))
+
+    for crops, picture in ((clear, day), (seen[:400], day), (seen[400:], other)):
+        assert nearest(crops, picture) < 1e-6
+    assert nearest(clear, other) > 0.1 and nearest(seen[400:], day) > 0.1
+
+
+def test_sources_get_their_shares_and_towns_come_in_groups():
+    towns = np.zeros((9, 4, 2, 28, 28, 3), np.uint8)
+    towns[:] = (10 * np.arange(9) + 10)[:, None, None, None, None, None]
+    frames = np.full((50, 1, 1, 28, 28, 3), 255, np.uint8)
+    generator, light, groups = np.random.default_rng(0), [], 0
+    for _ in range(60):
+        clear, _ = recipe.random_views([towns, frames], [0.5, 0.5], 20, 28, (0.5, 1.0), 4, generator)
+        values = (clear[:20].mean((1, 2, 3)) * 255).round().tolist()
+        light += values
+        groups += sum(a == b < 255 for a, b in zip(values, values[1:], strict=False))
+    assert 0.4 < np.mean(np.array(light) == 255) < 0.6
+    assert groups > 0.6 * np.sum(np.array(light) < 255)
 
 
 @pytest.mark.parametrize("angle", [0, 45, 90, 135])
@@ -292,6 +314,19 @@ def test_relations_against_a_plain_loop():
     assert recipe.relation_loss(a, b).item() == pytest.approx(1 - total, abs=1e-5)
 
 
+def test_instances_against_a_plain_loop():
+    torch.manual_seed(0)
+    x = torch.randn(10, 6)
+    unit, total = F.normalize(x, dim=1), 0.0
+    for i in range(10):
+        j = (i + 5) % 10
+        others = [math.exp(unit[i] @ unit[k] / 0.2) for k in range(10) if k != i]
+        total -= math.log(math.exp(unit[i] @ unit[j] / 0.2) / sum(others)) / 10
+    assert recipe.instance_loss(x, 0.2).item() == pytest.approx(total, abs=1e-5)
+    pairs = torch.randn(5, 6).repeat(2, 1)
+    assert recipe.instance_loss(pairs, 0.05) < 0.2 < recipe.instance_loss(x, 0.05)
+
+
 def test_cells_are_those_of_gem():
     patches = torch.randn(2, 24, 6)
     pooled = recipe.cells(patches, (4, 6)).reshape(2, -1)
@@ -317,7 +352,7 @@ def test_the_shipped_file_is_the_one_its_manifest_describes(shipped):
     assert all(w.dtype == torch.float16 and w.shape == expected[k].shape for k, w in weights.items())
     assert all(torch.isfinite(w.float()).all() for w in weights.values())
     config = manifest["config"]
-    assert manifest["crops"] == manifest["step"] * config["batch_size"]
+    assert manifest["crops"] == 2 * manifest["step"] * config["batch_size"]
     assert manifest["material"]["towns"]["seeds"][1] < 990
 
 

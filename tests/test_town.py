@@ -210,6 +210,16 @@ def test_every_label_is_seen_somewhere(town, shots):
     assert {LABELS[k] for k in seen} == set(LABELS)
 
 
+def test_a_camera_may_look_past_every_wall(town):
+    """From the edge of the town outwards there is ground and sky alone, in every condition."""
+    east, north = town.to_utm(*(v - 5.0 for v in town._box[:, [0, 2]].min(0)))
+    for condition in CONDITIONS:
+        for turn in (180.0, 225.0, 270.0):
+            pose = Pose(east_m=float(east), north_m=float(north), heading_deg=(turn - town.turn_deg) % 360, fov_deg=60.0)
+            _, labels = town.render(pose, condition, 42, labels=True)
+            assert not np.isin(labels, [LABELS.index(n) for n in ("facade", "window", "door", "roof")]).any()
+
+
 def test_turning_the_camera_moves_the_picture_the_other_way(town, shots):
     pose = replace(shots[0].pose, fov_deg=60.0)
     _, a = town.render(pose, "day", 64, depth=True)
