@@ -122,10 +122,10 @@ class Preprocess:
 
 
 class TrainTransform:
-    """A training picture: resize, RandAugment, to [0, 1], ImageNet normalisation, repeatably.
+    """A training picture: [cut a window], resize, [RandAugment], to [0, 1], ImageNet normalisation, repeatably.
 
     The paper does not state its training transform. Size, RandAugment with three operations and its bilinear
-    interpolation are those of the direct ancestors (EMVP, SALAD). The random numbers of a picture come from
+    interpolation are those of the direct ancestors (EMVP, SALAD); the window is not theirs. The random numbers of a picture come from
     (seed, epoch, index) alone, so they depend on neither workers nor order, and torch's global generator is
     left as it was.
 
@@ -137,6 +137,11 @@ class TrainTransform:
         Operations per picture, at least 1; None: no augmentation.
     magnitude : int
         Strength of each operation, 0 to 30 (torchvision's default, 9).
+    crop : float or None
+        Smallest share of the picture's area that a window covers, in (0, 1]; its sides keep the picture's ratio within 3:4 to
+        4:3 (torchvision's `RandomResizedCrop`). None: the whole picture.
+    autocontrast : bool
+        Stretch each channel to 0..255 first, as `Preprocess` does in the mode of that name.
     seed : int
     """
 
@@ -148,6 +153,8 @@ class TrainTransform:
         *,
         randaugment: int | None = 3,
         magnitude: int = 9,
+        crop: float | None = None,
+        autocontrast: bool = False,
         seed: int = 0,
     ) -> None:
         self.image_size = _size(image_size)
@@ -155,6 +162,9 @@ class TrainTransform:
             raise ValueError(f"randaugment must be None or an integer >= 1, got {randaugment}")
         if not 0 <= magnitude <= 30:
             raise ValueError(f"magnitude must lie in 0..30, got {magnitude}")
+        if crop is not None and not 0 < crop <= 1:
+            raise ValueError(f"crop must be None or lie in (0, 1], got {crop}")
+        self.crop, self.autocontrast = crop, autocontrast
         self.randaugment = randaugment
         self.magnitude = magnitude
         self.seed = seed
@@ -174,26 +184,35 @@ class TrainTransform:
 
     def __call__(self, picture: Image.Image, index: int) -> torch.Tensor:
         """Return the float32 tensor (3, H, W) of the picture at this index of its table."""
-        from torchvision.transforms.v2 import InterpolationMode, RandAugment
+        from torchvision.transforms.v2 import InterpolationMode, RandAugment, RandomResizedCrop
 
         height, width = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
-        if picture.size != (width, height):
-            picture = picture.resize((width, height), Image.Resampling.BILINEAR)
-        if self.randaugment is not None:
-            augment = RandAugment(self.randaugment, self.magnitude, interpolation=InterpolationMode.BILINEAR)
-            # torchvision draws from torch's global CPU generator: lend it a seed, and put its state back
-            # after.
-            with torch.random.fork_rng(devices=[]):
-                torch.random.default_generator.manual_seed(
-                    torch_seed(self.seed, "augment", self.epoch, int(index))
+        if self.autocontrast:
+            picture = ImageOps.autocontrast(picture)
+        # torchvision draws from torch's global CPU generator: lend it a seed, and put its state back after.
+        with torch.random.fork_rng(devices=[]):
+            torch.random.default_generator.manual_seed(
+                torch_seed(self.seed, "augment", self.epoch, int(index))
+            )
+            if self.crop is not None:
+                # Shares and ratios are those of the picture, which need not be square.
+                ratio = picture.width / picture.height
+                cut = RandomResizedCrop(
+                    (height, width), scale=(self.crop, 1.0), ratio=(0.75 * ratio, ratio / 0.75)
                 )
-                picture = augment(picture)
+                picture = cut(picture)
+            elif picture.size != (width, height):
+                picture = picture.resize((width, height), Image.Resampling.BILINEAR)
+            if self.randaugment is not None:
+                picture = RandAugment(
+                    self.randaugment, self.magnitude, interpolation=InterpolationMode.BILINEAR
+                )(picture)
         return _normalised(picture)
 
     def __repr__(self) -> str:
         return (
             f"TrainTransform({self.image_size}, randaugment={self.randaugment}, magnitude={self.magnitude}, "
-            f"seed={self.seed})"
+            f"crop={self.crop}, autocontrast={self.autocontrast}, seed={self.seed})"
         )
 
 

@@ -637,9 +637,7 @@ def random_views(
             w = min(width, max(8, round(math.sqrt(wanted * ratio))))
             top, left = generator.integers(height - h + 1), generator.integers(width - w + 1)
             window = torch.from_numpy(view[[0, -1], top : top + h, left : left + w].copy())
-            window = F.interpolate(
-                window.permute(0, 3, 1, 2), (side, side), mode="bilinear", antialias=True
-            )
+            window = F.interpolate(window.permute(0, 3, 1, 2), (side, side), mode="bilinear", antialias=True)
             window = window.flip(-1) if mirror else window
             clear[which, k], seen[which, k] = window[0], window[which]
     return clear.flatten(0, 1).float() / 255, seen.flatten(0, 1).float() / 255

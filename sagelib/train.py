@@ -79,6 +79,7 @@ PAPERS_MINER = {"epsilon": 0.1}
 # Parameters that are off as None and whose 0, which would make no sense, is read as off.
 OFF = (
     "augment",
+    "crop",
     "data_init",
     "max_heading_deg",
     "top_k",
@@ -135,8 +136,11 @@ class TrainConfig:
         Side in pixels of validation images.
     augment : int, optional
         Operations of RandAugment (the paper is silent; 3 in EMVP). None is off, which allows `cache_limit_gb`.
+    crop : float, optional
+        Smallest share of a training picture that a random window of it covers (not in the paper nor in its ancestors; for queries that see
+        part of a reference). None is off, which allows `cache_limit_gb`.
     preprocess : str
-        Mode of `sagelib.images.Preprocess` where nothing is augmented.
+        Mode of `sagelib.images.Preprocess`; of it, training pictures that are augmented take only the autocontrast.
     loss, loss_options : str, dict, optional
         A loss of pytorch-metric-learning by name. None options are 1, 50, 0 for the multi-similarity loss (CliqueMining's) and the library's own
         for any other.
@@ -231,6 +235,7 @@ class TrainConfig:
     image_size: int = 224
     validation_size: int = 322
     augment: int | None = 3
+    crop: float | None = None
     preprocess: str = "paper"
 
     loss: str = "MultiSimilarityLoss"
@@ -290,7 +295,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
                 raise ValueError(f"{name} must be an integer >= {low}, got {value!r}")
-        for name in ("lr", "head_lr", "clip_norm", "cache_limit_gb", "radius_m"):
+        for name in ("lr", "head_lr", "clip_norm", "cache_limit_gb", "radius_m", "crop"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be a number > 0, got {value!r}")
@@ -298,6 +303,7 @@ class TrainConfig:
             ("weight_decay", 0, math.inf),
             ("final_lr", 0, 1),
             ("dropout", 0, 0.99),
+            ("crop", 0, 1),
             ("min_distance_m", 0, math.inf),
         ):
             value = getattr(self, name)
@@ -315,6 +321,11 @@ class TrainConfig:
                 raise ValueError(
                     f"{name} must be one of {', '.join(map(str, choices))}, got {getattr(self, name)!r}"
                 )
+
+    @property
+    def augmented(self) -> bool:
+        """Whether a training picture differs from epoch to epoch."""
+        return self.augment is not None or self.crop is not None
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> TrainConfig:
@@ -784,10 +795,12 @@ class _Loop:
     def _add_source(self, name: str, places: Places, sampler: Any, folder: Path) -> None:
         feed = self._feed(places, self.config.image_size, folder)
         transform = feed.preprocess
-        if self.config.augment is not None:
+        if self.config.augmented:
             transform = TrainTransform(
                 self.config.image_size,
                 randaugment=self.config.augment,
+                crop=self.config.crop,
+                autocontrast=self.config.preprocess == "autocontrast",
                 seed=runs.torch_seed(self.config.seed, "augment", name) % 2**31,
             )
         self.sources.append(_Source(name, places, sampler, feed, transform))
@@ -985,10 +998,10 @@ class _Loop:
             plan = self.state.plan[source.name][start:, rows]
             if not plan.shape[1]:
                 continue
-            if source.feed.store is not None and self.config.augment is None:
+            if source.feed.store is not None and not self.config.augmented:
                 parts.append(source.feed.stored(plan))
             else:
-                if self.config.augment is not None:
+                if self.config.augmented:
                     source.transform.set_epoch(epoch)
                 parts.append(source.feed.loaded(plan, source.transform))
         for group in zip(*parts, strict=True):

@@ -149,7 +149,27 @@ def test_no_augmentation_is_a_resize():
     assert torch.equal(transform(picture(), 0), transform(picture(), 1))
 
 
-@pytest.mark.parametrize("wrong", [{"randaugment": 0}, {"magnitude": 31}, {"image_size": -1}])
+def test_a_window_shows_a_part_of_the_picture():
+    # The red channel tells the column, the green one the row: a window shows a range of each.
+    column, row = np.meshgrid(np.arange(200), np.arange(120))
+    ramp = Image.fromarray(np.stack([column, row, 0 * row], -1).astype(np.uint8))
+    transform, shares = TrainTransform(56, randaugment=None, crop=0.25, seed=2), []
+    for index in range(40):
+        x = transform(ramp, index)
+        red, green = (255 * (x[c] * IMAGENET_STD[c] + IMAGENET_MEAN[c]) for c in (0, 1))
+        spans = [(v.max() - v.min()).item() / most for v, most in ((red, 200), (green, 120))]
+        shares.append(spans[0] * spans[1])
+        assert torch.equal(x, transform(ramp, index))
+    assert 0.2 < min(shares) < 0.4 and 0.8 < max(shares) <= 1.01
+
+
+def test_dark_pictures_are_stretched_as_in_the_preprocessing_of_that_name():
+    dark = Image.fromarray((np.asarray(picture()) // 4).astype(np.uint8)).resize((56, 56))
+    transform = TrainTransform(56, randaugment=None, autocontrast=True)
+    torch.testing.assert_close(transform(dark, 0), Preprocess(56, "autocontrast")(dark), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("wrong", [{"randaugment": 0}, {"magnitude": 31}, {"image_size": -1}, {"crop": 1.5}])
 def test_train_transform_refuses(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         TrainTransform(**wrong)

@@ -215,7 +215,12 @@ def test_a_camera_may_look_past_every_wall(town):
     east, north = town.to_utm(*(v - 5.0 for v in town._box[:, [0, 2]].min(0)))
     for condition in CONDITIONS:
         for turn in (180.0, 225.0, 270.0):
-            pose = Pose(east_m=float(east), north_m=float(north), heading_deg=(turn - town.turn_deg) % 360, fov_deg=60.0)
+            pose = Pose(
+                east_m=float(east),
+                north_m=float(north),
+                heading_deg=(turn - town.turn_deg) % 360,
+                fov_deg=60.0,
+            )
             _, labels = town.render(pose, condition, 42, labels=True)
             assert not np.isin(labels, [LABELS.index(n) for n in ("facade", "window", "door", "roof")]).any()
 

@@ -152,6 +152,7 @@ def test_the_defaults_of_the_graph_are_the_samplers():
         ({"places_per_batch": 1}, "places_per_batch must be an integer >= 2"),
         ({"final_lr": 1.5}, r"final_lr must lie in \[0, 1\], got 1.5"),
         ({"train_context": "sorted"}, "train_context must be one of batch, half, solo, anchors"),
+        ({"crop": 1.5}, r"crop must lie in \[0, 1\], got 1.5"),
         ({"precision": "int8"}, "precision must be one of"),
     ],
 )
