@@ -43,9 +43,11 @@ test-unit: $(STAMP)
 
 test-notebooks: export OMP_NUM_THREADS = 1
 test-notebooks: $(STAMP)
-	runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && SAGE_RUNS="$$runs" \
+	runs=$$(mktemp -d) || exit 1; trap 'rm -rf "$$runs"' EXIT; export SAGE_RUNS="$$runs"; failed=0; \
 	    $(BIN)/python -m pytest -p no:cacheprovider --nbval --nbval-cell-timeout=240 --nbval-sanitize-with tests/nbval_sanitize.cfg \
-	    -n 2 --dist loadfile $(NOTEBOOKS)
+	        -n 2 --dist loadfile $(NOTEBOOKS) || failed=1; \
+	    $(BIN)/python notebooks/expected.py compare "$$runs" $(NOTEBOOKS) || failed=1; \
+	    exit $$failed
 
 test-browser: $(STAMP)  ## open every notebook in JupyterLab in a real browser
 	SAGE_BROWSER=all $(BIN)/python -m pytest -m browser tests
@@ -63,8 +65,14 @@ lint: $(STAMP)  ## ruff on the modules, the tests and the notebooks
 results: $(STAMP)  ## train and evaluate the small runs that come with the workbench (data/results)
 	$(BIN)/python notebooks/ship.py
 
-notebooks: $(STAMP)  ## run the notebooks in place with their stored parameters and keep the outputs
-	for notebook in $(NOTEBOOKS); do $(BIN)/python -m jupyter nbconvert --to notebook --execute --inplace $$notebook || exit 1; done
+notebooks: export OMP_NUM_THREADS = 1
+notebooks: $(STAMP)  ## run the notebooks in place, keep their outputs and record their key numbers
+	runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && export SAGE_RUNS="$$runs" && \
+	    for notebook in $(NOTEBOOKS); do \
+	        $(BIN)/python -m jupyter nbconvert --to notebook --execute --inplace \
+            --ExecutePreprocessor.record_timing=False $$notebook || exit 1; \
+	    done && \
+	    $(BIN)/python notebooks/expected.py record "$$runs" $(NOTEBOOKS)
 
 clean:  ## remove .venv and caches (never data)
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis *.egg-info

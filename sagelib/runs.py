@@ -32,6 +32,7 @@ __all__ = [
     "Run",
     "RunConflict",
     "atomic_path",
+    "check_parameters",
     "compare_runs",
     "describe_run",
     "find_runs",
@@ -343,8 +344,8 @@ class Run:
         Raises
         ------
         RunConflict
-            If the directory holds a run of another configuration, seed or data: keys, old and new values are
-            named.
+            If the directory holds work of another configuration, seed or data: keys, old and new values are
+            named. (A manifest alone is no work: a run that failed before its first line may be corrected.)
         ValueError
             If `stage` or `name` is no single folder name.
         """
@@ -375,6 +376,10 @@ class Run:
 
         found = read_json(directory / MANIFEST)
         rows = _differences({key: found.get(key) for key in identity}, identity)
+        if rows and found["status"] != "finished" and [p.name for p in directory.iterdir()] == [MANIFEST]:
+            # A run that ended before its first line, on a wrong value for instance, is nobody's work.
+            write_json(directory / MANIFEST, fresh)
+            return cls(directory, fresh)
         if rows:
             changes = "; ".join(
                 f"{key.removeprefix('config.')}: {old!r} -> {new!r}" for key, old, new in rows
@@ -580,6 +585,53 @@ def open_notebook_run(folder: str | os.PathLike, notebook: str, subject: str, **
     run.manifest = {**run.manifest, **again}
     write_json(run.dir / MANIFEST, run.manifest)
     return run
+
+
+_KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    dict: "a mapping of names to values",
+}
+
+
+def check_parameters(namespace: Mapping[str, Any], **allowed: float | Sequence) -> None:
+    """Check a notebook's parameters: each against the type that it is declared with, some against what is allowed.
+
+    A command line or a file may give anything; a sentence at the top of a page is worth more than an error below it.
+
+    Parameters
+    ----------
+    namespace : mapping
+        The page's ``globals()``; its annotated names are the parameters.
+    **allowed
+        Of some of them the least value, or all values.
+
+    Raises
+    ------
+    ValueError
+        With the name, what is allowed, and the value.
+
+    Examples
+    --------
+    >>> check_parameters({"__annotations__": {"epochs": int}, "epochs": "three"})
+    Traceback (most recent call last):
+    ValueError: epochs must be a whole number, got 'three'
+    """
+    for name, kind in namespace.get("__annotations__", {}).items():
+        value = namespace.get(name)
+        accepted = (int, float) if kind is float else kind
+        if kind in _KINDS and (
+            not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool)
+        ):
+            raise ValueError(f"{name} must be {_KINDS[kind]}, got {value!r}")
+        limit = allowed.get(name)
+        if isinstance(limit, int | float) and not value >= limit:
+            raise ValueError(f"{name} must be at least {limit}, got {value!r}")
+        if isinstance(limit, Sequence) and value not in limit:
+            known = f"{limit[0]} to {limit[-1]}" if isinstance(limit, range) else ", ".join(map(str, limit))
+            raise ValueError(f"{name} must be one of {known}, got {value!r}")
 
 
 def describe_run(run: Run) -> str:

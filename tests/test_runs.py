@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from sagelib.runs import (
     Run,
     RunConflict,
     atomic_path,
+    check_parameters,
     compare_runs,
     describe_run,
     find_runs,
@@ -206,8 +208,41 @@ def test_a_run_is_made_finished_and_found_again(tmp_path):
         load_run(tmp_path)
 
 
+def test_a_run_that_failed_before_its_first_line_may_be_corrected(tmp_path):
+    Run.open(tmp_path, "train", "first", {"adapter": "nosuch"})
+    run = Run.open(tmp_path, "train", "first", {"adapter": "dpn"}, seed=3)
+    assert load_run(run.dir).config == {"adapter": "dpn"} and run.manifest["seed"] == 3
+    run.log({"step": 1})
+    with pytest.raises(RunConflict):
+        Run.open(tmp_path, "train", "first", {"adapter": "lora"}, seed=3)
+    Run.open(tmp_path, "train", "done", {"lr": 1.0}).finish()
+    with pytest.raises(RunConflict):
+        Run.open(tmp_path, "train", "done", {"lr": 2.0})
+
+
+def test_parameters_of_a_page_are_checked_against_their_types_and_least_values():
+    page = {"__annotations__": {"epochs": int, "lr": float, "name": str, "head": bool}}
+    page |= {"epochs": 3, "lr": 1, "name": "a", "head": True}
+    check_parameters(page, epochs=1, lr=0)
+    for wrong, sentence in (
+        ({"epochs": 2.5}, "epochs must be a whole number, got 2.5"),
+        ({"epochs": True}, "epochs must be a whole number, got True"),
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"lr": "fast"}, "lr must be a number, got 'fast'"),
+        ({"lr": float("nan")}, "lr must be at least 0, got nan"),
+        ({"name": 3}, "name must be a text, got 3"),
+        ({"head": "yes"}, "head must be true or false, got 'yes'"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(sentence)):
+            check_parameters(page | wrong, epochs=1, lr=0)
+    with pytest.raises(ValueError, match="name must be one of b, c, got 'a'"):
+        check_parameters(page, name=("b", "c"))
+    with pytest.raises(ValueError, match="epochs must be one of 1 to 2, got 3"):
+        check_parameters(page, epochs=range(1, 3))
+
+
 def test_another_configuration_is_refused_by_its_keys(tmp_path):
-    Run.open(tmp_path, "train", "first", CONFIG, seed=0)
+    Run.open(tmp_path, "train", "first", CONFIG, seed=0).log({"step": 1})
     with pytest.raises(RunConflict) as caught:
         Run.open(
             tmp_path,
