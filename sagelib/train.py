@@ -28,6 +28,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import yaml
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
@@ -51,6 +54,7 @@ from sagelib.places import (
     read_folder,
     read_gsv_cities,
     read_msls,
+    same_grid,
 )
 from sagelib.retrieval import recall, search
 from sagelib.runs import Run
@@ -73,9 +77,14 @@ __all__ = [
 
 PRECISIONS = {None: None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CONTEXTS = ("batch", "half", "solo", "anchors")
+_KINDS = {  # of a field's value, by its annotation
+    "bool": (bool, "true or false"),
+    "int": (int, "a whole number"),
+    "float": ((int, float), "a number"),
+    "dict": (Mapping, "a mapping of names to values"),
+}
 PAPERS_LOSS = {"alpha": 1, "beta": 50, "base": 0}
 PAPERS_MINER = {"epsilon": 0.1}
-# Fields that change how a run goes about its work, and nothing of what comes out of it.
 # Parameters that are off as None and whose 0, which would make no sense, is read as off.
 OFF = (
     "augment",
@@ -88,6 +97,7 @@ OFF = (
     "clip_norm",
     "gradient_checkpointing",
 )
+# Fields that change how a run goes about its work, and nothing of what comes out of it.
 EXECUTION = ("workers", "log_every", "checkpoint_every", "tensorboard")
 
 
@@ -269,6 +279,13 @@ class TrainConfig:
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
+        for name, kind in ((f.name, f.type) for f in dataclasses.fields(self)):
+            wanted, value = kind.removesuffix(" | None"), getattr(self, name)
+            if wanted not in _KINDS or (value is None and wanted != kind):
+                continue
+            types, words = _KINDS[wanted]
+            if not isinstance(value, types) or (isinstance(value, bool) and wanted != "bool"):
+                raise ValueError(f"{name} must be {words}, got {value!r}")
         at_least = {
             "places_per_batch": 2,
             "images_per_place": 2,
@@ -293,7 +310,7 @@ class TrainConfig:
         }
         for name, low in at_least.items():
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
+            if value is not None and value < low:
                 raise ValueError(f"{name} must be an integer >= {low}, got {value!r}")
         for name in ("lr", "head_lr", "clip_norm", "cache_limit_gb", "radius_m", "crop"):
             value = getattr(self, name)
@@ -321,6 +338,10 @@ class TrainConfig:
                 raise ValueError(
                     f"{name} must be one of {', '.join(map(str, choices))}, got {getattr(self, name)!r}"
                 )
+        if self.graph_context == "anchors" and self.train_context != "anchors":
+            raise ValueError(
+                f"graph_context 'anchors' needs train_context 'anchors', got {self.train_context!r}: without it the head has no anchors"
+            )
 
     @property
     def augmented(self) -> bool:
@@ -536,18 +557,21 @@ def build_model_of(config: TrainConfig) -> SAGE:
             interact_options.setdefault("stored_anchors", config.anchors)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(runs.torch_seed(config.seed, "weights"))
-        model = SAGE(
-            config.backbone,
-            pretrained=config.pretrained,
-            weights=config.weights,
-            adapter=config.adapter,
-            adapter_blocks=config.adapter_blocks,
-            adapter_options=config.adapter_options,
-            aggregator=config.aggregator,
-            aggregator_options=config.aggregator_options,
-            interact=config.interact,
-            interact_options=interact_options if config.interact else None,
-        )
+        try:
+            model = SAGE(
+                config.backbone,
+                pretrained=config.pretrained,
+                weights=config.weights,
+                adapter=config.adapter,
+                adapter_blocks=config.adapter_blocks,
+                adapter_options=config.adapter_options,
+                aggregator=config.aggregator,
+                aggregator_options=config.aggregator_options,
+                interact=config.interact,
+                interact_options=interact_options if config.interact else None,
+            )
+        except TypeError as error:
+            raise ValueError(f"no model can be built of these options: {error}") from error
     if config.dropout is not None:
         _set_dropout(model, config.dropout)
     return model
@@ -587,18 +611,20 @@ def open_run(
         "validation": None if validation is None else validation.fingerprint(),
     }
     processes = _Processes(device)
-    for turn in range(2):  # the main process makes the directory, the others read it
-        if turn == (0 if processes.main else 1):
-            run = Run.open(
-                root,
-                "train",
-                name,
-                config.identity(),
-                seed=config.seed,
-                data_fingerprint=runs.fingerprint(prints),
-                device=processes.device,
-            )
-        processes.wait()
+    with processes.main_first():  # it makes the directory, the others read it
+        run = Run.open(
+            root,
+            "train",
+            name,
+            config.identity(),
+            seed=config.seed,
+            data_fingerprint=runs.fingerprint(prints),
+            device=processes.device,
+        )
+        if processes.main and not run.finished:
+            # Sums of another order have other last digits: bits repeat on so many threads and processes only.
+            run.manifest |= {"threads": torch.get_num_threads(), "processes": processes.world}
+            runs.write_json(run.dir / runs.MANIFEST, run.manifest)
     return run
 
 
@@ -624,8 +650,6 @@ def load_trained(run: Run, which: str = "best") -> SAGE:
         )
     config = TrainConfig.from_mapping({k: v for k, v in run.config.items() if k in TrainConfig.field_names()})
     model = build_model_of(config)
-    from safetensors.torch import load_file
-
     model.load_trainable_state_dict(load_file(folder / "trainable.safetensors"))
     return model.eval()
 
@@ -735,7 +759,7 @@ class _Loop:
             raise ValueError(
                 "train_context 'anchors' needs a head with anchors: build it with stored_anchors or learned_anchors"
             )
-        self.processes.same_start(self.model.trainable_state_dict().values())
+        self.processes.same_start(self.model)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.embed_tokens = (
             torch.compile(self.model.embed_tokens) if config.compile else self.model.embed_tokens
@@ -744,18 +768,16 @@ class _Loop:
         folder = Path(tokens) if tokens is not None else run.dir.parent.parent / "tokens"
         self.sources: list[_Source] = []
         if labelled is not None:
-            self._add_source("labelled", labelled, _place_sampler(config, labelled), folder)
+            self._add_source("labelled", labelled, _place_sampler, folder)
         if mined is not None:
-            self._add_source("mined", mined, _clique_sampler(config, mined), folder)
-        lengths = {len(source.sampler) for source in self.sources}
-        self.batches = min(lengths)
+            self._add_source("mined", mined, _clique_sampler, folder)
+        self.batches = min(source.batches for source in self.sources)
         images = len(self.sources) * config.places_per_batch * config.images_per_place
         if images % self.processes.world:
             raise ValueError(
                 f"a batch of {images} images cannot be shared equally by {self.processes.world} processes: change places_per_batch"
             )
-        self.steps_per_epoch = math.ceil(self.batches / config.accumulate)
-        self.steps = config.epochs * self.steps_per_epoch
+        self.steps = config.epochs * math.ceil(self.batches / config.accumulate)
         self.validation = validation
         self.feeds = ()
         if validation is not None:
@@ -776,23 +798,31 @@ class _Loop:
         """Unaugmented images of `places`, from stored tokens where that is wanted."""
         preprocess, store = Preprocess(size, self.config.preprocess), None
         if self.config.cache_limit_gb is not None:
-            for turn in range(2):  # the main process computes them, the others find them
-                if turn == (0 if self.processes.main else 1):
-                    store = open_tokens(
-                        folder,
-                        self.model,
-                        places,
-                        preprocess=preprocess,
-                        limit_gb=self.config.cache_limit_gb,
-                        batch_size=self.config.describe_batch,
-                        workers=self.config.workers,
-                        autocast=self.dtype,
-                        progress=self.progress,
-                    )
-                self.processes.wait()
+            with self.processes.main_first():  # it computes them, the others find them
+                store = open_tokens(
+                    folder,
+                    self.model,
+                    places,
+                    preprocess=preprocess,
+                    limit_gb=self.config.cache_limit_gb,
+                    batch_size=self.config.describe_batch,
+                    workers=self.config.workers,
+                    autocast=self.dtype,
+                    progress=self.progress,
+                )
         return _Feed(self, places, preprocess, store)
 
-    def _add_source(self, name: str, places: Places, sampler: Any, folder: Path) -> None:
+    def _add_source(self, name: str, places: Places, make_sampler: Callable, folder: Path) -> None:
+        sampler = said = None
+        if self.processes.main:  # the graph is built once: the others are told its batches
+            try:
+                sampler = make_sampler(self.config, places)
+                said = len(sampler)
+            except ValueError as error:
+                said = error
+        said = self.processes.broadcast(said)
+        if isinstance(said, ValueError):
+            raise said
         feed = self._feed(places, self.config.image_size, folder)
         transform = feed.preprocess
         if self.config.augmented:
@@ -803,10 +833,11 @@ class _Loop:
                 autocontrast=self.config.preprocess == "autocontrast",
                 seed=runs.torch_seed(self.config.seed, "augment", name) % 2**31,
             )
-        self.sources.append(_Source(name, places, sampler, feed, transform))
+        source = _Source(name, places, sampler, said, feed, transform)
         if name == "mined" and self.config.graph_descriptors == "training":
-            self.sources[-1].left_behind = np.zeros((len(places), self.model.width), np.float16)
-            self.sources[-1].seen = np.zeros(len(places), bool)
+            source.left_behind = np.zeros((len(places), self.model.width), np.float16)
+            source.seen = np.zeros(len(places), bool)
+        self.sources.append(source)
 
     # -- the whole -------------------------------------------------------------------------------------------------
 
@@ -845,6 +876,7 @@ class _Loop:
         """Centre and scale the aggregator's branches on some training images, the same in every process."""
         chosen = self._some_images("data_init", self.config.data_init)
         self.model.initialise_from(self.sources[-1].feed.batches(chosen, self.config.describe_batch))
+        self.processes.same_start(self.model)
 
     def _refresh_anchors(self) -> None:
         """Describe the head's stored anchors, the same training images in every epoch, with the current model."""
@@ -878,7 +910,7 @@ class _Loop:
                     self._describe_for_graph(source, indices)
             plan[source.name] = self.processes.broadcast(plan.get(source.name))
         state.plan, state.position = plan, 0
-        state.epoch_sums = _zeros()
+        state.epoch_sums = {}
         state.epoch_seconds = {"refresh": time.perf_counter() - began, "train": 0.0}
         if self.processes.main:
             state.graph = {
@@ -888,13 +920,19 @@ class _Loop:
     def _refresh_graph(self, source: _Source, epoch: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """Give the sampler its new graph; returns which images it asked for and what their descriptors are."""
         number, record = epoch - 1, []
-        replay = self.run.dir / "graph" / f"{source.name}.npz"
-        if not source.refreshed and replay.exists():
+        # Two are kept, as of the checkpoints: the older one may have to serve again.
+        newest, before = (self.run.dir / "graph" / f"{source.name}{age}.npz" for age in ("", "-before"))
+        for replay in (newest, before) if not source.refreshed else ():
+            if not replay.exists():
+                continue
             # A resumed run has a new sampler: give it the graph that an earlier epoch made, which may still serve.
             with np.load(replay) as stored:
+                if int(stored["epoch"]) > number:
+                    continue
                 made = [(stored[f"0_{i}"], stored[f"1_{i}"]) for i in range(int(stored["calls"]))]
-                source.sampler.refresh(int(stored["epoch"]), lambda indices: _replayed(made, indices))
+                source.sampler.refresh(int(stored["epoch"]), partial(_replayed, made))
                 record = made if int(stored["epoch"]) == number else []
+            break
         if source.sampler.needs_refresh(number):
 
             def describe(indices: np.ndarray) -> np.ndarray:
@@ -908,7 +946,9 @@ class _Loop:
             if number + 1 < self.config.epochs and not source.sampler.needs_refresh(number + 1):
                 # Later epochs draw from this graph too.
                 arrays = {f"{part}_{i}": pair[part] for i, pair in enumerate(record) for part in (0, 1)}
-                with runs.atomic_path(replay) as path:
+                if newest.exists():
+                    newest.replace(before)
+                with runs.atomic_path(newest) as path:
                     with open(path, "wb") as stream:
                         np.savez(stream, epoch=number, calls=len(record), **arrays)
         source.refreshed = True
@@ -977,7 +1017,7 @@ class _Loop:
             factor = rate_factor(config, state.step, self.steps)
             for group in self.optimiser.param_groups:
                 group["lr"] = group["base_lr"] * factor
-            facts = _zeros()
+            facts = {}
             for part in range(count):
                 tokens, grid = next(batches)
                 _add(facts, self._forward_backward(tokens, grid, part, count), 1 / count)
@@ -1127,7 +1167,6 @@ class _Loop:
         for sums in (state.window_sums, state.epoch_sums):
             _add(sums, facts)
         if not self.processes.main:
-            state.window_sums = state.window_sums if state.step % self.config.log_every else _zeros()
             return
         self.bar.set_postfix(
             loss=f"{facts['loss']:.3f}",
@@ -1145,7 +1184,7 @@ class _Loop:
                 "lr": rate,
                 **_means(state.window_sums),
             }
-            state.window_sums = _zeros()
+            state.window_sums = {}
             self.run.log(line)
             self._scalars(
                 "train", line, ("loss", "lr", "live", "positive", "negative", "gradient_norm", "images_per_s")
@@ -1264,8 +1303,6 @@ class _Loop:
         self.processes.wait()
         if not self.processes.main:
             self.run = runs.load_run(self.run.dir)
-        from safetensors.torch import load_file
-
         self.model.load_trainable_state_dict(load_file(self.run.dir / "best" / "trainable.safetensors"))
         return Result(self.run, self.model.eval(), self.run.metrics)
 
@@ -1323,6 +1360,7 @@ class _Loop:
     def _restore(self) -> bool:
         """Go back to the newest whole checkpoint; False where there is none."""
         content = read_checkpoint(self.run.dir / "checkpoints", self.device)
+        self.processes.wait()  # nobody writes one before all have looked
         if content is None:
             self._cut_log(0)
             return False
@@ -1359,12 +1397,11 @@ class _Loop:
 
 def _clique_sampler(config: TrainConfig, places: Places) -> CliqueSampler:
     names = (
-        "places_per_batch images_per_place similar_places radius_m max_heading_deg min_clique fallback tau top_k prefer node_descriptor "
-        "schedule refresh_every remove min_distance_m seed"
+        "places_per_batch images_per_place similar_places batches_per_epoch radius_m max_heading_deg min_clique fallback tau top_k prefer "
+        "node_descriptor schedule refresh_every remove min_distance_m graph_context seed"
     ).split()
     if config.batches_per_epoch is None:
         raise ValueError("mined places have no natural pass over them: give batches_per_epoch a number")
-    names += ["batches_per_epoch", "graph_context"]
     return CliqueSampler.from_places(places, **{name: getattr(config, name) for name in names})
 
 
@@ -1398,10 +1435,11 @@ def _place_sampler(config: TrainConfig, places: Places) -> PlaceSampler:
 
 
 def _edges(config: TrainConfig, places: Places, images: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """The edges (E, 2) that pruning leaves among some images, city by city."""
+    """The edges (E, 2) that pruning leaves among some images, city by city; a city in two UTM zones is two, as for the sampler."""
     found = [np.empty((0, 2), np.int64)]
-    for city in np.unique(places.city[images]):
-        of_city = np.flatnonzero(places.city[images] == city)
+    grid = same_grid(places.utm_zone[images])
+    for city, zone in sorted({*zip(places.city[images].tolist(), grid.tolist(), strict=True)}):
+        of_city = np.flatnonzero((places.city[images] == city) & (grid == zone))
         graph = GeoVisualGraph.from_places(
             places[images[of_city]],
             values[of_city],
@@ -1440,20 +1478,19 @@ class _Feed:
             yield tokens.float(), backbone.grid(images)
 
 
+@dataclass
 class _Source:
     """One of the two kinds of places: its images, its sampler, and what training left behind of its descriptors."""
 
-    def __init__(self, name: str, places: Places, sampler: Any, feed: _Feed, transform: Callable) -> None:
-        self.name, self.places, self.sampler, self.feed, self.transform = (
-            name,
-            places,
-            sampler,
-            feed,
-            transform,
-        )
-        self.refreshed = False
-        self.left_behind: np.ndarray | None = None  # (N, D) float16
-        self.seen: np.ndarray | None = None  # (N,) bool
+    name: str
+    places: Places
+    sampler: CliqueSampler | PlaceSampler | None  # of the main process; None in the others
+    batches: int  # in an epoch
+    feed: _Feed
+    transform: Callable
+    refreshed: bool = False
+    left_behind: np.ndarray | None = None  # (N, D) float16
+    seen: np.ndarray | None = None  # (N,) bool
 
 
 def _replayed(made: list[tuple[np.ndarray, np.ndarray]], indices: np.ndarray) -> np.ndarray:
@@ -1483,7 +1520,10 @@ class _Processes:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 or (dist.is_available() and dist.is_initialized()):
             from accelerate import PartialState
 
-            state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+            # The others wait for as long as the main process builds a graph or stores tokens; torch would give up after minutes.
+            state = PartialState(
+                cpu=device == "cpu" or not torch.cuda.is_available(), timeout=timedelta(days=7)
+            )
             self.rank, self.world, self.device = state.process_index, state.num_processes, state.device
         else:
             self.device = pick_device(device)
@@ -1495,6 +1535,15 @@ class _Processes:
     def wait(self) -> None:
         if self.world > 1:
             dist.barrier()
+
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        """The main process goes through the block before the others do."""
+        if not self.main:
+            self.wait()
+        yield
+        if self.main:
+            self.wait()
 
     def gather(self, values: Tensor) -> Tensor:
         """The rows of all processes in the order of their ranks, with a gradient to every process's own."""
@@ -1515,9 +1564,10 @@ class _Processes:
         for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
 
-    def same_start(self, tensors) -> None:
+    def same_start(self, model: SAGE) -> None:
+        """The main process's trained weights, in every process."""
         if self.world > 1:
-            for tensor in tensors:
+            for tensor in model.trainable_state_dict().values():
                 dist.broadcast(tensor.detach(), 0)
 
     def broadcast(self, value: Any) -> Any:
@@ -1590,7 +1640,7 @@ class _State:
 
 
 def write_checkpoint(folder: Path, serial: int, content: dict, *, keep: int = 2) -> Path:
-    """Write a numbered checkpoint aside, rename it, and remove all but the last `keep`.
+    """Write a numbered checkpoint aside, rename it, and remove all but the last `keep` and what was left half-written.
 
     Its name carries a hash of its bytes, so one rename makes file and hash appear together.
     """
@@ -1600,7 +1650,10 @@ def write_checkpoint(folder: Path, serial: int, content: dict, *, keep: int = 2)
     path = Path(folder) / f"{serial:06d}-{hashlib.sha256(data).hexdigest()[:32]}.pt"
     with runs.atomic_path(path) as temporary:
         temporary.write_bytes(data)
-    for old in _checkpoints(folder)[keep:]:
+    for old in [
+        *_checkpoints(folder)[keep:],
+        *Path(folder).glob(".tmp-*.pt"),
+    ]:  # and what killed processes left
         old.unlink(missing_ok=True)
     return path
 
@@ -1657,10 +1710,6 @@ def _live_share(mined: tuple | None, places: int, images: int) -> float:
     return (len(mined[0]) + len(mined[2])) / (anchors * (same + other))
 
 
-def _zeros() -> dict[str, float]:
-    return {}
-
-
 def _add(sums: dict[str, float], facts: Mapping[str, float], weight: float = 1.0) -> None:
     for key, value in facts.items():
         sums[key] = sums.get(key, 0.0) + weight * value
@@ -1702,37 +1751,48 @@ def training_places(folder: str | Path) -> Places:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command ``python -m sagelib.train``; several processes by ``accelerate launch -m sagelib.train``."""
-    parser = argparse.ArgumentParser(prog="python -m sagelib.train", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "parameters", type=Path, nargs="?", help="YAML file of TrainConfig's fields; others are passed over"
+    parser = argparse.ArgumentParser(
+        prog="python -m sagelib.train",
+        description="Train a model. Killed at any moment, the same command goes on; finished, it tells the result.",
+        epilog="Every field with its default and source: python -m pydoc sagelib.train.TrainConfig",
     )
     parser.add_argument(
-        "--data", type=Path, help="set with images/train (mined by position) and, if there, images/val"
+        "parameters", type=Path, nargs="?", help="YAML file of fields; what is no field is passed over"
     )
-    parser.add_argument("--gsv", type=Path, help="GSV-Cities, as labelled places")
-    parser.add_argument("--msls", type=Path, help="MSLS, as mined places; its validation cities are left out")
-    parser.add_argument("--validation", type=Path, help="set whose val part validates, instead of --data's")
-    parser.add_argument("--runs", type=Path, default=Path("data/runs"), help="folder of runs")
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--data", type=Path, metavar="SET", help="images/train is mined by position, images/val validates"
+    )
+    data.add_argument(
+        "--msls", type=Path, metavar="FOLDER", help="MSLS, mined; its validation cities are left out"
+    )
+    data.add_argument(
+        "--gsv", type=Path, metavar="FOLDER", help="GSV-Cities, as labelled places: half of every batch"
+    )
+    data.add_argument(
+        "--validation", type=Path, metavar="SET", help="its images/val validates instead of --data's"
+    )
+    parser.add_argument("--name", required=True, help="of the run")
     parser.add_argument(
-        "--name", required=True, help="the run's name; the same command again goes on where it stopped"
+        "--runs", type=Path, metavar="FOLDER", default=Path("data/runs"), help="of all runs (data/runs)"
     )
     parser.add_argument(
-        "--tokens", type=Path, help="folder of stored tokens (default: tokens in the folder of runs)"
+        "--tokens", type=Path, metavar="FOLDER", help="of stored tokens (tokens beside the runs)"
     )
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument(
-        "--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields that differ from the file"
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="fields that differ, such as lr=1e-4 augment=0",
     )
     options = parser.parse_args(arguments)
-
-    values = yaml.safe_load(options.parameters.read_text()) or {} if options.parameters else {}
-    values = {key: value for key, value in values.items() if key in TrainConfig.field_names()}
-    for pair in options.set:
-        key, mark, value = pair.partition("=")
-        if not mark:
-            parser.error(f"--set takes FIELD=VALUE, got {pair!r}")
-        values[key] = yaml.safe_load(value)
+    first = os.environ.get("RANK", "0") == "0"
     try:
+        values, passed_over = _fields_of(options.parameters, options.set)
+        if passed_over and first:
+            print(f"{options.parameters}: passed over {', '.join(passed_over)} (no fields of a training)")
         config = TrainConfig.from_mapping(values)
         mined = [training_places(options.data)] if options.data else []
         mined += [read_msls(options.msls)] if options.msls else []
@@ -1748,12 +1808,33 @@ def main(arguments: list[str] | None = None) -> int:
             data["validation"] = open_set(val.parent, val.name, split="val")
         run = open_run(options.runs, options.name, config, **data, device=options.device)
         result = train(config, run, **data, tokens=options.tokens, device=options.device)
-    except (ValueError, OSError, MemoryError, FloatingPointError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError, FloatingPointError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
-    if "RANK" not in os.environ or os.environ["RANK"] == "0":
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    if first:
         print(runs.describe_run(result.run))
     return 0
+
+
+def _fields_of(path: Path | None, pairs: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """The fields that a file and the command line's pairs set, and the file's other keys."""
+    try:
+        values = {} if path is None else yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold lines of the form FIELD: VALUE, and is a {type(values).__name__}")
+    passed_over = [str(key) for key in values if key not in TrainConfig.field_names()]
+    values = {key: value for key, value in values.items() if key in TrainConfig.field_names()}
+    for pair in pairs:
+        key, mark, value = pair.partition("=")
+        if not mark:
+            raise ValueError(f"--set takes FIELD=VALUE, got {pair!r}")
+        values[key] = yaml.safe_load(value)
+    return values, passed_over
 
 
 if __name__ == "__main__":
