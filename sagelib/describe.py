@@ -647,6 +647,57 @@ def compose(
     return out
 
 
+def rerank_in_context(
+    model,
+    database_values: np.ndarray,
+    query_values: np.ndarray,
+    indices: np.ndarray,
+    m: int,
+    *,
+    device: str | torch.device = "auto",
+) -> np.ndarray:
+    """Order each query's first m references anew, seen among each other: its anchors are these m references.
+
+    This second stage is not in the paper. The query and each of its m references attend over themselves and the same m anchors, and are
+    compared by the Euclidean distance of what the head gives. The result depends on the query and the data base, on no other query; but
+    these descriptors belong to one query, so nothing can be indexed once: every query costs m + 1 passes through the head.
+
+    Parameters
+    ----------
+    model : with ``interact(descriptors (B, D), anchors=(m, D))``
+    database_values : array (N, D), query_values : array (Q, D)
+        Descriptors before the head.
+    indices : array (Q, depth), int
+        References found by a first stage, nearest first, -1 for none (`sagelib.retrieval.search`).
+    m : int
+        From 1 to depth. References behind the first m stay where they are.
+    device : as for `describe`
+
+    Returns
+    -------
+    array (Q, depth), int64
+    """
+    indices = np.array(indices, np.int64)
+    if indices.ndim != 2 or len(indices) != len(query_values) or not 1 <= m <= indices.shape[1]:
+        raise ValueError(
+            f"m is {m}; it must be from 1 to the depth of indices, which must have a row for each of the {len(query_values)} queries, "
+            f"got {indices.shape}"
+        )
+    _check_head(model, Context("solo"), None)
+    device = pick_device(device)
+    if isinstance(model, torch.nn.Module):
+        model.to(device)
+    with evaluating(model), torch.inference_mode():
+        for row, query in zip(indices, query_values, strict=True):
+            first = row[:m][row[:m] >= 0]
+            values = np.concatenate([np.asarray(query, np.float32)[None], database_values[first]])
+            values = torch.from_numpy(values.astype(np.float32)).to(device)
+            seen = model.interact(values, anchors=values[1:]).double()
+            distances = (seen[1:] - seen[0]).square().sum(1).cpu().numpy()
+            row[: len(first)] = first[np.argsort(distances, kind="stable")]
+    return indices
+
+
 def own_anchors(model) -> np.ndarray | None:
     """The anchors (m, D) that belong to a model's InteractHead, learned or stored; None where it has none."""
     anchors = getattr(model, "anchors", None)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sagelib.describe import choose_anchors, describe, own_anchors
+from sagelib.describe import choose_anchors, describe, own_anchors, rerank_in_context
 from sagelib.evaluate import audit_contexts, evaluate
 from sagelib.images import Preprocess, load_image
 from sagelib.model import SAGE
@@ -67,6 +67,32 @@ def test_files_of_descriptors_do_not_depend_on_batches_or_on_other_pictures(test
         rows = np.random.default_rng(0).permutation(len(places))[:11]
         some = describe(model, places[rows], tmp_path / f"some-{method}", batch_size=4, **options).values
         np.testing.assert_allclose(some, whole[rows], rtol=0, atol=1e-5)
+
+
+def test_a_second_stage_is_a_function_of_the_query_and_the_data_base():
+    model = model_with()
+    rng = np.random.default_rng(0)
+    database, queries = (rng.normal(size=(n, model.width)).astype(np.float32) for n in (20, 6))
+    indices = np.argsort(((queries[:, None] - database) ** 2).sum(-1), axis=1)[:, :10]
+    whole = rerank_in_context(model, database, queries, indices, 8, device="cpu")
+    np.testing.assert_array_equal(np.sort(whole[:, :8]), np.sort(indices[:, :8]))
+    np.testing.assert_array_equal(whole[:, 8:], indices[:, 8:])
+    assert (whole != indices).any()
+    for row in range(6):  # one query at a time, and by hand
+        part = slice(row, row + 1)
+        alone = rerank_in_context(model, database, queries[part], indices[part], 8, device="cpu")
+        np.testing.assert_array_equal(alone, whole[part])
+        anchors = torch.from_numpy(database[indices[row, :8]])
+        with torch.no_grad():
+            query = model.interact(torch.from_numpy(queries[part]), anchors)
+            distances = torch.stack([(model.interact(a[None], anchors) - query).norm() for a in anchors])
+        np.testing.assert_array_equal(indices[row, :8][np.argsort(distances.numpy())], whole[row, :8])
+    short = np.where(np.arange(10) < 3, indices, -1)  # three references in all
+    again = rerank_in_context(model, database, queries, short, 8, device="cpu")
+    assert (again[:, 3:] == -1).all() and (np.sort(again[:, :3]) == np.sort(indices[:, :3])).all()
+    for m in (0, 11):
+        with pytest.raises(ValueError, match=f"m is {m}; it must be from 1 to the depth"):
+            rerank_in_context(model, database, queries, indices, m, device="cpu")
 
 
 def test_an_audit_shows_it_beside_the_contexts_that_are_not_so(test_set, tmp_path):
