@@ -327,13 +327,7 @@ def paired_bootstrap(
         counts = rng.multinomial(n, [gained / n, lost / n, (n - gained - lost) / n], size=draws)
         resampled = (counts[:, 0] - counts[:, 1]) / n
     else:
-        groups = np.asarray(groups)
-        if groups.shape != (n,):
-            raise ValueError(f"groups must have shape ({n},), got {groups.shape}")
-        _, member = np.unique(groups, return_inverse=True)
-        size, total = np.bincount(member), np.bincount(member, weights=change)
-        picks = rng.multinomial(len(size), np.full(len(size), 1 / len(size)), size=draws)
-        resampled = (picks @ total) / (picks @ size)
+        resampled = _resampled_groups(change, groups, rng, draws)
     low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
     p = min(1.0, 2 * (1 + min((resampled <= 0).sum(), (resampled >= 0).sum())) / (1 + draws))
     p_exact = float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
@@ -341,26 +335,41 @@ def paired_bootstrap(
     return Difference(points, 100 * float(low), 100 * float(high), p, p_exact, gained, lost, n, k)
 
 
+def _resampled_groups(values, groups, rng, draws):
+    """Means of values (n,) over `draws` resamples of whole groups."""
+    groups = np.asarray(groups)
+    if groups.shape != values.shape:
+        raise ValueError(f"groups must have shape {values.shape}, got {groups.shape}")
+    _, member = np.unique(groups, return_inverse=True)
+    size, total = np.bincount(member), np.bincount(member, weights=values)
+    picks = rng.multinomial(len(size), np.full(len(size), 1 / len(size)), size=draws)
+    return (picks @ total) / (picks @ size)
+
+
 def bootstrap_mean(
-    values, seed: int = 0, *, draws: int = 2_000, level: float = 0.95
+    values, seed: int = 0, *, draws: int = 2_000, level: float = 0.95, groups=None
 ) -> tuple[float, float, float]:
     """Mean of per-query values with its percentile interval under resampling of the queries: (mean, low, high).
 
-    For changes that are no longer -1, 0 or 1, such as a hit less the mean of hits over several shuffles.
+    For changes that are no longer -1, 0 or 1, such as a hit less the mean of hits over several shuffles. With `groups`, an array (n,) of
+    labels, whole groups are resampled, as in `paired_bootstrap`.
 
     Raises
     ------
     ValueError
-        If `values` is not of shape (n > 0,).
+        If `values` is not of shape (n > 0,), or `groups` not of the same.
     """
     values = np.asarray(values, np.float64)
     if values.ndim != 1 or len(values) == 0:
         raise ValueError(f"values must have shape (n > 0,), got {values.shape}")
     _check_fraction("level", level)
     rng = runs.rng(seed, "bootstrap_mean")
-    # Queries with equal values are one cell of a multinomial: shuffles give few distinct values.
-    cells, counts = np.unique(values, return_counts=True)
-    resampled = rng.multinomial(len(values), counts / len(values), size=draws) @ cells / len(values)
+    if groups is None:
+        # Queries with equal values are one cell of a multinomial: shuffles give few distinct values.
+        cells, counts = np.unique(values, return_counts=True)
+        resampled = rng.multinomial(len(values), counts / len(values), size=draws) @ cells / len(values)
+    else:
+        resampled = _resampled_groups(values, groups, rng, draws)
     low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
     return float(values.mean()), float(low), float(high)
 

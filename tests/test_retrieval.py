@@ -202,6 +202,18 @@ def test_bootstrap_mean_agrees_with_resampling_by_index():
     )
 
 
+def test_bootstrap_mean_of_groups_is_wider_where_queries_depend_on_each_other():
+    place = np.repeat(np.arange(40), 10)
+    values = np.random.default_rng(0).choice([-1, -0.4, 0, 1], size=40)[place]
+    mean, low, high = retrieval.bootstrap_mean(values)
+    of_places = retrieval.bootstrap_mean(values, groups=place)
+    assert of_places[0] == mean and of_places[2] - of_places[1] > 2 * (high - low)
+    singles = retrieval.bootstrap_mean(values, groups=np.arange(400))
+    assert singles[2] - singles[1] == pytest.approx(high - low, rel=0.1)
+    with pytest.raises(ValueError, match=r"groups must have shape \(400,\)"):
+        retrieval.bootstrap_mean(values, groups=place[:3])
+
+
 def test_minimal_detectable_difference_has_the_power_it_names():
     n, discordant = 425, 0.2
     points = minimal_detectable_difference(n, discordant)
