@@ -25,6 +25,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--out", type=Path, default=HERE.parent / "data" / "runs" / "reproduce", help="executed notebooks"
     )
     parser.add_argument(
+        "--data", type=Path, default=None, help="folder of the data sets, instead of the file's data_folder"
+    )
+    parser.add_argument(
         "--only", nargs="*", default=None, help="first digits of the notebooks to run, as in 01 06"
     )
     options = parser.parse_args(arguments)
@@ -34,8 +37,15 @@ def main(arguments: list[str] | None = None) -> int:
             f"there is no parameter file {options.parameters}; the shipped ones are in {HERE / 'params'}"
         )
     values = yaml.safe_load(options.parameters.read_text()) or {}
+    if options.data is not None:
+        if not options.data.is_dir():
+            parser.error(f"--data: there is no folder {options.data}")
+        values["data_folder"] = str(options.data.resolve())
     notebooks = sorted(HERE.glob("[0-9][0-9]_*.ipynb"))
     if options.only is not None:
+        missing = set(options.only) - {n.name.split("_")[0] for n in notebooks}
+        if missing or not options.only:
+            parser.error(f"--only: no notebook starts with {', '.join(sorted(missing)) or 'nothing'}")
         notebooks = [n for n in notebooks if n.name.split("_")[0] in options.only]
     declared = {n: set(papermill.inspect_notebook(str(n))) for n in notebooks}
     unknown = set(values) - set().union(*declared.values())

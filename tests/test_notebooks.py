@@ -1,6 +1,8 @@
-"""What every notebook promises: one cell of parameters, outputs kept, short cells, no definitions, no errors, help for each parameter."""
+"""What every notebook promises: one cell of parameters, outputs kept, short cells, no definitions, no errors, exercises with collapsed
+solutions, a run that it names, help for each parameter, one sentence for a wrong one, and key numbers that are compared."""
 
 import ast
+import importlib.util
 import json
 import subprocess
 import sys
@@ -8,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+from sagelib.runs import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
@@ -28,6 +32,17 @@ def source(cell: dict) -> str:
 
 def tags(cell: dict) -> list[str]:
     return cell["metadata"].get("tags", [])
+
+
+def module(name: str):
+    """A module that lies beside the notebooks, outside of the package."""
+    specification = importlib.util.spec_from_file_location(name, ROOT / "notebooks" / f"{name}.py")
+    loaded = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(loaded)
+    return loaded
+
+
+EXPECTED = module("expected")
 
 
 def test_there_are_notebooks():
@@ -75,6 +90,31 @@ class TestNotebook:
         assert source(cells(path, "markdown")[0]).startswith("# ")
         assert len(cells(path, "markdown")) >= len(cells(path)) / 3
 
+    def test_has_two_or_three_exercises_with_collapsed_solutions(self, path):
+        everything = json.loads(path.read_text())["cells"]
+        solutions = [i for i, c in enumerate(everything) if "solution" in tags(c)]
+        assert 2 <= len(solutions) <= 3, f"{path.name} has {len(solutions)} cells tagged solution"
+        for i in solutions:
+            folded = everything[i]["metadata"].get("jupyter", {})
+            assert folded.get("source_hidden") and folded.get("outputs_hidden"), (
+                f"{path.name}: fold the solution {everything[i]['id']}, its code and its output"
+            )
+            assert everything[i - 1]["cell_type"] == "markdown" and "?" in source(everything[i - 1]), (
+                f"{path.name}: no question stands before the solution {everything[i]['id']}"
+            )
+        assert "unfold" in "".join(
+            source(c) for c in everything[: solutions[0]] if c["cell_type"] == "markdown"
+        )
+
+    def test_finishes_a_run_and_names_it(self, path):
+        last = cells(path)[-1]
+        assert ".finish(" in source(last), f"{path.name} ends without finishing its run"
+        printed = "".join("".join(o.get("text", "")) for o in last["outputs"])
+        number = path.stem.split("_")[0]
+        assert json.loads(EXPECTED.RECORDED.read_text())[number]["run"] in printed, (
+            f"{path.name} and its key numbers are not of one pass: make notebooks"
+        )
+
     def test_stores_no_path_of_a_machine(self, path):
         text = path.read_text()
         assert (
@@ -102,9 +142,138 @@ def test_papermill_explains_every_parameter(path):
     done = subprocess.run(
         [sys.executable, "-m", "papermill", "--help-notebook", str(path)], capture_output=True, text=True
     )
-    tree = ast.parse(source(next(c for c in cells(path) if "parameters" in tags(c))))
-    for name in [node.target.id for node in tree.body if isinstance(node, ast.AnnAssign)]:
-        assert name in done.stdout, (
-            f"papermill does not see the parameter {name} of {path.name}: {done.stdout}{done.stderr}"
+    # papermill breaks long lines.
+    said, cell = " ".join(done.stdout.split()), next(c for c in cells(path) if "parameters" in tags(c))
+    for line in source(cell).splitlines():
+        name, meaning = line.split(":")[0].strip(), line.split("  # ", 1)[-1]
+        assert f"{name}:" in said and " ".join(meaning.split()) in said, (
+            f"papermill does not explain the parameter {name} of {path.name}: {done.stdout}{done.stderr}"
         )
     assert "Unknown type" not in done.stdout
+
+
+# A wrong value of a parameter, and what the page says instead of a figure. The cells run as they stand, without a kernel, up to the first error.
+WRONG = (
+    ("01", "dataset", "nosuch", "nosuch: there is no images/test"),
+    ("01", "split", "nosuch", "there is no images/nosuch"),
+    ("01", "town_images", -5, "town_images must be at least 0, got -5"),
+    ("01", "radius_m", -1.0, "radius_m must be at least 0, got -1.0"),
+    ("01", "radius_m", "wide", "radius_m must be a number, got 'wide'"),
+    ("02", "backbone", "nosuch", "timm has no model named 'nosuch'"),
+    ("02", "image_size", 127, "cannot be cut into patches of 14"),
+    ("02", "places_per_batch", 1, "places_per_batch must be at least 2, got 1"),
+    ("02", "top_k", 2.5, "top_k must be a whole number, got 2.5"),
+    ("03", "adapter", "nosuch", "adapter must be one of dpn, none, lora"),
+    ("03", "aggregator", "nosuch", "there is no aggregator 'nosuch'"),
+    ("03", "compare_with", "nosuch", "nosuch holds no run"),
+    ("03", "epochs", 0, "epochs must be an integer >= 1, got 0"),
+    ("03", "image_size", 127, "cannot be cut into patches of 14"),
+    ("03", "interact", "yes", "interact must be true or false, got 'yes'"),
+    ("03", "max_heading_deg", -1.0, "max_heading_deg must be None or in [0, 180], got -1.0"),
+    ("03", "places_per_batch", 500, "lower places_per_batch by"),
+    ("03", "prefer", "nosuch", "prefer must be one of ('affine', 'hard', 'uniform'), got 'nosuch'"),
+    ("03", "preprocess", "nosuch", "must be one of paper, antialias, autocontrast, got 'nosuch'"),
+    ("03", "run_name", "a/b", "must be one plain folder name"),
+    ("04", "methods", "nosuch", "there is no model 'nosuch'"),
+    ("04", "max_heading_deg", -1.0, "max_heading_deg must be in (0, 180], got -1.0"),
+    ("04", "perplexity", 0.0, "perplexity must be at least 1, got 0.0"),
+    ("04", "places", 1000, "places asks for 1000 places"),
+    ("05", "batch_size", 0, "batch_size must be at least 1, got 0"),
+    ("05", "methods", "gem:sage_vit_tiny", "the last of methods must use Soft Probing"),
+    ("07", "audit_set", "nosuch", "audit_set must be empty or one of"),
+    ("07", "grid_file", "nosuch.yaml", "nosuch.yaml: there is no such file"),
+    ("07", "k", 0, "k must be one of 1 to 20, got 0"),
+    ("07", "own_runs", "yes", "own_runs must be true or false, got 'yes'"),
+    ("07", "results_folder", "nosuch", "there is no folder nosuch"),
+)
+
+
+@pytest.mark.parametrize(("number", "name", "value", "sentence"), WRONG)
+def test_a_wrong_value_is_one_sentence(number, name, value, sentence, small_town, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT / "notebooks")
+    monkeypatch.setenv("SAGE_RUNS", str(tmp_path))
+    path = next(p for p in NOTEBOOKS if p.name.startswith(number))
+    # Not a name that starts with "town": the rendered set is taken as it is.
+    page = {"display": lambda *_shown: None}
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        for cell in cells(path):
+            exec("\n".join(line for line in source(cell).splitlines() if not line.startswith("%")), page)
+            if "parameters" in tags(cell):
+                assert name in page, f"{path.name} has no parameter {name}"
+                small = {"data_folder": str(small_town.parent), "dataset": small_town.name}
+                small |= {"places": 4, "places_per_batch": 2, "similar_places": 1}
+                page |= {key: given for key, given in small.items() if key in page and number != "07"}
+                page[name] = value
+    assert sentence in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_papermill_stops_with_the_sentence_and_the_place(tmp_path, monkeypatch, capsys):
+    """One real kernel: the page names the sentence under its cell, and ``reproduce.py`` says it once more."""
+    monkeypatch.setenv("SAGE_RUNS", str(tmp_path / "runs"))
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text("radius_m: -1.0\n")
+    command = ["--parameters", str(wrong), "--out", str(tmp_path / "out"), "--only", "01"]
+    assert module("reproduce").main(command) == 1
+    said = capsys.readouterr().err
+    assert "01_data_exploration.ipynb stopped in cell" in said and "Traceback" not in said
+    assert "ValueError: radius_m must be at least 0, got -1.0" in said and len(said.splitlines()) <= 3
+    page = json.loads((tmp_path / "out" / "01_data_exploration.ipynb").read_text())
+    errors = [o for c in page["cells"] for o in c.get("outputs", []) if o["output_type"] == "error"]
+    assert [o["evalue"] for o in errors] == ["radius_m must be at least 0, got -1.0"]
+    assert len(errors[0]["traceback"]) == 1, (
+        "the page shows a sentence, and not where in the package it was said"
+    )
+
+
+class TestExpected:
+    """`notebooks/expected.py` compares what a pass has written with what was recorded."""
+
+    NUMBERS = {"R@1 best": 30.0, "loss last epoch": 1.2, "steps": 36}
+
+    def runs(self, folder, *, figure=True, finish=True, **changes):
+        run = Run.open(folder, "notebooks", "03-small-abc", {})
+        for suffix in (".png", ".pdf") if figure else (".png",):
+            run.path("figures", "loss" + suffix).write_bytes(b"x")
+        if finish:
+            run.finish(self.NUMBERS | changes)
+        return EXPECTED.differences({"run": run.name, "numbers": self.NUMBERS}, "03", folder)
+
+    def test_digits_of_training_may_differ(self, tmp_path):
+        assert self.runs(tmp_path, **{"R@1 best": 31.7, "loss last epoch": 1.21}) == []
+
+    def test_a_number_that_is_off_is_named(self, tmp_path):
+        (sentence,) = self.runs(tmp_path, **{"R@1 best": 55.0})
+        assert sentence.startswith("03: R@1 best is 55; 30 was recorded")
+
+    def test_a_count_must_be_equal(self, tmp_path):
+        assert len(self.runs(tmp_path, steps=37)) == 1
+
+    def test_not_a_number_is_off(self, tmp_path):
+        assert len(self.runs(tmp_path, **{"loss last epoch": float("nan")})) == 1
+
+    def test_a_new_number_must_be_recorded(self, tmp_path):
+        assert self.runs(tmp_path, more=1) == ["03: more was never recorded: make notebooks"]
+
+    def test_a_page_that_stopped_has_no_numbers(self, tmp_path):
+        assert "was not finished" in self.runs(tmp_path, finish=False)[0]
+
+    def test_a_page_that_did_not_run_is_named(self, tmp_path):
+        recorded = {"run": "03-small-abc", "numbers": self.NUMBERS}
+        assert (
+            "no run named 03-small-abc was written, but none"
+            in EXPECTED.differences(recorded, "03", tmp_path)[0]
+        )
+
+    def test_figures_are_saved_twice(self, tmp_path):
+        assert self.runs(tmp_path, figure=False) == ["03: the figure loss was saved as .png"]
+
+    def test_numbers_are_recorded_and_then_compared(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr(EXPECTED, "RECORDED", tmp_path / "expected.json")
+        self.runs(tmp_path)
+        assert EXPECTED.main(["record", str(tmp_path), "notebooks/03_training.ipynb"]) == 0
+        assert EXPECTED.main(["compare", str(tmp_path), "notebooks/03_training.ipynb"]) == 0
+        known = json.loads((tmp_path / "expected.json").read_text())
+        known["03"]["numbers"]["steps"] = 40
+        (tmp_path / "expected.json").write_text(json.dumps(known))
+        assert EXPECTED.main(["compare", str(tmp_path), "notebooks/03_training.ipynb"]) == 1
+        assert "03: steps is 36; 40 was recorded, and 0 may be off" in capsys.readouterr().err
