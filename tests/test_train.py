@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import make_sets
 import numpy as np
 import pytest
 import torch
@@ -19,7 +21,7 @@ import yaml
 from sagelib import runs
 from sagelib import train as training
 from sagelib.model import SAGE
-from sagelib.places import Places, open_set
+from sagelib.places import Places, open_set, read_gsv_cities, read_msls
 from sagelib.sampler import CliqueSampler
 from sagelib.tokens import open_tokens
 from sagelib.town import write_town
@@ -154,6 +156,13 @@ def test_the_defaults_of_the_graph_are_the_samplers():
         ({"train_context": "sorted"}, "train_context must be one of batch, half, solo, anchors"),
         ({"crop": 1.5}, r"crop must lie in \[0, 1\], got 1.5"),
         ({"precision": "int8"}, "precision must be one of"),
+        ({"graph_context": "anchors"}, "'anchors' needs train_context 'anchors', got 'batch'"),
+        ({"epochs": "three"}, "epochs must be a whole number, got 'three'"),
+        ({"epochs": True}, "epochs must be a whole number, got True"),
+        ({"lr": [1]}, r"lr must be a number, got \[1\]"),
+        ({"lr": None}, "lr must be a number, got None"),
+        ({"compile": "maybe"}, "compile must be true or false, got 'maybe'"),
+        ({"interact_options": 5}, "interact_options must be a mapping of names to values, got 5"),
     ],
 )
 def test_values_out_of_range_are_named(changes, words):
@@ -267,6 +276,7 @@ def test_a_run_tells_what_happened(learned, validation):
         "metrics",
     ):
         assert key in manifest
+    assert (manifest["threads"], manifest["processes"]) == (torch.get_num_threads(), 1)
     assert list((result.run.dir / "tensorboard").glob("events.*"))
 
 
@@ -386,11 +396,19 @@ def test_accumulated_batches_are_the_mean_of_their_gradients(tmp_path, mined):
     np.testing.assert_allclose(double, single.reshape(-1, 2).mean(axis=1), rtol=1e-5)
 
 
-def test_two_processes_train_like_one(tmp_path, town, mined, labelled):
-    """Half of each batch in each process, descriptors gathered with a gradient: the same losses and weights."""
-    parameters = tmp_path / "two.yaml"
-    changes = {**HEAD, "dropout": 0.0, "augment": 2}
-    parameters.write_text(yaml.safe_dump({**TINY, **changes}))
+# Says when a graph is built, and makes the second process come late to the checkpoints.
+WATCHED = """
+import os, sys, time
+from sagelib import sampler, train
+build, read = sampler.CliqueSampler._find_neighbours, train.read_checkpoint
+sampler.CliqueSampler._find_neighbours = lambda self: (print("a graph is built"), build(self))[1]
+train.read_checkpoint = lambda *given: (time.sleep(2.0 * int(os.environ["RANK"])), read(*given))[1]
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def two_processes(arguments: list[str]) -> list[str]:
+    """What both processes of one training say; both must end well."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -404,19 +422,29 @@ def test_two_processes_train_like_one(tmp_path, town, mined, labelled):
         }
         started.append(
             subprocess.Popen(
-                command(parameters, town, tmp_path, "two"),
+                [sys.executable, "-c", WATCHED, *arguments],
                 env={**os.environ, **environment, "MASTER_PORT": port, "OMP_NUM_THREADS": "1"},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
             )
         )
-    config = TrainConfig.from_mapping(yaml.safe_load(parameters.read_text()))
-    validation = open_set(town.parent, town.name, split="val")
-    one = run_once(tmp_path, config, name="one", mined=mined, validation=validation)
+    said = []
     for process in started:
-        said, _ = process.communicate(timeout=120)
+        said.append(process.communicate(timeout=300)[0])
         assert process.returncode == 0, said
+    return said
+
+
+def test_two_processes_train_like_one(tmp_path, town, mined, validation):
+    """Half of each batch in each process, descriptors gathered with a gradient: the same losses, from one graph."""
+    parameters = tmp_path / "two.yaml"
+    changes = {**HEAD, "dropout": 0.0, "augment": 2}
+    parameters.write_text(yaml.safe_dump({**TINY, **changes}))
+    config = TrainConfig.from_mapping(yaml.safe_load(parameters.read_text()))
+    one = run_once(tmp_path, config, name="one", mined=mined, validation=validation)
+    said = two_processes(command(parameters, town, tmp_path, "two")[3:])
+    assert [text.count("a graph is built") for text in said] == [1, 0]
     two = runs.load_run(tmp_path / "train" / "two")
     lines = [line for line in two.read_log() if line["kind"] == "step"]
     np.testing.assert_allclose([line["loss"] for line in lines], losses_of(one), rtol=2e-4)
@@ -424,6 +452,21 @@ def test_two_processes_train_like_one(tmp_path, town, mined, labelled):
         [line["gradient_norm"] for line in lines], [s["gradient_norm"] for s in one.lines("step")], rtol=5e-3
     )
     assert two.manifest["metrics"]["start"] == one.metrics["start"]
+    assert two.manifest["processes"] == 2
+
+
+def test_a_process_that_comes_late_to_the_checkpoints_starts_like_the_others(tmp_path):
+    """Nothing is measured before the first checkpoint here, so nothing else holds the first process back."""
+    parameters = tmp_path / "late.yaml"
+    parameters.write_text(yaml.safe_dump({**TINY, "epochs": 1, "batches_per_epoch": 2}))
+    folder = make_sets.gsv_like(tmp_path, n_places=4)
+    two_processes(
+        [
+            *(str(parameters), "--gsv", str(folder), "--runs", str(tmp_path)),
+            *("--name", "late", "--device", "cpu"),
+        ]
+    )
+    assert runs.load_run(tmp_path / "train" / "late").metrics["steps"] == 2
 
 
 # -- killed and resumed ------------------------------------------------------------------------------------------------
@@ -524,11 +567,17 @@ def test_resumed_runs_repeat_whole_ones(tmp_path, mined, labelled, validation, m
     assert without_times(resumed.run.read_log()) == without_times(whole.run.read_log())
 
 
-def test_a_damaged_checkpoint_is_passed_over(tmp_path, mined, monkeypatch):
-    config = tiny()
+@pytest.mark.parametrize(
+    ("changes", "step"),
+    # In the second, the checkpoint that is left needs the graph before the newest.
+    [({}, 7), ({"refresh_every": 2, "epochs": 4, "checkpoint_every": 100}, 9)],
+    ids=["every-epoch", "older-graph"],
+)
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, mined, monkeypatch, changes, step):
+    config = tiny(**changes)
     whole = run_once(tmp_path, config, name="whole", mined=mined)
     with monkeypatch.context() as patch:
-        stop_at(patch, 7)
+        stop_at(patch, step)
         with pytest.raises(Stopped):
             run_once(tmp_path, config, name="damaged", mined=mined)
     found = training._checkpoints(tmp_path / "train" / "damaged" / "checkpoints")
@@ -548,6 +597,8 @@ def test_half_a_checkpoint_is_never_one(tmp_path):
     (tmp_path / ".tmp-1234-000009-00.pt").write_bytes(b"half")
     assert len(training._checkpoints(tmp_path)) == 2
     assert training.read_checkpoint(tmp_path)["facts"] == "4"
+    training.write_checkpoint(tmp_path, 5, {"facts": "5"})
+    assert not list(tmp_path.glob(".tmp-*")), "what a killed process left takes no room for ever"
     for path in training._checkpoints(tmp_path):
         path.write_bytes(path.read_bytes()[:-1])
     with pytest.warns(UserWarning, match="damaged"):
@@ -711,6 +762,69 @@ def test_the_command_says_one_sentence(tmp_path, town, capsys):
     assert capsys.readouterr().err == "python -m sagelib.train: lr must be a number > 0, got -1.0\n"
     assert training.main(["--data", str(tmp_path), "--runs", str(tmp_path), "--name", "x"]) == 1
     assert "no set with a training part" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "No such file"),
+        ("a: [1", "cannot be read as YAML"),
+        ("- 1", "must hold lines of the form FIELD: VALUE, and is a list"),
+        ("aggregator_options: {foo: 1}", "no model can be built of these options: .*'foo'"),
+        ("tau: -1.0e-9\nfallback: null", "lower places_per_batch by .*prune less"),
+    ],
+    ids=["no file", "no YAML", "a list", "a wrong option", "all pruned"],
+)
+def test_wrong_parameter_files_get_one_sentence(tmp_path, town, capsys, text, words):
+    parameters = tmp_path / "file.yaml"
+    if text is not None:
+        parameters.write_text(text)
+    pairs = [f"{key}={json.dumps(value)}" for key, value in TINY.items() if key not in (text or "")]
+    arguments = command(parameters, town, tmp_path, "wrong")[3:]
+    assert training.main([*arguments, "--set", *pairs]) == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.fullmatch(f"python -m sagelib.train: .*{words}.*", said), said
+
+
+def test_the_command_tells_what_it_passes_over_and_that_it_was_stopped(tmp_path, town, capsys, monkeypatch):
+    parameters = tmp_path / "file.yaml"
+    parameters.write_text(yaml.safe_dump({**TINY, "dataset": "town", "learning_rate": 1e-3}))
+
+    def stopped(*given, **named):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "train", stopped)
+    assert training.main(command(parameters, town, tmp_path, "stopped")[3:]) == 130
+    told = capsys.readouterr()
+    assert "passed over dataset, learning_rate (no fields of a training)" in told.out
+    assert "the same command goes on" in told.err
+
+
+def test_gsv_cities_and_msls_by_the_command(tmp_path, town, capsys):
+    """Half of each batch from each; a city in two zones; the validation cities stay out, and alone they are refused."""
+    labelled = make_sets.gsv_like(tmp_path, n_places=4)
+    mined = make_sets.msls_like(tmp_path, cities=("zurich", "london", "cph", "sf"), n=24)
+    parameters = tmp_path / "both.yaml"
+    parameters.write_text(yaml.safe_dump({**TINY, **HEAD, "train_context": "half", "augment": 3}))
+    rest = ["--validation", str(town), "--runs", str(tmp_path), "--name", "both", "--device", "cpu"]
+    assert training.main([str(parameters), "--gsv", str(labelled), "--msls", str(mined), *rest]) == 0
+    assert "train/both  finished" in capsys.readouterr().out
+    run = runs.load_run(tmp_path / "train" / "both")
+    for line in run.read_log():
+        if line["kind"] == "step":
+            assert line["loss"] == pytest.approx(line["loss_labelled"] + line["loss_mined"])
+        elif line["epoch"]:
+            assert line["graph"]["mined"]["cities"] == 3  # Zurich, and London on both sides of Greenwich
+            assert line["graph"]["mined"]["edges"] > 0 and line["graph"]["labelled"]["places"] == 8
+    known = read_msls(mined, ["london", "zurich"])
+    validation = open_set(town.parent, town.name, split="val")
+    config = TrainConfig.from_mapping(yaml.safe_load(parameters.read_text()))
+    data = {"mined": known, "labelled": read_gsv_cities(labelled), "validation": validation}
+    assert open_run(tmp_path, "both", config, **data, device="cpu").finished, "trained on other pictures"
+
+    held_out = make_sets.msls_like(tmp_path, cities=("cph", "sf"), name="held-out")
+    assert training.main([str(parameters), "--msls", str(held_out), *rest[:-3], "refused"]) == 1
+    assert "cph and sf are validation cities" in capsys.readouterr().err
 
 
 def test_parameter_files_are_configurations():
