@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 
 from sagelib.retrieval import bootstrap_mean
 
@@ -21,6 +22,8 @@ __all__ = [
     "choose_places",
     "describe_patches",
     "entropy",
+    "graph_cost_table",
+    "graph_costs",
     "greedy_arrays",
     "inter_class_distance",
     "integrated_contributions",
@@ -31,9 +34,11 @@ __all__ = [
     "neighbour_purity",
     "paired_difference",
     "patch_similarity",
+    "ranking_arrays",
     "score_contributions",
     "sort_failures",
     "split_by_heading",
+    "suspects",
     "suspicion",
     "town_labels",
     "true_references",
@@ -722,6 +727,92 @@ def _numbers(row: Mapping, path: str = ""):
             yield f"{path}{key}", float(value)
 
 
+def graph_costs(rows: Iterable[Mapping]) -> dict:
+    """What making the graph cost a training, from its log.
+
+    Parameters
+    ----------
+    rows : iterable of mappings
+        As ``Run.read_log`` gives them, of a training with mined places.
+
+    Returns
+    -------
+    dict
+        ``schedule`` ("online" or "static"); ``images`` of the mined source; ``described``, images described at each
+        refresh (mean); ``seconds`` of a refresh (mean); ``train_seconds`` of an epoch's steps (mean); ``added_pct``, the
+        seconds of all refreshes in percent of those of all steps; ``all_images_seconds``, an *estimate* of describing
+        every image once, at the rate of this log.
+
+    Raises
+    ------
+    ValueError
+        If the log tells of no epoch with a graph.
+    """
+    epochs = [row for row in rows if row.get("kind") == "epoch" and row.get("graph", {}).get("mined")]
+    graphs = [row["graph"]["mined"] for row in epochs]
+    # A report stands in the log until the next refresh, so a graph counts in the epoch that made it.
+    made = [i for i, graph in enumerate(graphs) if graph.get("refreshed_epoch") == graph.get("epoch")]
+    if not made:
+        raise ValueError("this log tells of no epoch with a graph")
+    described = sum(graphs[i]["described_images"] for i in made)
+    rate = sum(graphs[i]["seconds_describe"] for i in made) / max(described, 1)
+    train = [row["seconds"]["train"] for row in epochs]
+    refresh = [epochs[i]["seconds"]["refresh"] for i in made]
+    return {
+        "schedule": graphs[0]["schedule"],
+        "images": graphs[0]["images"],
+        "described": described / len(made),
+        "seconds": sum(refresh) / len(made),
+        "train_seconds": sum(train) / len(train),
+        "added_pct": 100 * sum(refresh) / max(sum(train), 1e-9),
+        "all_images_seconds": rate * graphs[0]["images"],
+    }
+
+
+def graph_cost_table(
+    logs: Mapping[str, Iterable[Mapping]], published: pd.DataFrame | None = None
+) -> pd.DataFrame:
+    """What the graph cost, online and offline: measured in trainings, and as published.
+
+    Parameters
+    ----------
+    logs : mapping of str to rows of a log
+        Of finished trainings, by name; those without a graph are left out.
+    published : DataFrame, optional
+        ``sagelib.evaluate.published("graph")``.
+
+    Returns
+    -------
+    DataFrame
+        Columns who, schedule ("online" or "static"), paid ("each epoch" or "once"), seconds, added_pct (in percent of an epoch's steps; NaN
+        where it is not paid each epoch), kind, context. ``kind`` is "measured", "published", or "estimated": where no training has the static
+        schedule, what it would take to describe all images of the first one once, at the rate of its log.
+    """
+    costs = {}
+    for name, rows in logs.items():
+        rows = list(rows)
+        if any(row.get("kind") == "epoch" and row.get("graph", {}).get("mined") for row in rows):
+            costs[name] = graph_costs(rows)
+    lines = []
+    for name, cost in costs.items():
+        online = cost["schedule"] == "online"
+        told = f"{cost['described']:,.0f} of {cost['images']:,} images described"
+        paid, added = ("each epoch", cost["added_pct"]) if online else ("once", math.nan)
+        lines.append((name, cost["schedule"], paid, cost["seconds"], added, "measured", told))
+    if costs and not any(cost["schedule"] == "static" for cost in costs.values()):
+        name, cost = next(iter(costs.items()))
+        told = f"all {cost['images']:,} images, at the rate of that log; no training with schedule static was timed"
+        lines.append((name, "static", "once", cost["all_images_seconds"], math.nan, "estimated", told))
+    for row in [] if published is None else published.to_dict("records"):
+        told = f"R@1 {row['sped']} on sped, {row['msls-val']} on msls-val, context {row['context']}; {row['source']}"
+        paid = "each epoch" if row["per"] == "epoch" else "once"
+        lines.append(
+            ("SAGE paper", row["schedule"], paid, row["seconds"], row["added_pct"], "published", told)
+        )
+    columns = ["who", "schedule", "paid", "seconds", "added_pct", "kind", "context"]
+    return pd.DataFrame(lines, columns=columns)
+
+
 def audit_arrays(table, *, k: int = 1) -> dict:
     """Turn an audit's table into what `sagelib.figures.context_audit` draws for one set.
 
@@ -797,7 +888,38 @@ def sort_failures(first_hit_rank, distance_m, *, by: str = "rank") -> np.ndarray
     return failed[np.lexsort((failed, -keys[1][failed], -keys[0][failed]))]
 
 
-def suspicion(similarity, distance_m, *, radius_m: float = 25.0) -> tuple[np.ndarray, np.ndarray]:
+def ranking_arrays(table, k: int) -> dict[str, np.ndarray]:
+    """Turn a table of rankings (`sagelib.retrieval.read_rankings`) into arrays, a row each query.
+
+    Parameters
+    ----------
+    table : DataFrame
+        With columns query, rank, reference, positive, distance, metres.
+    k : int
+        Ranks to keep; fewer where the table has fewer.
+
+    Returns
+    -------
+    dict of arrays (Q, k)
+        ``reference`` (int), ``positive`` (bool), ``distance`` (between descriptors) and ``metres`` (NaN unknown).
+
+    Raises
+    ------
+    ValueError
+        If a query lacks one of the ranks.
+    """
+    k = min(k, int(table["rank"].max()))
+    kept = table[table["rank"] <= k].sort_values(["query", "rank"])
+    count = int(kept["query"].max()) + 1
+    if len(kept) != count * k or not np.array_equal(kept["query"], np.repeat(np.arange(count), k)):
+        raise ValueError(
+            f"the rankings of {count} queries must have ranks 1 to {k} each, got {len(kept)} lines"
+        )
+    kinds = {"reference": int, "positive": bool, "distance": float, "metres": float}
+    return {name: kept[name].to_numpy(kind).reshape(count, k) for name, kind in kinds.items()}
+
+
+def suspicion(similarity, distance_m, *, radius_m: float = 25.0, right=None) -> tuple[np.ndarray, np.ndarray]:
     """Order the wrong first answers by how much they look like an error of the ground truth.
 
     A wrong answer is suspect when it is as similar as right ones are: its score is the share of the right first
@@ -807,9 +929,11 @@ def suspicion(similarity, distance_m, *, radius_m: float = 25.0) -> tuple[np.nda
     Parameters
     ----------
     similarity : array (Q,)
-        Cosine of each query with its first answer.
+        Of each query with its first answer: the cosine, or any number that grows with likeness.
     distance_m : array (Q,)
         Metres between the two; within `radius_m` (inclusive) the answer is right.
+    right : array (Q,) of bool, optional
+        Whether each first answer is right, where the rule is another than a radius.
 
     Returns
     -------
@@ -823,7 +947,9 @@ def suspicion(similarity, distance_m, *, radius_m: float = 25.0) -> tuple[np.nda
         raise ValueError(
             f"similarity and distance_m must have shape (Q,), got {similarity.shape} and {distance.shape}"
         )
-    right = distance <= radius_m
+    right = distance <= radius_m if right is None else np.asarray(right, dtype=bool)
+    if right.shape != distance.shape:
+        raise ValueError(f"right must have shape {distance.shape}, got {right.shape}")
     wrong = np.flatnonzero(~right)
     known = np.sort(similarity[right])
     score = np.full(len(wrong), np.nan)
@@ -832,3 +958,83 @@ def suspicion(similarity, distance_m, *, radius_m: float = 25.0) -> tuple[np.nda
     far = np.where(np.isnan(distance[wrong]), np.inf, distance[wrong])
     order = np.lexsort((far, -similarity[wrong], -np.nan_to_num(score)))
     return wrong[order], score[order]
+
+
+def suspects(
+    table,
+    database,
+    queries,
+    positives,
+    *,
+    count: int = 12,
+    k: int = 5,
+    max_heading_deg: float = 45.0,
+) -> list[dict]:
+    """List the queries whose first answer is wrong, those first that look most like an error of the ground truth.
+
+    Order and score are those of `suspicion`: a list for a person to look through, no verdict.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Rankings (`sagelib.retrieval.read_rankings`).
+    database, queries : sagelib.places.Places
+    positives : sequence of arrays
+        Rows of the references that answer each query (`sagelib.places.positives`).
+    count : int
+        How many; 0 takes all.
+    k : int
+        Ranks of which the references are listed.
+    max_heading_deg : float
+        The nearest positive is taken from those that look the same way within this angle, where there are any.
+
+    Returns
+    -------
+    list of dict
+        Of each query: ``query``, ``query_path`` (as in the table), ``score``, ``n_positives``; lists of at most k, nearest descriptor first:
+        ``reference``, ``reference_path``, ``metres`` (NaN unknown), ``positive``; and of its nearest positive ``truth`` (row of `database`, None
+        without any), ``truth_path``, ``truth_m`` and ``truth_rank`` (0: not in the table).
+
+    Raises
+    ------
+    ValueError
+        If table and queries do not belong together.
+    """
+    found = ranking_arrays(table, k)
+    if not len(found["reference"]) == len(queries) == len(positives):
+        raise ValueError(
+            f"the rankings are those of {len(found['reference'])} queries, but there are {len(queries)} queries and the positives of "
+            f"{len(positives)}"
+        )
+    if found["reference"].max() >= len(database):
+        raise ValueError(
+            f"the rankings name reference {found['reference'].max()}, but there are {len(database)} references"
+        )
+    order, score = suspicion(-found["distance"][:, 0], found["metres"][:, 0], right=found["positive"][:, 0])
+    order, score = order[: count or None].tolist(), score[: count or None].tolist()
+    nearest = dict(true_references(database, queries, positives).tolist())
+    nearest |= dict(true_references(database, queries, positives, max_heading_deg=max_heading_deg).tolist())
+    lines = dict(tuple(table[table["query"].isin(order)].groupby("query")))
+    # Paths in the table are relative to a folder of its own: the same for those that are not in it.
+    folder = str(database.path[table["reference"].iloc[0]]).removesuffix(table["reference_path"].iloc[0])
+    rows = []
+    for query, suspect in zip(order, score, strict=True):
+        truth, ranked = nearest.get(query), lines[query].sort_values("rank")
+        shown, at = ranked[ranked["rank"] <= k], ranked.loc[ranked["reference"] == truth, "rank"]
+        row = {"query": query, "query_path": shown["query_path"].iloc[0], "score": suspect}
+        row |= {name: shown[name].tolist() for name in ("reference", "reference_path", "metres")}
+        row |= {"positive": (shown["positive"] == 1).tolist(), "n_positives": len(positives[query])}
+        row |= {
+            "truth": truth,
+            "truth_path": "",
+            "truth_m": math.nan,
+            "truth_rank": int(at.iloc[0]) if len(at) else 0,
+        }
+        if truth is not None:
+            row["truth_path"] = str(database.path[truth]).removeprefix(folder)
+            row["truth_m"] = math.hypot(
+                database.east_m[truth] - queries.east_m[query],
+                database.north_m[truth] - queries.north_m[query],
+            )
+        rows.append(row)
+    return rows

@@ -4,7 +4,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -141,6 +141,32 @@ def load_results(root) -> list[Result]:
     return [load_result(run.dir) for run in runs.find_runs(root, STAGE)]
 
 
+def read_results(
+    root, datasets: Iterable[str], models: Iterable[str], *, context: str | Context, preprocess: Callable
+) -> list[Result]:
+    """The finished evaluations of these models on these sets, made in this way; what was not run is left out.
+
+    Parameters
+    ----------
+    root : path
+        A folder of runs.
+    datasets, models : iterable of str
+        Names as tables give them.
+    context : str or Context
+        As for `evaluate`.
+    preprocess : callable
+
+    Returns
+    -------
+    list of Result
+        In the order of `models`, then of `datasets`; of two alike, the one whose run's name sorts last.
+    """
+    found = {(r.model, r.dataset, r.context, r.preprocess): r for r in load_results(root)}
+    how = describe_callable(preprocess)
+    keys = [(m, d, str(_resolve_context(context, d)), how) for m in models for d in datasets]
+    return [found[key] for key in keys if key in found]
+
+
 def compare(a: Result, b: Result, k: int = 1, seed: int = 0, **options) -> Difference:
     """R@k of b less that of a over the same queries, by `paired_bootstrap`, whose `options` these are.
 
@@ -214,7 +240,7 @@ def evaluate(
     ValueError
         For settings that do not fit, and for what `describe` refuses.
     """
-    context = _resolve_context(context, test_set)
+    context = _resolve_context(context, test_set.name)
     preprocess = getattr(model, "preprocess", None) if preprocess is None else preprocess
     if preprocess is None:
         raise ValueError(
@@ -405,9 +431,9 @@ def evaluate_many(
     return Evaluations(tuple(results), missing)
 
 
-def _resolve_context(context, test_set):
+def _resolve_context(context, dataset):
     if context == "sorted":
-        context = f"sorted-{getattr(test_set.spec, 'sorted_batch', None) or 8}"
+        context = f"sorted-{getattr(places_module.BENCHMARKS.get(dataset), 'sorted_batch', None) or 8}"
     return Context.parse(context)
 
 
@@ -518,11 +544,11 @@ class Audit:
             )
         return pd.DataFrame(rows)
 
-    def leak(self, k: int = 1, seed: int = 0) -> pd.DataFrame:
+    def leak(self, k: int = 1, seed: int = 0, groups=None) -> pd.DataFrame:
         """What the order of the files is worth: R@k under sorted-n less its mean over the shuffled-n, for each n.
 
-        Columns: n, points, low, high (95 % over resampled queries). An interval above zero is an ordering leak: the
-        same weights and pictures retrieve better because like batches meet like batches.
+        Columns: n, points, low, high (95 % over resampled queries, or over whole `groups` of them, one label a query). An interval above
+        zero is an ordering leak: the same weights and pictures retrieve better because like batches meet like batches.
         """
 
         def hit(key):
@@ -533,7 +559,7 @@ class Audit:
             shuffled = [key for key in self.ranks if key.startswith(f"shuffled-{n}#")]
             if shuffled:
                 change = hit(f"sorted-{n}") - np.mean([hit(key) for key in shuffled], axis=0)
-                mean, low, high = bootstrap_mean(change, seed)
+                mean, low, high = bootstrap_mean(change, seed, groups=groups)
                 rows.append({"n": n, "points": 100 * mean, "low": 100 * low, "high": 100 * high})
         return pd.DataFrame(rows, columns=["n", "points", "low", "high"])
 
@@ -574,7 +600,7 @@ def audit_contexts(
     others
         As for `evaluate`.
     """
-    contexts = [str(_resolve_context(c, test_set)) for c in contexts]
+    contexts = [str(_resolve_context(c, test_set.name)) for c in contexts]
     if len(set(contexts)) != len(contexts) or not contexts:
         raise ValueError(f"contexts must be different and at least one, got {contexts}")
     if shuffles < 1:
@@ -816,11 +842,11 @@ def open_model(spec: str, roots: Iterable = ()) -> Callable:
         source = {"pretrained": False} if weights == "random" else {"weights": weights or None}
         pool = "gem" if pooling.startswith("gem") else pooling
         return build_model(backbone, aggregator=pool, aggregator_options=POOLINGS[pooling], **source).eval()
-    for folder in (Path(spec), *(Path(root) / "train" / spec for root in roots)):
-        if (folder / "manifest.json").is_file():
-            return load_trained(runs.load_run(folder))
-        if (folder / "config.json").is_file():
-            return build_model(folder).eval()
+    folder = _model_folder(spec, roots)
+    if folder is not None and (folder / "manifest.json").is_file():
+        return load_trained(runs.load_run(folder))
+    if folder is not None:
+        return build_model(folder).eval()
     if Path(spec).is_file():
         return load_authors_checkpoint(spec)
     raise ValueError(
@@ -829,18 +855,138 @@ def open_model(spec: str, roots: Iterable = ()) -> Callable:
     )
 
 
+def _model_folder(spec, roots):
+    """The folder of a training run or of a saved model; None where there is none of that name."""
+    for folder in (Path(spec), *(Path(root) / "train" / spec for root in roots)):
+        if (folder / "manifest.json").is_file() or (folder / "config.json").is_file():
+            return folder
+    return None
+
+
+def training_run(spec: str, roots: Iterable = ()) -> runs.Run | None:
+    """The finished training run that `open_model` would open by this name; None where the name is no such run."""
+    folder = _model_folder(spec, roots)
+    if folder is None or not (folder / "manifest.json").is_file():
+        return None
+    run = runs.load_run(folder)
+    return run if run.finished else None
+
+
+def training_runs(
+    models: Iterable[str], roots: Iterable = (), further: Iterable[str] = ()
+) -> dict[str, runs.Run]:
+    """The finished training runs among `models`, by name, and those named by `further`, which must be such runs.
+
+    Raises
+    ------
+    ValueError
+        If one of `further` is no finished training run.
+    """
+    roots = list(roots)
+    found = {name: training_run(name, roots) for name in [*models, *further]}
+    for name in further:
+        if found[name] is None:
+            places = ", ".join(str(Path(root) / "train") for root in roots)
+            raise ValueError(f"there is no finished training run {name!r} in {places}")
+    return {name: run for name, run in found.items() if run is not None}
+
+
+def trained_parameters(spec: str, roots: Iterable = (), model: Callable | None = None) -> int:
+    """How many parameters were trained for a model, by its name.
+
+    Parameters
+    ----------
+    spec, roots
+        As for `open_model`.
+    model : callable, optional
+        The model, where it is open already.
+
+    Returns
+    -------
+    int
+        0 for pixels and for a frozen backbone; of a training run, what its manifest says; of other models, the parameters that
+        work, with the InteractHead where there is one (see ``SAGE.parameter_report``).
+    """
+    if spec == "pixels" or spec.partition(":")[0] in POOLINGS:
+        return 0
+    run = training_run(spec, roots)
+    if run is not None and "trained_parameters" in run.metrics:
+        return int(run.metrics["trained_parameters"])
+    report = (open_model(spec, roots) if model is None else model).parameter_report()
+    live = {name: row[0] for name, *row in report.rows}
+    return live["trained, head off"] + live.get("InteractHead", 0)
+
+
 # ---------------------------------------------------------------------------------------------------- tables
+def read_list(text: str, what: str, kind: type = str, *, least: int = 1) -> list:
+    """Read a notebook's parameter that holds several values, separated by commas.
+
+    Parameters
+    ----------
+    text : str
+    what : str
+        The parameter's name, for the message.
+    kind : type
+        Of each value: str or int.
+    least : int
+        How many there must be: 0 or 1.
+
+    Raises
+    ------
+    ValueError
+        If there are too few, one twice, or one of another kind.
+
+    Examples
+    --------
+    >>> read_list("256, 128", "pca_dims", int)
+    [256, 128]
+    """
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    try:
+        values = [kind(part) for part in parts]
+    except ValueError:
+        raise ValueError(
+            f"{what} is {text!r}: give whole numbers separated by commas, as in 256, 128"
+        ) from None
+    if len(values) < least:
+        raise ValueError(f"{what} is {text!r}: give at least one value; several are separated by commas")
+    if len(set(values)) != len(values):
+        raise ValueError(f"{what} is {text!r}: it names one of them twice")
+    return values
+
+
+PUBLISHED = ("recalls", "ablation", "parameters", "graph")
+_COUNTED = "the released model's modules, counted as published (with a branch that it never calls)"
+_PAPER_GRAPH = "SAGE paper (arXiv 2509.25723), on its authors' machine"
+
+
 def published(what: str = "recalls") -> pd.DataFrame:
     """Numbers that others published, as they were published; not measured here.
 
     Parameters
     ----------
-    what : {"recalls", "ablation"}
+    what : {"recalls", "ablation", "parameters", "graph"}
         ``recalls``: method, backbone, dim, context, dataset, r1, r5, r10 (percent), source. The context ``sorted``
-        is that of the authors' batch size for the set. ``ablation``: configuration, dataset, r1, note.
+        is that of the authors' batch size for the set. ``ablation``: configuration, dataset, r1, note. ``parameters``: method,
+        backbone, dim, context, trained, source; only models whose count can be derived, the head counted where it was on.
+        ``graph``: schedule, per, seconds, added_pct (to an epoch), sped, msls-val (R@1 of a model trained so), context, source.
     """
-    if what not in ("recalls", "ablation"):
-        raise ValueError(f"what is {what!r}; it must be 'recalls' or 'ablation'")
+    if what not in PUBLISHED:
+        raise ValueError(f"what is {what!r}; it must be one of {', '.join(map(repr, PUBLISHED))}")
+    if what == "parameters":
+        # With the head: two transformer layers of 768, 7,880,192 parameters.
+        counts = (("ViT-B", "none", 1_956_550), ("ViT-L", "none", 2_497_734), ("ViT-L", "sorted", 10_377_926))
+        columns = ["method", "backbone", "dim", "context", "trained", "source"]
+        return pd.DataFrame(
+            [("SAGE", f"DINOv2 {b}", 8448, c, n, _COUNTED) for b, c, n in counts], columns=columns
+        )
+    if what == "graph":
+        rows = [
+            ("online", "epoch", 6.2 * 60, 17.7, 98.9, 94.5, "sorted", _PAPER_GRAPH),
+            ("static", "training", 30.9 * 60, np.nan, 98.5, 94.2, "not stated", _PAPER_GRAPH),
+        ]
+        columns = ["schedule", "per", "seconds", "added_pct", "sped", "msls-val", "context", "source"]
+        return pd.DataFrame(rows, columns=columns)
     types = {"dim": "Int64"} if what == "recalls" else {}
     return pd.read_csv(
         Path(__file__).with_name(f"published_{what}.csv"), keep_default_na=False, na_values=[""], dtype=types
@@ -850,8 +996,106 @@ def published(what: str = "recalls") -> pd.DataFrame:
 _read_published = published  # `results_table` has an argument of that name
 
 
+def published_recalls(datasets: Sequence[str], *, k: int = 1, method: str = "SAGE") -> dict[str, np.ndarray]:
+    """What was published of a method on these sets, for `sagelib.figures.recall_bars`.
+
+    Returns
+    -------
+    dict of str to array (len(datasets),)
+        Percents by "method backbone, context", at the method's largest descriptor; NaN where nothing is published. Empty where
+        nothing is published on any of the sets.
+    """
+    rows = _of_method(method)
+    rows = rows[(rows["dim"] == rows["dim"].max()) & rows["dataset"].isin(datasets)]
+    return {
+        label: group.set_index("dataset")[f"r{k}"].reindex(datasets).to_numpy(float)
+        for label, group in rows.groupby("label", sort=False)
+    }
+
+
+def published_by_size(dataset: str, *, k: int = 1, method: str = "SAGE") -> dict[str, tuple]:
+    """(dimensions, percents) of a method's published descriptors on a set, by "method backbone, context"; may be empty."""
+    rows = _of_method(method)
+    rows = rows[rows["dataset"] == dataset].sort_values("dim")
+    return {
+        label: (group["dim"].tolist(), group[f"r{k}"].tolist())
+        for label, group in rows.groupby("label", sort=False)
+    }
+
+
+def published_by_parameters(dataset: str, *, k: int = 1) -> dict[str, tuple[int, float]]:
+    """(trained parameters, percent) of the published models whose count has a source, on a set; may be empty."""
+    rows = _with_label(_read_published()).merge(
+        _read_published("parameters"),
+        on=["method", "backbone", "dim", "context"],
+        suffixes=("", " of the count"),
+    )
+    rows = rows[rows["dataset"] == dataset].sort_values("trained")
+    return dict(
+        zip(rows["label"], zip(rows["trained"].tolist(), rows[f"r{k}"].tolist(), strict=True), strict=True)
+    )
+
+
+def _of_method(method):
+    rows = _with_label(_read_published())
+    rows = rows[rows["method"] == method]
+    if not len(rows):
+        raise ValueError(f"nothing is published here of a method {method!r}")
+    return rows
+
+
+def _with_label(rows):
+    backbone = rows["backbone"].fillna("").str.replace("DINOv2 ", "")
+    label = (rows["method"] + " " + backbone).str.strip() + ", " + rows["context"]
+    return rows.assign(label=label)
+
+
+def recall_arrays(
+    results: Iterable[Result], models: Sequence[str], datasets: Sequence[str], *, k: int = 1
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """R@k of each model on each set and the ends of its interval, for figures.
+
+    Returns
+    -------
+    recall, low, high : arrays (len(models), len(datasets))
+        Percents; NaN where there is no result.
+    """
+    by_name = {(r.model, r.dataset): r.recall for r in results}
+    arrays = np.full((3, len(models), len(datasets)), np.nan)
+    for i, model in enumerate(models):
+        for j, dataset in enumerate(datasets):
+            if (model, dataset) in by_name:
+                counted = by_name[model, dataset]
+                arrays[:, i, j] = counted.percent(k), *counted.interval(k)
+    return tuple(arrays)
+
+
+def sets_with_results(
+    results: Iterable[Result], datasets: Sequence[str], missing: Mapping[str, str] | None = None
+) -> list[str]:
+    """Those of `datasets` that have a result.
+
+    Raises
+    ------
+    ValueError
+        If none has: with the sentences of `missing` (set to reason, as `Evaluations` has it).
+    """
+    measured = {r.dataset for r in results}
+    kept = [name for name in datasets if name in measured]
+    if not kept:
+        reasons = list((missing or {}).values()) or [
+            f"no finished run on {', '.join(datasets)} with these models, context and preprocess; evaluate them first"
+        ]
+        raise ValueError("there is nothing to show: " + "; ".join(reasons))
+    return kept
+
+
 def results_table(
-    results: Iterable[Result], *, published: bool = True, ks: Sequence[int] = (1, 5, 10)
+    results: Iterable[Result],
+    *,
+    published: bool = True,
+    ks: Sequence[int] = (1, 5, 10),
+    missing: Mapping[str, str] | None = None,
 ) -> pd.DataFrame:
     """Results side by side, with the published numbers of the same sets beneath, each with its context.
 
@@ -859,8 +1103,10 @@ def results_table(
     ----------
     results : iterable of Result
     published : bool
-        Add what was published on the data sets among `results`.
+        Add what was published on the data sets among `results` and `missing`.
     ks : sequence of int
+    missing : mapping of str to str, optional
+        Set to the sentence that says why it was not run (as `Evaluations` has it): a row "not run" each.
 
     Returns
     -------
@@ -888,6 +1134,10 @@ def results_table(
                 "source": f"run {result.path.name}" + (f"; {result.warning}" if result.warning else ""),
             }
         )
+    rows += [
+        {"dataset": name, "method": "not run", "source": sentence}
+        for name, sentence in (missing or {}).items()
+    ]
     columns = ["dataset", "method", "backbone", "dim", "context", *(f"R@{k}" for k in ks)]
     columns += [f"R@{k} 95 %" for k in ks] + [f"hits@{k}" for k in ks]
     columns += ["queries", "references", "without positive", "preprocess", "source"]
@@ -899,6 +1149,8 @@ def results_table(
     table = pd.DataFrame(rows, columns=columns)
     for column in ("dim", "queries", "references", "without positive", *(f"hits@{k}" for k in ks)):
         table[column] = table[column].astype("Int64")
+    for k in ks:
+        table[f"R@{k}"] = table[f"R@{k}"].astype(float)
     order = {name: i for i, name in enumerate(dict.fromkeys(table["dataset"]))}
     return table.sort_values("dataset", key=lambda names: names.map(order), kind="stable", ignore_index=True)
 
@@ -913,14 +1165,22 @@ def to_markdown(table: pd.DataFrame) -> str:
     )
 
 
+_LATEX_NAMES = ("backslash", "asciitilde", "asciicircum", "less", "greater", "bar")
+_LATEX = str.maketrans(
+    {c: "\\" + c for c in "&%$#_{}"}
+    | {c: rf"\text{name}{{}}" for c, name in zip("\\~^<>|", _LATEX_NAMES, strict=True)}
+)
+
+
 def to_latex(table: pd.DataFrame) -> str:
     """A table as a LaTeX tabular (with booktabs' rules)."""
-    escape = str.maketrans(
-        {c: "\\" + c for c in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}"}
-    )
     align = "".join("r" if _numeric(table[c]) else "l" for c in table.columns)
-    lines = [" & ".join(cell.translate(escape) for cell in line) + r" \\" for line in _cells(table)]
-    head = " & ".join(str(c).translate(escape) for c in table.columns) + r" \\"
+    head, *lines = [
+        " & ".join(cell.translate(_LATEX) for cell in line) + r" \\"
+        for line in (map(str, table.columns), *_cells(table))
+    ]
+    # Behind a line's end or a rule, a bracket would be read as its argument, and a star as its other form.
+    head, *lines = ["{}" + line if line.startswith(("[", "*")) else line for line in (head, *lines)]
     return "\n".join(
         [
             rf"\begin{{tabular}}{{{align}}}",
@@ -957,6 +1217,6 @@ def _cells(table):
     def text(value):
         if pd.isna(value):
             return ""
-        return f"{value:.1f}" if isinstance(value, float | np.floating) else str(value)
+        return f"{value:.1f}" if isinstance(value, float | np.floating) else " ".join(str(value).split())
 
     return [[text(value) for value in row] for row in table.itertuples(index=False, name=None)]

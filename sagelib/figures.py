@@ -571,6 +571,224 @@ def review_page(
     return figure
 
 
+_REVIEW_STYLE = """
+body { font: 16px/1.45 system-ui, sans-serif; color: #1a1a1a; margin: 0 auto; max-width: 1280px; padding: 0 20px 60px; }
+header { position: sticky; top: 0; background: #fff; border-bottom: 1px solid #ccc; padding: 10px 0; z-index: 1; }
+h1 { font-size: 20px; margin: 0 0 4px; } h2 { font-size: 18px; margin: 18px 0 2px; } p { margin: 2px 0 8px; }
+button, .file { font: inherit; padding: 4px 12px; margin-right: 6px; border: 1px solid #777; border-radius: 4px; background: #f4f4f4; cursor: pointer; }
+button:focus-visible, input:focus-visible { outline: 3px solid #56B4E9; }
+.row { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; }
+figure { margin: 0; min-width: 0; } figure img { width: 100%; border: 5px solid #1a1a1a; box-sizing: border-box; display: block; }
+figure.right img { border-color: #0072B2; } figure.wrong img { border: 5px dashed #D55E00; } figure.truth img { border-color: #009E73; }
+figcaption { font-size: 14px; } figcaption small { color: #555; display: block; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+fieldset { border: 1px solid #ccc; margin: 14px 0 0; padding: 8px 14px 12px; } fieldset label { display: block; }
+input[type=text] { font: inherit; width: min(640px, 95%); }
+@media print { header button, .file { display: none; } header { position: static; } section { display: block !important; break-after: page; } }
+"""
+
+_REVIEW_SCRIPT = r"""
+const about = ABOUT, cases = CASES, key = 'review ' + about.run;
+const pages = [...document.querySelectorAll('section')], $ = id => document.getElementById(id);
+let now = 0;
+function verdict(page) {
+  const chosen = page.querySelector('input[type=radio]:checked');
+  return { verdict: chosen ? chosen.value : '',
+           same_place: [...page.querySelectorAll('input[type=checkbox]:checked')].map(box => +box.value),
+           remark: page.querySelector('input[type=text]').value };
+}
+function all() { return pages.map((page, i) => ({ ...about, ...cases[i], ...verdict(page) })); }
+function fill(rows) {
+  for (const row of rows) {
+    const i = cases.findIndex(c => c.query === row.query);
+    if (i < 0) continue;
+    pages[i].querySelectorAll('input[type=radio]').forEach(r => { r.checked = r.value === row.verdict; });
+    pages[i].querySelectorAll('input[type=checkbox]').forEach(b => { b.checked = (row.same_place || []).includes(+b.value); });
+    pages[i].querySelector('input[type=text]').value = row.remark || '';
+  }
+}
+function keep() {
+  try { localStorage.setItem(key, JSON.stringify(all())); } catch (refused) { /* a browser may keep nothing: save a file */ }
+  $('done').textContent = all().filter(row => row.verdict).length + ' of ' + pages.length + ' judged';
+}
+function show(i) {
+  now = Math.min(Math.max(i, 0), pages.length - 1);
+  pages.forEach((page, j) => { page.style.display = j === now ? 'block' : 'none'; });
+  $('where').textContent = 'page ' + (now + 1) + ' of ' + pages.length;
+  $('back').disabled = now === 0; $('next').disabled = now === pages.length - 1;
+}
+function save(name, type, text) {
+  const link = document.createElement('a');
+  link.href = URL.createObjectURL(new Blob([text], { type }));
+  link.download = name; link.click(); URL.revokeObjectURL(link.href);
+}
+function csv(rows) {
+  const cell = value => { const text = Array.isArray(value) ? value.join(' ') : value === null ? '' : String(value);
+                          return /[",\r\n]/.test(text) ? '"' + text.replaceAll('"', '""') + '"' : text; };
+  const names = Object.keys(rows[0]);
+  return [names, ...rows.map(row => names.map(name => row[name]))].map(line => line.map(cell).join(',')).join('\n') + '\n';
+}
+if (pages.length) {
+  $('back').onclick = () => show(now - 1); $('next').onclick = () => show(now + 1);
+  $('csv').onclick = () => save('verdicts.csv', 'text/csv', csv(all()));
+  $('json').onclick = () => save('verdicts.json', 'application/json', JSON.stringify(all(), null, 1));
+  $('load').onchange = async event => {
+    try { fill(JSON.parse(await event.target.files[0].text())); keep(); } catch (error) { alert('this file holds no verdicts: ' + error.message); }
+  };
+  document.addEventListener('input', keep);
+  document.addEventListener('keydown', event => {
+    if (event.target.matches('input')) return;
+    if (event.key === 'ArrowLeft') show(now - 1);
+    if (event.key === 'ArrowRight') show(now + 1);
+  });
+  try { fill(JSON.parse(localStorage.getItem(key) || '[]')); } catch (unread) { /* nothing was kept */ }
+  const asked = cases.findIndex(c => '#query-' + c.query === location.hash);
+  show(Math.max(asked, 0)); keep();
+}
+"""
+
+_VERDICTS = {
+    "truth wrong": "The ground truth is wrong: a retrieved photograph that counts as wrong shows this place (tick it above).",
+    "truth right": "The ground truth is right: the method is wrong.",
+    "cannot be judged": "The query cannot be judged: nothing in it tells the place.",
+    "unsure": "I cannot tell.",
+}
+
+
+def review_html(
+    cases: Sequence[Mapping],
+    *,
+    about: Mapping[str, str],
+    rule: str = "25 m",
+    searched: int = 20,
+    size_px: int = 220,
+) -> str:
+    """Make an HTML file with a page for each query, on which a person judges whether the ground truth is right.
+
+    Everything lies in the file: it needs neither kernel nor network. Verdicts are kept by the browser where it allows that, saved as
+    CSV or JSON by a button, and loaded again from JSON. Printed, each query starts a sheet.
+
+    Parameters
+    ----------
+    cases : sequence of mappings
+        ``query`` (int, different in each), ``query_path``, ``query_image``, ``note`` (text, may be empty), ``score`` (0 to 1, NaN unknown),
+        ``n_positives``; ``found``: mappings of path, image, metres (NaN unknown) and positive, in order of rank; ``truth``: a mapping of
+        path, image, metres and rank (0: not among those searched), or None where there is no positive.
+    about : mapping of str to str
+        ``run``, which keys what the browser keeps, and what else goes into each saved row, such as model, dataset and context.
+    rule : str
+        When a reference is a positive, in words.
+    searched : int
+        How many ranks were searched.
+    size_px : int
+        Longer side of the photographs in the page.
+
+    Returns
+    -------
+    str
+
+    Raises
+    ------
+    ValueError
+        If two cases have one query, or `about` names no run.
+    """
+    import html
+    import json
+
+    if "run" not in about:
+        raise ValueError("about must name the run, got " + ", ".join(about))
+    numbers = [int(case["query"]) for case in cases]
+    if len(set(numbers)) != len(numbers):
+        raise ValueError("two cases have the same query")
+
+    def picture(kind, image, lines, tick=""):
+        told = "<br>".join(html.escape(str(line)) for line in lines[:-1])
+        name = html.escape(str(lines[-1]).rsplit("/", 1)[-1], quote=True)
+        told += f'<small title="{name}">{name}</small>'
+        source = f"data:image/jpeg;base64,{_jpeg(image, size_px)}"
+        alt = html.escape(str(lines[0]), quote=True)
+        return f'<figure class="{kind}"><img src="{source}" alt="{alt}"><figcaption>{told}{tick}</figcaption></figure>'
+
+    sections, data = [], []
+    for case, number in zip(cases, numbers, strict=True):
+        found, truth, score = case["found"], case["truth"], float(case["score"])
+        row = [picture("query", case["query_image"], ["the query", case["note"], case["query_path"]])]
+        for rank, one in enumerate(found, 1):
+            word = "✓ a positive" if one["positive"] else "✗ no positive"
+            tick = f'<label><input type="checkbox" value="{rank}"> the same place</label>'
+            lines = [f"#{rank}  {_metres(one['metres'])}", word, one["path"]]
+            row.append(picture("right" if one["positive"] else "wrong", one["image"], lines, tick))
+        if truth is not None:
+            rank = f"ranked {truth['rank']}" if truth["rank"] else f"not among the first {searched}"
+            far = ", ".join(filter(None, (_metres(truth["metres"]), rank)))
+            lines = ["the nearest positive", far, truth["path"]]
+            row.append(picture("truth", truth["image"], lines))
+        count = int(case["n_positives"])
+        why = (
+            f"{count} reference{'s count as positives' if count != 1 else ' counts as a positive'} ({rule})."
+        )
+        if np.isfinite(score):
+            why += f" The first answer is wrong and more alike than {100 * score:.0f} % of the right first answers are."
+        choices = "".join(
+            f'<label><input type="radio" name="verdict-{number}" value="{value}"> {html.escape(text)}</label>'
+            for value, text in _VERDICTS.items()
+        )
+        sections.append(
+            f'<section id="query-{number}"><h2>Query {number}</h2><p>{html.escape(why)}</p><div class="row">{"".join(row)}</div>'
+            f"<fieldset><legend>Verdict</legend>{choices}<label>Remark <br>"
+            f'<input type="text" name="remark-{number}"></label></fieldset></section>'
+        )
+        first = found[0] if found else {"path": "", "metres": np.nan}
+        data.append(
+            {
+                "query": number,
+                "query_path": str(case["query_path"]),
+                "first_reference_path": str(first["path"]),
+                "first_reference_m": _known(first["metres"]),
+                "nearest_positive_path": "" if truth is None else str(truth["path"]),
+                "nearest_positive_m": None if truth is None else _known(truth["metres"]),
+                "score": _known(score),
+            }
+        )
+    facts = ", ".join(f"{name} {value}" for name, value in about.items())
+    script = _REVIEW_SCRIPT.replace("ABOUT", _in_script(json.dumps(dict(about))), 1)
+    script = script.replace("CASES", _in_script(json.dumps(data)), 1)
+    empty = "" if sections else "<p>No first answer was wrong: there is nothing to review.</p>"
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Is the ground truth right?</title>'
+        f"<style>{_REVIEW_STYLE}</style></head>\n<body><header><h1>Is the ground truth right?</h1>"
+        f"<p>{html.escape(facts)}. Blue: a positive. Red, dashed: none. Green: the nearest of the positives.</p>"
+        '<button id="back">← back</button><button id="next">next →</button><span id="where"></span>, <span id="done"></span> '
+        '<button id="csv">save CSV</button><button id="json">save JSON</button>'
+        '<label class="file">load JSON <input type="file" id="load" accept=".json"></label></header>\n'
+        + empty
+        + "\n".join(sections)
+        + f"\n<script>{script}</script></body></html>\n"
+    )
+
+
+def _known(value) -> float | None:
+    return round(float(value), 4) if np.isfinite(value) else None
+
+
+def _in_script(text: str) -> str:
+    """JSON that cannot end the script element it stands in."""
+    return text.replace("<", "\\u003c")
+
+
+def _jpeg(image, size_px: int) -> str:
+    """A picture, shrunk to `size_px` on the longer side, as base64 of a JPEG."""
+    import base64
+
+    from PIL import Image
+
+    picture = image if isinstance(image, Image.Image) else Image.fromarray(_uint8(image))
+    picture = picture.convert("RGB")
+    picture.thumbnail((size_px, size_px))
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=80)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
 # --- tables as pictures ----------------------------------------------------------------------------------------
 
 
@@ -732,38 +950,54 @@ def recall_vs_parameters(
     ----------
     names : sequence of n str
     parameters : array (n,)
-        Numbers of trainable parameters; a method with none stands on the left edge.
+        Numbers of trainable parameters; methods with none stand together on the left.
     recall, low, high : array (n,)
     published : mapping of label -> (parameters, recall), optional
-        Open diamonds: points whose parameter count has a source.
+        Open marks: points whose parameter count has a source.
+
+    Raises
+    ------
+    ValueError
+        If there is nothing to draw.
     """
     figure, axes = _panels(size=(7.8, 4.8))
     axis = axes[0, 0]
     parameters, recall = np.asarray(parameters, dtype=float), np.asarray(recall, dtype=float)
+    counts = np.concatenate([parameters, [x for x, _ in (published or {}).values()]])
+    if not len(counts):
+        raise ValueError("there is neither a method nor a published point to draw")
+    start = 10.0 ** np.floor(np.log10(counts[counts > 0].min() if (counts > 0).any() else 10.0))
+    # Methods that train nothing stand side by side, or their intervals would cover each other.
+    untrained = np.flatnonzero(parameters == 0)
+    beside = np.zeros(len(parameters))
+    beside[untrained] = 0.12 * start * (np.arange(len(untrained)) - (len(untrained) - 1) / 2)
     for i, name in enumerate(names):
         error = None
         if low is not None and high is not None:
-            error = [[max(recall[i] - low[i], 0)], [max(high[i] - recall[i], 0)]]
+            error = np.nan_to_num([[max(recall[i] - low[i], 0)], [max(high[i] - recall[i], 0)]])
+        known = "" if np.isfinite(recall[i]) else ", not run"
         axis.errorbar(
-            [parameters[i]],
+            [parameters[i] + beside[i]],
             [recall[i]],
             yerr=error,
             fmt=MARKERS[i % len(MARKERS)],
             markersize=9,
             color=PALETTE[i % len(PALETTE)],
             capsize=3,
-            label=f"{name} ({_count(parameters[i])})",
+            label=f"{name} ({_count(parameters[i])}{known})",
         )
     for j, (label, (x, y)) in enumerate((published or {}).items()):
         _published(axis, [x], [y], f"{label} ({_count(x)})", j)
-    counts = np.concatenate([parameters, [x for x, _ in (published or {}).values()]])
-    least = counts[counts > 0].min() if (counts > 0).any() else 10.0
-    start = 10.0 ** np.floor(np.log10(least))
-    axis.set_xscale("symlog", linthresh=start, linscale=0.6)
-    decades = 10.0 ** np.arange(np.log10(start), np.log10(max(counts.max(), start)) + 1)
-    axis.set_xticks([0, *decades], [_count(v) for v in (0, *decades)])
+    end = max(2 * counts.max(), 11 * start)
+    decades = start * 10.0 ** np.arange(np.floor(np.log10(end / start)) + 1)
+    if (counts == 0).any():
+        axis.set_xscale("symlog", linthresh=start, linscale=0.6)
+        decades = np.append(0, decades)
+    else:
+        axis.set_xscale("log")
+    axis.set_xticks(decades, [_count(v) for v in decades])
     axis.minorticks_off()
-    axis.set_xlim(-0.2 * start, 2 * max(counts.max(), start))
+    axis.set_xlim(min(2 * beside.min(initial=0), -0.2 * start) if (counts == 0).any() else start / 1.2, end)
     axis.set_xlabel("trainable parameters")
     axis.set_ylabel(f"R@{k} (%)")
     axis.set_title(title)
@@ -775,36 +1009,50 @@ def recall_vs_parameters(
 def graph_cost(
     names: Sequence[str],
     seconds,
-    share_pct=None,
+    added_pct=None,
     *,
+    once=None,
     published=None,
-    title: str = "What the graph costs, an epoch",
+    estimated=None,
+    title: str = "What making the graph costs",
 ) -> Figure:
-    """Draw the time of making the graph and, where known, its share of an epoch.
+    """Draw the time of making the graph and, where known, what it adds to an epoch.
 
     Parameters
     ----------
     names : sequence of n str
-    seconds, share_pct : array (n,)
-        Seconds an epoch, and percents of the epoch's time (NaN unknown).
-    published : array (n,) of bool, optional
-        Hatched: numbers of the paper, on the paper's machine.
+        With how often the time is paid, as in "online, each epoch".
+    seconds, added_pct : array (n,)
+        Seconds of one making, and percents added to the time of an epoch's steps (NaN unknown).
+    once : array (n,) of bool, optional
+        Paid once and not each epoch, so that nothing is added to an epoch.
+    published, estimated : array (n,) of bool, optional
+        Hatched: numbers of the paper, on the paper's machine; dotted: reckoned, not measured.
     """
     seconds = np.asarray(seconds, dtype=float)
-    share = np.full(len(seconds), np.nan) if share_pct is None else np.asarray(share_pct, dtype=float)
-    published = np.zeros(len(seconds), dtype=bool) if published is None else np.asarray(published, dtype=bool)
-    figure, axes = _panels(1, 2, size=(9.2, 1.6 + 0.52 * len(names)), sharey=True, width_ratios=(3, 2))
+    share = np.full(len(seconds), np.nan) if added_pct is None else np.asarray(added_pct, dtype=float)
+    none = np.zeros(len(seconds), dtype=bool)
+    once = none if once is None else np.asarray(once, dtype=bool)
+    published = none if published is None else np.asarray(published, dtype=bool)
+    estimated = none if estimated is None else np.asarray(estimated, dtype=bool)
+    figure, axes = _panels(1, 2, size=(9.6, 1.9 + 0.52 * len(names)), sharey=True, width_ratios=(3, 2))
     y = np.arange(len(names))[::-1]
-    for axis, values, text in ((axes[0, 0], seconds, _duration), (axes[0, 1], share, lambda v: f"{v:.1f} %")):
-        bars = axis.barh(y, np.nan_to_num(values), color=[SKY if p else BLUE for p in published], height=0.62)
-        for bar, paper in zip(bars, published, strict=True):
-            if paper:
-                bar.set_hatch("//")
-                bar.set_edgecolor(BLACK)
-        for row, value in zip(y, values, strict=True):
+    looks = {
+        "measured here": {"facecolor": BLUE, "edgecolor": BLUE},
+        "estimated here": {"facecolor": "white", "edgecolor": BLUE, "hatch": ".."},
+        "the paper's": {"facecolor": SKY, "edgecolor": BLACK, "hatch": "//"},
+    }
+    kinds = np.where(published, "the paper's", np.where(estimated, "estimated here", "measured here"))
+    for axis, values, text in (
+        (axes[0, 0], seconds, _duration),
+        (axes[0, 1], share, lambda v: f"+{v:.1f} %"),
+    ):
+        for bar, kind in zip(axis.barh(y, np.nan_to_num(values), height=0.62), kinds, strict=True):
+            bar.set(**looks[kind])
+        for row, value, single in zip(y, values, once, strict=True):
             known = np.isfinite(value)
             axis.annotate(
-                text(value) if known else "not known",
+                text(value) if known else "paid once" if single else "not known",
                 (value if known else 0, row),
                 xytext=(4, 0),
                 textcoords="offset points",
@@ -821,11 +1069,10 @@ def graph_cost(
     axes[0, 1].set_xlim(0, top * 1.5)
     axes[0, 0].set_yticks(y, names)
     axes[0, 0].set_xlabel("time (s)")
-    axes[0, 1].set_xlabel("share of the epoch (%)")
-    handles = [Patch(color=BLUE, label="measured here")]
-    if published.any():
-        handles.append(Patch(facecolor=SKY, edgecolor=BLACK, hatch="//", label="the paper's"))
-        axes[0, 1].legend(handles=handles, loc="best")
+    axes[0, 1].set_xlabel("added to an epoch's steps (%)")
+    if len(set(kinds)) > 1:
+        handles = [Patch(label=kind, **look) for kind, look in looks.items() if kind in kinds]
+        figure.legend(handles=handles, loc="outside lower center", ncols=3)
     figure.suptitle(title)
     return figure
 
@@ -1676,19 +1923,9 @@ def thumbnail_page(figure, images: Sequence, *, size_px: int = 160) -> str:
     str
         HTML that loads plotly.js from its public address.
     """
-    import base64
     import json
 
-    from PIL import Image
-
-    encoded = []
-    for image in images:
-        picture = image if isinstance(image, Image.Image) else Image.fromarray(_uint8(image))
-        picture = picture.convert("RGB")
-        picture.thumbnail((size_px, size_px))
-        buffer = io.BytesIO()
-        picture.save(buffer, "JPEG", quality=80)
-        encoded.append(base64.b64encode(buffer.getvalue()).decode())
+    encoded = [_jpeg(image, size_px) for image in images]
     script = """
 const plot = document.getElementById('{plot_id}');
 const pictures = PICTURES;

@@ -4,9 +4,11 @@ The plain functions (`retrieval_view`, `graph_view`, `patch_view`) take values a
 there are some; they work without a browser. The widgets only pass their sliders' values on.
 """
 
+import contextlib
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -14,6 +16,8 @@ from sagelib import analysis, figures
 from sagelib.graph import GeoVisualGraph, greedy_weighted_clique
 from sagelib.images import load_image
 from sagelib.places import Places, same_grid
+from sagelib.retrieval import read_rankings
+from sagelib.runs import write_text
 
 __all__ = [
     "LiveCurve",
@@ -22,13 +26,17 @@ __all__ = [
     "graph_explorer",
     "graph_view",
     "live",
+    "live_curve",
     "patch_matcher",
     "patch_view",
     "retrieval_browser",
     "retrieval_map",
+    "retrieval_rows",
     "retrieval_view",
+    "review_view",
     "tsne_browser",
     "tsne_explorer",
+    "write_review",
 ]
 
 
@@ -96,6 +104,42 @@ def retrieval_view(
         correct,
         query_captions=[f"query {query}" + (f"\n{note}" if note else "")],
         truth=None if truth is None else [load(database.path[truth])],
+    )
+
+
+def retrieval_rows(
+    database: Places,
+    queries: Places,
+    indices,
+    correct,
+    chosen: Sequence[int],
+    *,
+    k: int = 4,
+    load: Callable = load_image,
+    title: str | None = None,
+    tile: float = 1.3,
+):
+    """Draw several queries with their k first references, a row each; other arguments as in `retrieval_view`.
+
+    Parameters
+    ----------
+    chosen : sequence of int
+        The queries, from above; at least one.
+    title, tile
+        Of `sagelib.figures.retrieval_panel`.
+    """
+    chosen = np.asarray(chosen, dtype=int)
+    if not len(chosen):
+        raise ValueError("chosen names no query, so there is nothing to draw")
+    indices, correct = np.asarray(indices)[chosen, :k], np.asarray(correct)[chosen, :k]
+    return figures.retrieval_panel(
+        [load(queries.path[q]) for q in chosen],
+        [[load(database.path[j]) for j in row] for row in indices],
+        distances_m(database, queries[chosen], indices),
+        correct,
+        query_captions=[f"query {q}" for q in chosen],
+        title=title,
+        tile=tile,
     )
 
 
@@ -186,6 +230,128 @@ def retrieval_browser(
     chart.data[1].on_click(clicked)
     show(int(order[0]))
     return box
+
+
+def review_view(
+    database: Places,
+    queries: Places,
+    positives,
+    case,
+    *,
+    k: int = 5,
+    max_heading_deg: float = 45.0,
+    load: Callable = load_image,
+):
+    """Draw one suspected error of the ground truth: what was retrieved above, what is called true below.
+
+    Parameters
+    ----------
+    database, queries : Places
+    positives : sequence of arrays
+        Rows of the references that answer each query.
+    case : mapping
+        One of `sagelib.analysis.suspects`.
+    k : int
+        How many positives to show: those that look the same way first, then the nearest.
+    max_heading_deg : float
+        Within this angle two photographs look the same way; an unknown heading does too.
+    load : callable
+        Path -> image.
+
+    Returns
+    -------
+    matplotlib figure
+    """
+    query, rows = case["query"], np.asarray(positives[case["query"]], dtype=int)
+    metres = distances_m(database, queries[query : query + 1], rows[None])[0]
+    turn = np.abs((database.heading_deg[rows] - queries.heading_deg[query] + 180) % 360 - 180)
+    near = np.lexsort((metres, turn > max_heading_deg))[:k]
+    retrieved = [
+        f"#{rank} {'✓' if hit else '✗'}" + (f"  {m:.0f} m" if np.isfinite(m) else "")
+        for rank, (m, hit) in enumerate(zip(case["metres"], case["positive"], strict=True), 1)
+    ]
+    alike = case["score"]
+    return figures.review_page(
+        load(queries.path[query]),
+        [load(database.path[j]) for j in case["reference"]],
+        [load(database.path[j]) for j in rows[near]],
+        retrieved_captions=retrieved,
+        positive_captions=[f"a positive  {m:.0f} m" for m in metres[near]],
+        correct=case["positive"],
+        query_caption=f"query {query}",
+        notes=f"more alike than {alike:.0%} of the right first answers are" if np.isfinite(alike) else "",
+    )
+
+
+def write_review(
+    result,
+    test_set,
+    folder,
+    *,
+    count: int = 12,
+    k: int = 5,
+    size_px: int = 220,
+    load: Callable = load_image,
+) -> Path:
+    """Write a page for each suspected error of the ground truth, on which a person records a verdict.
+
+    One HTML file, ``folder/review.html``, with everything inside: it opens without a kernel and without a network, keeps verdicts in the
+    browser, and saves them as CSV or JSON.
+
+    Parameters
+    ----------
+    result : sagelib.evaluate.Result
+        With its rankings.csv.
+    test_set : sagelib.places.TestSet
+        That was evaluated.
+    folder : path
+        Of the run that keeps the page.
+    count, k
+        As for `sagelib.analysis.suspects`.
+    size_px : int
+        Longer side of the photographs in the page; their bytes are what the file weighs.
+    load : callable
+        Path -> image.
+
+    Returns
+    -------
+    Path
+        Of the file.
+
+    Raises
+    ------
+    ValueError
+        If `test_set` is not what was evaluated.
+    """
+    database, queries = test_set.database, test_set.queries
+    table = read_rankings(result.path / "rankings.csv")
+    cases = []
+    for row in analysis.suspects(table, database, queries, test_set.positives(), count=count, k=k):
+        found, query, truth = row["reference"], row["query"], row["truth"]
+        known = {
+            "path": row["reference_path"],
+            "image": [load(database.path[j]) for j in found],
+            "metres": row["metres"],
+            "positive": row["positive"],
+        }
+        case = {name: row[name] for name in ("query", "query_path", "score", "n_positives")}
+        case |= {"query_image": load(queries.path[query]), "note": str(queries.note[query]), "truth": None}
+        case["found"] = [
+            dict(zip(known, values, strict=True)) for values in zip(*known.values(), strict=True)
+        ]
+        if truth is not None:
+            case["truth"] = {"path": row["truth_path"], "metres": row["truth_m"], "rank": row["truth_rank"]}
+            case["truth"]["image"] = load(database.path[truth])
+        cases.append(case)
+    names = {"model": result.model, "dataset": result.dataset, "context": result.context}
+    page = figures.review_html(
+        cases,
+        about={**names, "run": result.path.name},
+        rule=str(test_set.rule),
+        searched=int(table["rank"].max()),
+        size_px=size_px,
+    )
+    return write_text(Path(folder) / "review.html", page)
 
 
 def _zoom(chart, fresh, *, whole_m: float = 2500.0, margin_m: float = 60.0) -> None:
@@ -582,15 +748,39 @@ def tsne_explorer(
 # --- training --------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def live_curve(
+    read_log: Callable, *, plateau: float | None = None, every_s: float = 2.0
+) -> Iterator["LiveCurve | None"]:
+    """Show the loss under a cell while the block inside trains; do nothing on a page without a browser.
+
+    Arguments as for `LiveCurve`::
+
+        with live_curve(run.read_log, plateau=1.477):
+            train(config, run)
+    """
+    if not live():
+        yield None
+        return
+    from IPython.display import display
+
+    curve = LiveCurve(read_log, plateau=plateau, every_s=every_s)
+    display(curve.widget)
+    with curve:
+        yield curve
+
+
 class LiveCurve:
-    """Draw a run's loss and recall while it trains, from its log.
+    """Draw a run's loss while it trains, from its log.
 
     Use it around the training; the widget is drawn again every few seconds by a thread of its own::
 
-        live = LiveCurve(run.read_log, plateau=1.477)
-        display(live.widget)
-        with live:
+        curve = LiveCurve(run.read_log, plateau=1.477)
+        display(curve.widget)
+        with curve:
             train(config, run)
+
+    `live_curve` does so in one line.
 
     Parameters
     ----------

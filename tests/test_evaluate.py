@@ -22,13 +22,24 @@ from sagelib.evaluate import (
     locate,
     open_model,
     published,
+    published_by_parameters,
+    published_by_size,
+    published_recalls,
+    read_list,
+    read_results,
+    recall_arrays,
     results_table,
+    sets_with_results,
     to_latex,
     to_markdown,
+    trained_parameters,
+    training_run,
+    training_runs,
     write_table,
 )
 from sagelib.images import Preprocess
 from sagelib.interact import InteractHead
+from sagelib.model import build_model
 from sagelib.places import BENCHMARKS, PositiveRule, TestSet, open_set
 from sagelib.retrieval import PCA, read_rankings
 
@@ -340,8 +351,33 @@ def test_published_numbers():
     paper = recalls[(recalls["method"] == "SAGE") & (recalls["dim"] == 8448) & (recalls["dataset"] == "sped")]
     assert dict(zip(paper["context"], paper["r1"], strict=False))["sorted"] == 98.9
     assert len(published("ablation")) == 20
-    with pytest.raises(ValueError, match="it must be 'recalls' or 'ablation'"):
-        published("graph")
+    with pytest.raises(ValueError, match="it must be one of 'recalls', 'ablation', 'parameters', 'graph'"):
+        published("speed")
+
+
+def test_published_counts_and_costs():
+    counts = published("parameters")
+    plain = build_model("vit_base_patch14_dinov2", pretrained=False, aggregator="softp").parameter_report()
+    ours = counts[counts["backbone"] == "DINOv2 ViT-B"]["trained"].item()
+    assert ours == plain["trained, head off"][1] == 1_956_550
+    large = counts[counts["backbone"] == "DINOv2 ViT-L"].set_index("context")["trained"]
+    assert large["sorted"] - large["none"] == 7_880_192, "the head"
+    points = published_by_parameters("sped")
+    assert points["SAGE ViT-L, sorted"] == (10_377_926, 98.9) and len(points) == 3
+    assert published_by_parameters("town-small") == {}
+    cost = published("graph").set_index("schedule")
+    assert cost.loc["online", "seconds"] == 372 and cost.loc["static", "seconds"] == 1854
+
+
+def test_published_points_for_figures():
+    sizes = published_by_size("sped")
+    assert sizes["SAGE ViT-L, sorted"] == ([2048, 4096, 8448], [95.6, 97.7, 98.9])
+    bars = published_recalls(["town", "sped", "msls-val"])
+    assert set(bars) == {"SAGE ViT-L, sorted", "SAGE ViT-L, none", "SAGE ViT-B, none"}
+    np.testing.assert_allclose(bars["SAGE ViT-L, sorted"], [np.nan, 98.9, 94.5])
+    assert published_recalls(["town"]) == {} and published_by_size("town") == {}
+    with pytest.raises(ValueError, match="nothing is published here of a method 'nobody'"):
+        published_by_size("sped", method="nobody")
 
 
 def test_tables_put_published_numbers_beside_results(data, tmp_path):
@@ -360,6 +396,12 @@ def test_tables_put_published_numbers_beside_results(data, tmp_path):
     assert theirs["hits@1"].isna().all() and theirs["context"].notna().all()
     assert len(results_table(results, published=False)) == 2
     assert len(results_table([])) == 0
+    absent = results_table(results[:1], missing={"tokyo247": "it is not here"})
+    row = absent.iloc[1]
+    assert (row["dataset"], row["method"], row["source"]) == ("tokyo247", "not run", "it is not here")
+    assert (
+        absent["R@1"].dtype == float and np.isnan(row["R@1"]) and (absent["dataset"] == "tokyo247").sum() > 2
+    )
 
     markdown = to_markdown(table)
     assert len(markdown.splitlines()) == len(table) + 2 and "nan" not in markdown.lower().replace(
@@ -378,6 +420,71 @@ def test_tables_put_published_numbers_beside_results(data, tmp_path):
     np.testing.assert_allclose(back["R@1"], table["R@1"].astype(float))
     with pytest.raises(ValueError, match=r"t.xlsx must end in .csv, .md, .tex"):
         write_table(table, tmp_path / "t.xlsx")
+
+
+def test_what_latex_and_markdown_would_read_as_commands():
+    table = pd.DataFrame(
+        {"a_b": ["[x] 5 % & #1 ^~\\\\", "*y <2>|", "two\nlines"], "R@1": [1.0, np.nan, 2.25]}
+    )
+    lines = to_latex(table).splitlines()
+    assert lines[0] == r"\begin{tabular}{lr}" and lines[2] == r"a\_b & R@1 \\"
+    assert lines[4].startswith(r"{}[x] 5 \% \& \#1 \textasciicircum{}\textasciitilde{}\textbackslash{}")
+    assert lines[5] == r"{}*y \textless{}2\textgreater{}\textbar{} &  \\"
+    assert lines[6] == r"two lines & 2.2 \\"
+    assert to_markdown(table).splitlines()[3:] == [r"| *y <2>\| |  |", "| two lines | 2.2 |"]
+
+
+# --------------------------------------------------------------------------------------------- for notebooks
+def test_lists_in_parameters():
+    assert read_list(" a,b , c", "models") == ["a", "b", "c"]
+    assert read_list("256, 64", "pca_dims", int) == [256, 64]
+    assert read_list("", "pca_dims", int, least=0) == []
+    for text, kind, told in (
+        (" , ", str, "models is ' , ': give at least one value"),
+        ("a, a", str, "models is 'a, a': it names one of them twice"),
+        ("12a", int, "models is '12a': give whole numbers separated by commas"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            read_list(text, "models", kind)
+
+
+def test_finished_results_are_read_by_what_they_are(data, tmp_path):
+    model, names = Noisy(), ["aligned", "unaligned"]
+    done = evaluate_many(model, data, names, tmp_path, context="sorted", progress=False).results
+    evaluate_many(model, data, ["aligned"], tmp_path, progress=False)
+    how = {"context": "sorted", "preprocess": model.preprocess}
+    found = read_results(tmp_path, ["unaligned", "aligned", "sped"], ["random", "other"], **how)
+    assert [r.path for r in found] == [done[1].path, done[0].path]
+    assert not read_results(tmp_path, names, ["random"], context="sorted", preprocess=Preprocess(28))
+    recalls, low, high = recall_arrays(found, ["random", "other"], ["aligned", "sped"])
+    assert recalls[0, 0] == done[0].recall.percent(1) and np.isnan(recalls).sum() == 3
+    assert low[0, 0] < recalls[0, 0] < high[0, 0]
+    assert sets_with_results(found, ["sped", "aligned"]) == ["aligned"]
+    with pytest.raises(ValueError, match="nothing to show: it is not here; nor this"):
+        sets_with_results([], ["a", "b"], {"a": "it is not here", "b": "nor this"})
+    with pytest.raises(ValueError, match="nothing to show: no finished run on a, b"):
+        sets_with_results([], ["a", "b"])
+
+
+def test_how_much_was_trained(tmp_path):
+    assert trained_parameters("pixels") == trained_parameters("gem2x2:sage_vit_tiny") == 0
+    roots = [Path(__file__).resolve().parent.parent / "data" / "results"]
+    run = training_run("sage", roots)
+    assert trained_parameters("sage", roots) == run.metrics["trained_parameters"]
+    assert trained_parameters("sage", roots) == sum(
+        p.numel() for p in open_model("sage", roots).parameters() if p.requires_grad
+    )
+    model = build_model("sage_vit_tiny", pretrained=False, aggregator="softp", interact=True)
+    model.save_pretrained(tmp_path / "kept")
+    report = model.parameter_report()
+    assert (
+        trained_parameters(str(tmp_path / "kept"))
+        == report["trained, head off"][0] + report["InteractHead"][0]
+    )
+    assert training_run("pixels", roots) is None and training_run(str(tmp_path / "kept")) is None
+    assert list(training_runs(["pixels", "sage"], roots)) == ["sage"]
+    with pytest.raises(ValueError, match="there is no finished training run 'pixels'"):
+        training_runs([], roots, ["pixels"])
 
 
 # ---------------------------------------------------------------------------------------- real photographs

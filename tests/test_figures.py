@@ -111,7 +111,12 @@ GALLERY = {
         published={"SAGE": (2.5e6, 92.0)},
     ),
     "graph_cost": lambda: figures.graph_cost(
-        ["online", "static", "the paper, online"], [2.0, 0.4, 372], [4, np.nan, 17.7], published=[0, 0, 1]
+        ["online", "static", "reckoned", "the paper, online"],
+        [2.0, 0.4, np.nan, 372],
+        [4, np.nan, np.nan, 17.7],
+        once=[0, 1, 0, 0],
+        estimated=[0, 0, 1, 0],
+        published=[0, 0, 0, 1],
     ),
     "context_audit": lambda: figures.context_audit({"one": AUDIT, "two": AUDIT, "three": AUDIT}),
     "ablation_figure": lambda: figures.ablation_figure(
@@ -430,9 +435,20 @@ def test_methods_without_parameters_stand_on_the_axis():
     assert {"frozen GeM (0)", "SALAD (1.4M)", "published: SAGE (2.5M)"} <= set(texts(figure))
 
 
+def test_parameters_of_published_points_alone_and_of_what_was_not_run():
+    alone = figures.recall_vs_parameters([], [], [], published={"B": (1.96e6, 93.4), "L": (2.5e6, 94.2)})
+    axis = alone.axes[0]
+    assert "0" not in [t.get_text() for t in axis.get_xticklabels()] and axis.get_xlim()[0] > 0
+    two = figures.recall_vs_parameters(["a", "b"], [0, 0], [40, np.nan], [35, np.nan], [45, np.nan])
+    assert "b (0, not run)" in texts(two)
+    with pytest.raises(ValueError, match="neither a method nor a published point"):
+        figures.recall_vs_parameters([], [], [])
+
+
 def test_costs_are_written_out():
     figure = GALLERY["graph_cost"]()
-    assert {"2.0 s", "400 ms", "6.2 min", "17.7 %", "not known"} <= set(texts(figure))
+    assert {"2.0 s", "400 ms", "6.2 min", "+17.7 %", "not known", "paid once"} <= set(texts(figure))
+    assert {"measured here", "estimated here", "the paper's"} <= set(texts(figure))
 
 
 def test_the_audit_shows_each_context():
@@ -583,6 +599,52 @@ def test_the_same_numbers_give_the_same_json():
     files = [f"{i}.jpg" for i in range(60)]
     first, second = (figures.tsne_plotly(POINTS, PLACE, files=files).to_json() for _ in range(2))
     assert json.loads(first) == json.loads(second)
+
+
+def review_case(query=7, **changes):
+    found = [
+        {"path": "database/<d1>.jpg", "image": IMAGES[1], "metres": 26.0, "positive": False},
+        {"path": "database/d2.jpg", "image": IMAGES[2], "metres": np.nan, "positive": True},
+    ]
+    case = {
+        "query": query,
+        "query_path": "queries/q7.jpg",
+        "query_image": IMAGES[0],
+        "note": "</script>night",
+    }
+    case |= {"score": 0.93, "n_positives": 1, "found": found}
+    case["truth"] = {"path": "database/d2.jpg", "image": IMAGES[2], "metres": 3.0, "rank": 0}
+    return case | changes
+
+
+def test_a_review_page_is_whole_and_says_what_is_known():
+    about = {"run": "r1", "model": "sage", "dataset": "</script>"}
+    page = figures.review_html(
+        [review_case(), review_case(8, truth=None, score=np.nan)], about=about, searched=20
+    )
+    assert page.count("<section") == 2 and page.count("data:image/jpeg;base64,") == 3 + 1 + 3
+    assert not re.search(r"""(src|href)=["'](?!data:)|https?://|@import|url\(""", page), (
+        "nothing from elsewhere"
+    )
+    assert page.count("</script>") == 1, "a name cannot end the script"
+    for told in (
+        *("#1  26 m", "✗ no positive", "✓ a positive", "3 m, not among the first 20"),
+        *(
+            "1 reference counts as a positive (25 m).",
+            "more alike than 93 % of the right first answers",
+            "&lt;d1&gt;",
+        ),
+    ):
+        assert told in page, told
+    assert page.count('type="radio"') == 8 and page.count('type="checkbox"') == 4
+    cases = json.loads(re.search(r"cases = (\[.*?\]), key", page).group(1))
+    assert cases[0]["nearest_positive_m"] == 3.0 and cases[1]["nearest_positive_m"] is None
+    assert cases[1]["score"] is None and cases[0]["first_reference_path"] == "database/<d1>.jpg"
+    assert "nothing to review" in figures.review_html([], about=about)
+    with pytest.raises(ValueError, match="two cases have the same query"):
+        figures.review_html([review_case(), review_case()], about=about)
+    with pytest.raises(ValueError, match="about must name the run, got model"):
+        figures.review_html([], about={"model": "sage"})
 
 
 def test_a_page_holds_a_thumbnail_for_every_point():

@@ -1,15 +1,22 @@
 """Widgets without a browser: the plain functions, and what a moved slider or a click changes."""
 
+import json
+import shutil
+from types import SimpleNamespace
+
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
 from sagelib import analysis, figures, widgets
 from sagelib.graph import GeoVisualGraph
-from sagelib.places import Places
+from sagelib.places import Places, TestSet
+from sagelib.retrieval import read_rankings, write_rankings
 
 PNG = b"\x89PNG"
+CHROMIUM = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
 
 
 def picture(path):
@@ -84,6 +91,85 @@ def test_the_browser_follows_slider_and_click(retrieval):
     assert box.query == 1, "a query that is not among those browsed"
     with pytest.raises(ValueError, match="order names no query"):
         widgets.retrieval_browser(database, queries, indices, correct, order=[], load=picture)
+
+
+def test_rows_of_retrievals(retrieval):
+    database, queries, indices, correct = retrieval
+    figure = widgets.retrieval_rows(database, queries, indices, correct, [1, 0], k=2, load=picture)
+    captions = [axis.get_xlabel() for axis in figure.axes]
+    assert captions[0] == "query 1" and captions[3] == "query 0" and len(captions) == 6
+    assert captions[4] == f"#1 ✓  {abs(5 - 10 * indices[0, 0]):.0f} m"
+    with pytest.raises(ValueError, match="chosen names no query"):
+        widgets.retrieval_rows(database, queries, indices, correct, [], load=picture)
+
+
+def review_set(tmp_path, retrieval):
+    """The first two queries as an evaluated set; both are answered wrongly."""
+    database, queries, indices, _ = retrieval
+    test_set = TestSet(name="street", database=database, queries=queries[:2])
+    positives = test_set.positives()
+    wrong = [[j for j in row if j not in positives[q]] for q, row in enumerate(indices[:2])]
+    ranked = np.array([row[:3] for row in wrong])
+    write_rankings(tmp_path / "rankings.csv", ranked, np.full((2, 3), 0.5), database, queries[:2], positives)
+    result = SimpleNamespace(path=tmp_path, model="sage", dataset="street", context="none")
+    return result, test_set, positives
+
+
+def test_the_review_page_of_a_result(tmp_path, retrieval):
+    result, test_set, positives = review_set(tmp_path, retrieval)
+    page = widgets.write_review(result, test_set, tmp_path / "run", count=0, k=2, load=picture)
+    text = page.read_text()
+    assert page.name == "review.html" and text.count("<section") == 2
+    assert "context none, run " in text and "(25 m)" in text and "not among the first 3" in text
+    first = analysis.suspects(
+        read_rankings(tmp_path / "rankings.csv"), test_set.database, test_set.queries, positives
+    )[0]
+    figure = widgets.review_view(test_set.database, test_set.queries, positives, first, load=picture)
+    captions = [axis.get_xlabel() for axis in figure.axes]
+    assert captions[0].startswith("query ") and captions[1].startswith("#1 ✗")
+    assert "a positive  5 m" in captions or "a positive  0 m" in captions, "the nearest positive is shown"
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="no browser installed (Debian: apt install chromium)")
+def test_verdicts_are_kept_saved_and_loaded_without_a_network(tmp_path, retrieval):
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    result, test_set, _ = review_set(tmp_path, retrieval)
+    address = widgets.write_review(result, test_set, tmp_path, k=2, load=picture).as_uri()
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        context = chromium.new_context(offline=True, accept_downloads=True)
+        page, faults, asked = context.new_page(), [], []
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(address)
+        assert page.locator("section:visible").count() == 1
+        page.locator("section:visible input[type=radio]").first.check()
+        page.locator("section:visible input[type=checkbox]").nth(1).check()
+        page.locator("section:visible input[type=text]").fill('the "same", door')
+        page.click("#next")
+        assert page.inner_text("#where") == "page 2 of 2" and page.inner_text("#done") == "1 of 2 judged"
+        for kind in ("csv", "json"):
+            with page.expect_download() as download:
+                page.click(f"#{kind}")
+            download.value.save_as(tmp_path / f"verdicts.{kind}")
+        page.reload()
+        assert page.inner_text("#done") == "1 of 2 judged", "kept by the browser"
+        page.evaluate("localStorage.clear()")
+        page.reload()
+        assert page.inner_text("#done") == "0 of 2 judged"
+        page.set_input_files("#load", tmp_path / "verdicts.json")
+        page.wait_for_function("document.getElementById('done').textContent === '1 of 2 judged'")
+        chromium.close()
+    assert not faults and {url for url in asked if not url.startswith("data:")} <= {
+        address,
+        f"blob:{address}",
+    }
+    table = pd.read_csv(tmp_path / "verdicts.csv", keep_default_na=False)
+    rows = json.loads((tmp_path / "verdicts.json").read_text())
+    assert table["verdict"].tolist() == ["truth wrong", ""] and table["remark"][0] == 'the "same", door'
+    assert rows[0]["same_place"] == [2] and rows[0]["query"] == table["query"][0]
+    assert rows[0]["context"] == "none" and rows[0]["nearest_positive_path"].endswith(".jpg")
 
 
 def _press(trace, indices, xs=(), ys=()):
@@ -229,3 +315,18 @@ def test_the_live_curve_draws_what_the_log_holds():
     assert bytes(live.widget.value) == first, "an equal log is not drawn again"
     with pytest.raises(ValueError, match="every_s must be above 0"):
         widgets.LiveCurve(list, every_s=0)
+
+
+def test_the_live_curve_of_a_page_appears_only_where_somebody_looks(monkeypatch):
+    import IPython.display
+
+    shown = []
+    monkeypatch.setattr(IPython.display, "display", shown.append)
+    monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
+    with widgets.live_curve(list) as curve:
+        assert curve is None and shown == []
+    monkeypatch.setenv("JPY_SESSION_NAME", "03.ipynb")
+    log = [{"kind": "step", "step": i, "loss": 1.0} for i in range(3)]
+    with widgets.live_curve(lambda: log, plateau=1.4, every_s=0.01) as curve:
+        assert shown == [curve.widget]
+    assert bytes(curve.widget.value).startswith(PNG)
