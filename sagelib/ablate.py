@@ -5,6 +5,7 @@ measured (`run_grid`), what has finished is read back (`load_grid`) as a tidy ta
 (`Results`), and a small copy is kept (`export_results`).
 
     python -m sagelib.ablate notebooks/params/ablations/components.yaml --data data/town --runs data/runs --workers 2
+    python -m sagelib.ablate audit --models random-head:gem2x2:sage_vit_tiny MY-RUN --sets data/town data/gardens-point
 
 Configurations that share a frozen prefix share its stored tokens; those that are the same training, within a grid or across grids,
 share the run. A descriptor that is measured here depends on its image alone (and on fixed anchors), never on its neighbours in a batch.
@@ -13,6 +14,7 @@ share the run. A descriptor that is measured here depends on its image alone (an
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import multiprocessing
 import multiprocessing.connection
@@ -26,6 +28,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import faiss
 import numpy as np
 import pandas as pd
 import torch
@@ -34,9 +37,19 @@ from tqdm.auto import tqdm
 
 from sagelib import runs
 from sagelib.backbone import Backbone
-from sagelib.describe import Context, choose_anchors, compose, names_in_order, own_anchors, pick_device
-from sagelib.evaluate import Audit, published
+from sagelib.describe import (
+    Context,
+    choose_anchors,
+    compose,
+    model_fingerprint,
+    names_in_order,
+    own_anchors,
+    pick_device,
+    rerank_in_context,
+)
+from sagelib.evaluate import AUDIT_CONTEXTS, Audit, audit_contexts, open_model, published, training_run
 from sagelib.images import Preprocess
+from sagelib.interact import InteractHead
 from sagelib.places import Places, TestSet, open_set
 from sagelib.retrieval import (
     KS,
@@ -53,10 +66,12 @@ from sagelib.train import PRECISIONS, TrainConfig, open_run, train, training_pla
 __all__ = [
     "Grid",
     "Results",
+    "audit",
     "export_audits",
     "export_results",
     "load_exported",
     "load_grid",
+    "open_audited",
     "pooled_difference",
     "read_grid",
     "run_grid",
@@ -64,7 +79,7 @@ __all__ = [
 
 STAGE = "ablate"
 # How a configuration is measured, once it is trained; its other entries are fields of `TrainConfig`.
-MEASURED = {"context": None, "anchors_from": None, "pca": None, "whiten": False}
+MEASURED = {"context": None, "anchors_from": None, "rerank": None, "pca": None, "whiten": False}
 GRID_KEYS = ("name", "title", "base", "settings", "town", "seeds", "reference", "configurations", "published")
 
 
@@ -91,7 +106,8 @@ class Grid:
     configurations : dict of str to dict
         What each changes. Fields of `TrainConfig`, and how it is measured: ``context`` (none, solo or anchors; default: anchors where the
         head was trained with them, solo for another head, none without a head), ``anchors_from`` (``sample-m`` or ``kmeans-m``: m
-        anchors chosen among the training descriptors after training, instead of the model's own), ``pca`` (dimensions, fitted on
+        anchors chosen among the training descriptors after training, instead of the model's own), ``rerank`` (m: each query's first m
+        references are its anchors in a second stage, `sagelib.describe.rerank_in_context`), ``pca`` (dimensions, fitted on
         training descriptors) and ``whiten``. Options (``aggregator_options``, ...) are added to the base's, unless the configuration
         names another aggregator, adapter, loss or miner, whose options they then are.
     published : dict of str to str
@@ -176,6 +192,11 @@ class Grid:
                 raise ValueError(f"anchors_from needs the context anchors, not {how['context']}")
         elif kind == "anchors" and config.train_context != "anchors":
             raise ValueError("this head has no anchors of its own: give anchors_from, such as kmeans-64")
+        if how["rerank"] is not None:
+            if not isinstance(how["rerank"], int) or how["rerank"] < 1:
+                raise ValueError(f"rerank must be a whole number from 1, got {how['rerank']!r}")
+            if not config.interact or how["pca"] is not None:
+                raise ValueError("rerank needs interact: true, and no pca: the head reads whole descriptors")
         return how
 
     def to_dict(self) -> dict:
@@ -196,7 +217,9 @@ def read_grid(path: str | Path) -> Grid:
     """Read a grid from a YAML file.
 
     Its keys are those of `Grid`, but that ``base`` may name another parameter file (relative to this one; what is no field of
-    `TrainConfig` in it is passed over) and ``settings`` are fields laid over it. Without ``name`` it is the file's.
+    `TrainConfig` in it is passed over) and ``settings`` are fields laid over it. ``configurations`` may name another grid's file: its
+    configurations are then these, and so are its reference, seeds and published rows where this file has none of its own.
+    Without ``name`` it is the file's.
 
     Raises
     ------
@@ -210,6 +233,10 @@ def read_grid(path: str | Path) -> Grid:
     unknown = [key for key in values if key not in GRID_KEYS]
     if unknown:
         raise ValueError(f"{path}: a grid has no key {unknown[0]!r}; it has {', '.join(GRID_KEYS)}")
+    if isinstance(values.get("configurations"), str):
+        theirs = _read_yaml(path.parent / values["configurations"])
+        shared = {key: theirs[key] for key in ("reference", "seeds", "published") if key in theirs}
+        values = {**shared, **values, "configurations": theirs.get("configurations")}
     for key in ("reference", "configurations"):
         if not values.get(key):
             raise ValueError(f"{path}: {key} is missing")
@@ -411,7 +438,7 @@ def _work(grid, jobs, data, root, tokens, workers, device):
         for job in jobs:
             yield job, _run(grid, job, data, root, tokens, device)
         return
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    threads = max(1, _cores() // workers)
     # A fresh interpreter each: forked ones would inherit torch's threads in an unknown state.
     with ProcessPoolExecutor(
         workers,
@@ -427,8 +454,14 @@ def _work(grid, jobs, data, root, tokens, workers, device):
                 yield futures[future], "its process was killed, perhaps for want of memory: lower workers"
 
 
+def _cores() -> int:
+    """Processors that this process may use: fewer than there are where it was given a share."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _start_worker(threads: int) -> None:
     torch.set_num_threads(threads)
+    faiss.omp_set_num_threads(threads)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -528,7 +561,7 @@ def _open_measurement(grid: Grid, configuration: str, job: _Job, test_set: TestS
 def _measure(how: dict, describe: _Describer, data: Data, test_set: TestSet, trained, run) -> None:
     """Describe, search, count; everything goes into the measurement's run."""
     parts = (test_set.database, test_set.queries)
-    values = [describe(places, describe.config.validation_size) for places in parts]
+    before = values = [describe(places, describe.config.validation_size) for places in parts]
     anchors = None
     if how["anchors_from"] is not None:
         method, m = _anchor_rule(how["anchors_from"])
@@ -544,11 +577,22 @@ def _measure(how: dict, describe: _Describer, data: Data, test_set: TestSet, tra
         if how["context"] != "none":
             fitted_on = compose(describe.model, fitted_on, [""] * len(fitted_on), **composed)
         pca = PCA.fit(
-            fitted_on, how["pca"], whiten=how["whiten"], renormalise=how["whiten"], seed=describe.config.seed
+            fitted_on,
+            how["pca"],
+            whiten=how["whiten"],
+            renormalise=how["whiten"],
+            seed=describe.config.seed,
+            model=model_fingerprint(describe.model, head=how["context"] != "none"),
+            data=data.fingerprint(),
+            context=how["context"],
         )
+        pca.save(run.path("pca.safetensors"))
         values = [pca.transform(v) for v in values]
     positives = test_set.positives()
-    counted = recall(search(*values, max(KS))[0], positives, KS)
+    indices, _ = search(*values, max(*KS, how["rerank"] or 1))
+    if how["rerank"] is not None:
+        indices = rerank_in_context(describe.model, *before, indices, how["rerank"], device=describe.device)
+    counted = recall(indices, positives, KS)
     plateau = trained.metrics.get("plateau") or {}
     runs.save_array(run.path("ranks.npy"), counted.per_query_rank.astype(np.int32))
     # Queries of one place succeed and fail together: they are resampled together.
@@ -694,10 +738,13 @@ class Results:
 
 
 def load_grid(grid: Grid, root: str | Path) -> Results:
-    """The finished measurements of a grid in a folder of runs; unfinished and missing ones are rows without a run."""
+    """The finished measurements of a grid in a folder of runs; unfinished and missing ones are rows without a run.
+
+    A run of the same name that was trained or measured otherwise, before the grid's file was changed, is none of this grid's.
+    """
     found: dict[tuple[str, int], list] = {}
     for run in runs.find_runs(root, STAGE):
-        if run.name.startswith(f"{grid.name}--"):
+        if run.name.startswith(f"{grid.name}--") and _belongs(grid, run, Path(root)):
             found.setdefault((run.config["configuration"], run.manifest["seed"]), []).append(run)
     rows, ranks, places = [], {}, {}
     for configuration in grid.configurations:
@@ -709,6 +756,20 @@ def load_grid(grid: Grid, root: str | Path) -> Results:
                 ranks[configuration, seed, dataset] = np.load(run.dir / "ranks.npy")
                 places[dataset] = np.load(run.dir / "places.npy")
     return Results(grid, _tidy(rows), ranks, places)
+
+
+def _belongs(grid: Grid, run: runs.Run, root: Path) -> bool:
+    configuration, seed = run.config["configuration"], run.manifest["seed"]
+    if configuration not in grid.configurations or seed not in grid.seeds:
+        return False
+    how = grid.measurement(configuration)
+    if {key: run.config.get(key, MEASURED[key]) for key in how} != how:
+        return False
+    folder = root / "train" / run.config["training"]
+    if not folder.is_dir():  # removed to save space: the measurement's name has to do
+        return True
+    wanted = grid.training(configuration, seed).identity()
+    return runs.load_run(folder).config == json.loads(json.dumps(wanted))
 
 
 COLUMNS = (
@@ -768,12 +829,14 @@ def _hit(ranks: np.ndarray, k: int) -> np.ndarray:
 def pooled_difference(
     ranks_a, ranks_b, k: int = 1, *, groups=None, seed: int = 0, draws: int = 4_000, level: float = 0.95
 ) -> Difference:
-    """R@k of b less that of a over the same queries and seeds, pooled, by a bootstrap of both.
+    """R@k of b less that of a over the same queries and seeds, pooled: a paired bootstrap over places, widened by what seeds add.
 
-    The unit is a query under a seed: b's run of a seed against a's run of the same seed, on the same query. A draw resamples the seeds with
-    replacement, and, independently, the groups of queries (the same ones for all seeds), because runs of one seed share their
-    initial weights, and a query that is hard is hard for every seed. So the interval tells of other seeds and other places. Few seeds
-    make it too narrow in that part: of S seeds, a bootstrap sees (S - 1) / S of their variance, and none of it with one seed.
+    The unit is a query under a seed: b's run of a seed against a's run of the same seed, on the same query. A draw resamples the groups of
+    queries, the same ones for all seeds, because a query that is hard is hard for every seed. To it is added what the mean over S seeds
+    may be wrong by: a draw from Student's t with S - 1 degrees of freedom, times the standard error of the seeds' own effects, which is
+    what the S means vary by beyond the scatter of single places. So the interval tells of other seeds and other places. (Resampling three seeds
+    would not do: such an interval ends at the lowest and the highest of them, and where seeds are all that varies it misses the truth one time
+    in four.) One seed tells nothing of others: the interval is then that of the places alone.
 
     Parameters
     ----------
@@ -809,15 +872,26 @@ def pooled_difference(
     sizes = np.bincount(member)
     per_group = np.stack([np.bincount(member, weights=row) for row in change])  # (S, G)
     rng = runs.rng(seed, "pooled_difference")
-    picked_seeds = rng.multinomial(len(a), np.full(len(a), 1 / len(a)), size=draws)
-    picked_groups = rng.multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), size=draws)
-    resampled = ((picked_seeds @ per_group) * picked_groups).sum(1) / (len(a) * (picked_groups @ sizes))
+    picked = rng.multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), size=draws)
+    resampled = (picked @ per_group.mean(0)) / (picked @ sizes)
+    if len(a) > 1:
+        error = _seeds_error((per_group - sizes * change.mean()) / sizes.mean())
+        resampled = resampled + error * rng.standard_t(len(a) - 1, size=draws)
     low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
     p = min(1.0, 2 * (1 + min((resampled <= 0).sum(), (resampled >= 0).sum())) / (1 + draws))
     points = 100 * float(change.mean())
     return Difference(
         points, 100 * float(low), 100 * float(high), float(p), math.nan, gained, lost, change.size, k
     )
+
+
+def _seeds_error(effects: np.ndarray) -> float:
+    """Standard error, from seeds alone, of the mean of effects (S seeds, G groups): the two-way analysis of variance."""
+    seeds, groups = effects.shape
+    of_seeds = effects.mean(1, keepdims=True)
+    scatter = effects - of_seeds - effects.mean(0) + effects.mean()
+    single = (scatter**2).sum() / ((seeds - 1) * max(1, groups - 1))
+    return math.sqrt(max(0.0, of_seeds.var(ddof=1) - single / groups) / seeds)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -925,24 +999,54 @@ def load_exported(folder: str | Path) -> Results:
     return Results(grid, _tidy(table.to_dict("records")), ranks, places)
 
 
-def export_audits(audits: Sequence[Audit], folder: str | Path, k: int = 1) -> Path:
+def export_audits(
+    audits: Sequence[Audit],
+    folder: str | Path,
+    k: int = 1,
+    *,
+    places: Mapping[str, np.ndarray] | None = None,
+    trainings: Mapping[str, runs.Run] | None = None,
+) -> Path:
     """Write audits of contexts as small tables: every context's recall, and what the order of the files was worth.
 
-    ``contexts.csv`` has `sagelib.evaluate.Audit.summary` of each model and data set, ``leak.csv`` its `Audit.leak`, ``shuffles.csv`` its table.
+    ``contexts.csv`` has `sagelib.evaluate.Audit.summary` of each model and data set, ``leak.csv`` its `Audit.leak`, ``shuffles.csv`` its table,
+    and ``manifests.json`` what each audit, and the training of its model, was run with.
+
+    Parameters
+    ----------
+    audits : sequence of Audit
+    folder : path
+    k : int
+    places : dict of dataset to array (Q,), optional
+        Which queries lie at one place: they are resampled together.
+    trainings : dict of model to Run, optional
     """
-    folder = Path(folder)
+    folder, places = Path(folder), places or {}
     for name, table in (
         (
             "contexts",
             [a.summary(k).assign(model=a.model, dataset=a.dataset, queries=_queries(a)) for a in audits],
         ),
         ("shuffles", [a.table.assign(model=a.model, dataset=a.dataset) for a in audits]),
-        ("leak", [a.leak(k).assign(model=a.model, dataset=a.dataset) for a in audits]),
+        (
+            "leak",
+            [
+                a.leak(k, groups=places.get(a.dataset)).assign(model=a.model, dataset=a.dataset)
+                for a in audits
+            ],
+        ),
     ):
         table = pd.concat(table)
         table = table[["model", "dataset", *(c for c in table if c not in ("model", "dataset"))]]
         with runs.atomic_path(folder / f"{name}.csv") as path:
             table.to_csv(path, index=False, lineterminator="\n", float_format="%.6g")
+    manifests = [runs.load_run(a.path).manifest for a in audits]
+    kept = {
+        "versions": manifests[0]["versions"],
+        "trainings": {model: _short(run.manifest) for model, run in (trainings or {}).items()},
+        "audits": {a.path.name: _short(m) for a, m in zip(audits, manifests, strict=True)},
+    }
+    runs.write_json(folder / "manifests.json", _portable(kept))
     return folder
 
 
@@ -951,12 +1055,169 @@ def _queries(audit: Audit) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The audit of contexts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def open_audited(spec: str, roots: Sequence[Path] = (), seed: int = 0):
+    """A model to be audited, by name: what `sagelib.evaluate.open_model` knows, with an InteractHead.
+
+    Parameters
+    ----------
+    spec : str
+        A name for `open_model`; behind ``random-head:``, that model with a head of random weights, the paper's but for the width of
+        its segments, which must divide the descriptors'. What such a head does to recall is the context's doing alone.
+    roots : sequence of path
+        Folders of runs.
+    seed : int
+        Of the random weights.
+
+    Returns
+    -------
+    model, run : callable, Run or None
+        The training run where the name is one.
+
+    Raises
+    ------
+    ValueError
+        If there is no such model, or it has no head.
+    """
+    mark, _, rest = spec.partition(":")
+    name = rest if mark == "random-head" else spec
+    model, run = open_model(name, roots), training_run(name, roots)
+    if mark == "random-head":
+        if not hasattr(model, "head"):
+            raise ValueError(f"{name} can be given no head: it is no model of this package")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(runs.torch_seed(seed, "random head"))
+            model.head = InteractHead(model.width, segment_width=math.gcd(model.width, 768)).eval()
+    elif not getattr(model, "has_head", False):
+        raise ValueError(
+            f"{spec} has no InteractHead to be audited; random-head:{spec} gives it one of random weights"
+        )
+    return model, run
+
+
+def audit(
+    models: Mapping[str, str],
+    test_sets: Sequence[TestSet],
+    root: str | Path,
+    *,
+    size: int | None = None,
+    mode: str | None = None,
+    shuffles: int = 5,
+    seed: int = 0,
+    device: str = "auto",
+    progress: bool = True,
+) -> tuple[list[Audit], dict[str, runs.Run]]:
+    """Audit several models on several sets (`sagelib.evaluate.audit_contexts`); what is finished is found again.
+
+    Parameters
+    ----------
+    models : dict of label to name
+        See `open_audited`.
+    test_sets : sequence of TestSet
+    root : path
+        Folder of runs: trained models are looked for here, and audits are written here.
+    size, mode : int, str, optional
+        Of `sagelib.images.Preprocess`. Default: those of a model's training (at the size of its validation), or 126 and antialias for a model
+        that was not trained here.
+    shuffles, seed, device, progress
+        As for `audit_contexts`. A head that has anchors of its own is measured over them, too.
+
+    Returns
+    -------
+    audits : list of Audit
+    trainings : dict of label to Run
+        Of the models that have one.
+    """
+    audits, trainings = [], {}
+    for label, spec in models.items():
+        model, run = open_audited(spec, [Path(root)], seed)
+        theirs = {} if run is None else run.config
+        if run is not None:
+            trainings[label] = run
+        look = Preprocess(
+            size or theirs.get("validation_size", 126), mode or theirs.get("preprocess", "antialias")
+        )
+        anchors = ("anchors",) if own_anchors(model) is not None else ()
+        audits += [
+            audit_contexts(
+                model,
+                test_set,
+                root,
+                contexts=(*AUDIT_CONTEXTS, *anchors),
+                shuffles=shuffles,
+                seed=seed,
+                model_name=label,
+                preprocess=look,
+                device=device,
+                progress=progress,
+            )
+            for test_set in test_sets
+        ]
+    return audits, trainings
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The command
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def _audit_command(arguments: list[str]) -> int:
+    """The command ``python -m sagelib.ablate audit``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m sagelib.ablate audit",
+        description="Recall of the same weights and pictures in every context: none, solo, sorted-n and shuffled-n.",
+    )
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        required=True,
+        metavar="[LABEL=]NAME",
+        help="a training run with a head, a released checkpoint's file, or random-head: before any model's name",
+    )
+    parser.add_argument(
+        "--sets", type=Path, nargs="+", required=True, help="sets whose test part is measured"
+    )
+    parser.add_argument("--runs", type=Path, default=Path("data/runs"), help="folder of runs")
+    parser.add_argument("--export", type=Path, help="folder for small tables, as in data/results/audit")
+    parser.add_argument("--shuffles", type=int, default=5, help="permutations of each shuffled-n")
+    parser.add_argument("--size", type=int, help="pixels a side (default: of a model's training, else 126)")
+    parser.add_argument(
+        "--preprocess", help="mode of preprocessing (default: of a model's training, else antialias)"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto")
+    options = parser.parse_args(arguments)
+    models = {}
+    for text in options.models:
+        label, mark, spec = text.partition("=")
+        models[label if mark else Path(text).name.replace(":", "-")] = spec if mark else text
+    try:
+        test_sets = [open_set(folder.parent, folder.name) for folder in options.sets]
+        places = {t.name: t.queries.with_clusters(25.0).place for t in test_sets}
+        looks = {"size": options.size, "mode": options.preprocess}
+        how = dict(shuffles=options.shuffles, seed=options.seed, device=options.device)
+        audits, trainings = audit(models, test_sets, options.runs, **looks, **how)
+        if options.export is not None:
+            print(f"written: {export_audits(audits, options.export, places=places, trainings=trainings)}")
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 1
+    for one in audits:
+        print(f"\n{one.model} on {one.dataset}: R@1, and sorted less shuffled")
+        print(one.summary().to_string(index=False, float_format="{:.1f}".format))
+        leak = one.leak(groups=places[one.dataset])
+        print(leak.to_string(index=False, float_format="{:.1f}".format))
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """The command ``python -m sagelib.ablate``."""
+    """The command ``python -m sagelib.ablate``; with ``audit`` as its first word, the audit of contexts."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["audit"]:
+        return _audit_command(arguments[1:])
     parser = argparse.ArgumentParser(prog="python -m sagelib.ablate", description=__doc__.splitlines()[0])
     parser.add_argument("grid", type=Path, help="YAML file of a grid")
     parser.add_argument(
