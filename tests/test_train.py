@@ -402,13 +402,13 @@ import os, sys, time
 from sagelib import sampler, train
 build, read = sampler.CliqueSampler._find_neighbours, train.read_checkpoint
 sampler.CliqueSampler._find_neighbours = lambda self: (print("a graph is built"), build(self))[1]
-train.read_checkpoint = lambda *given: (time.sleep(2.0 * int(os.environ["RANK"])), read(*given))[1]
+train.read_checkpoint = lambda *given: (time.sleep(1.0 * int(os.environ["RANK"])), read(*given))[1]
 sys.exit(train.main(sys.argv[1:]))
 """
 
 
-def two_processes(arguments: list[str]) -> list[str]:
-    """What both processes of one training say; both must end well."""
+def start_two(arguments: list[str]) -> list[subprocess.Popen]:
+    """Two processes of one training."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -429,6 +429,11 @@ def two_processes(arguments: list[str]) -> list[str]:
                 text=True,
             )
         )
+    return started
+
+
+def ended_well(started: list[subprocess.Popen]) -> list[str]:
+    """What each of the processes said."""
     said = []
     for process in started:
         said.append(process.communicate(timeout=300)[0])
@@ -442,8 +447,9 @@ def test_two_processes_train_like_one(tmp_path, town, mined, validation):
     changes = {**HEAD, "dropout": 0.0, "augment": 2}
     parameters.write_text(yaml.safe_dump({**TINY, **changes}))
     config = TrainConfig.from_mapping(yaml.safe_load(parameters.read_text()))
+    started = start_two(command(parameters, town, tmp_path, "two")[3:])
     one = run_once(tmp_path, config, name="one", mined=mined, validation=validation)
-    said = two_processes(command(parameters, town, tmp_path, "two")[3:])
+    said = ended_well(started)
     assert [text.count("a graph is built") for text in said] == [1, 0]
     two = runs.load_run(tmp_path / "train" / "two")
     lines = [line for line in two.read_log() if line["kind"] == "step"]
@@ -460,12 +466,13 @@ def test_a_process_that_comes_late_to_the_checkpoints_starts_like_the_others(tmp
     parameters = tmp_path / "late.yaml"
     parameters.write_text(yaml.safe_dump({**TINY, "epochs": 1, "batches_per_epoch": 2}))
     folder = make_sets.gsv_like(tmp_path, n_places=4)
-    two_processes(
+    started = start_two(
         [
             *(str(parameters), "--gsv", str(folder), "--runs", str(tmp_path)),
             *("--name", "late", "--device", "cpu"),
         ]
     )
+    ended_well(started)
     assert runs.load_run(tmp_path / "train" / "late").metrics["steps"] == 2
 
 
