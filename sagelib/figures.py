@@ -950,7 +950,7 @@ def recall_vs_parameters(
     ----------
     names : sequence of n str
     parameters : array (n,)
-        Numbers of trainable parameters; methods with none stand together on the left.
+        Numbers of trainable parameters; methods with none stand together on the left, and those with nearly equal numbers side by side.
     recall, low, high : array (n,)
     published : mapping of label -> (parameters, recall), optional
         Open marks: points whose parameter count has a source.
@@ -967,10 +967,12 @@ def recall_vs_parameters(
     if not len(counts):
         raise ValueError("there is neither a method nor a published point to draw")
     start = 10.0 ** np.floor(np.log10(counts[counts > 0].min() if (counts > 0).any() else 10.0))
-    # Methods that train nothing stand side by side, or their intervals would cover each other.
-    untrained = np.flatnonzero(parameters == 0)
-    beside = np.zeros(len(parameters))
-    beside[untrained] = 0.12 * start * (np.arange(len(untrained)) - (len(untrained) - 1) / 2)
+    # Methods that train equally much, or nothing, stand side by side, or their intervals would cover each other.
+    order, beside = np.argsort(parameters, kind="stable"), np.zeros(len(parameters))
+    new = parameters[order] > 1.08 * np.roll(parameters[order], 1)
+    for group in np.split(order, np.flatnonzero(new[1:]) + 1):
+        width = 0.12 * np.where(parameters[group] == 0, start, parameters[group])
+        beside[group] = width * (np.arange(len(group)) - (len(group) - 1) / 2)
     for i, name in enumerate(names):
         error = None
         if low is not None and high is not None:
@@ -997,7 +999,10 @@ def recall_vs_parameters(
         axis.set_xscale("log")
     axis.set_xticks(decades, [_count(v) for v in decades])
     axis.minorticks_off()
-    axis.set_xlim(min(2 * beside.min(initial=0), -0.2 * start) if (counts == 0).any() else start / 1.2, end)
+    axis.set_xlim(
+        min(2 * beside[parameters == 0].min(initial=0), -0.2 * start) if (counts == 0).any() else start / 1.2,
+        end,
+    )
     axis.set_xlabel("trainable parameters")
     axis.set_ylabel(f"R@{k} (%)")
     axis.set_title(title)

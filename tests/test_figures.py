@@ -441,6 +441,9 @@ def test_parameters_of_published_points_alone_and_of_what_was_not_run():
     assert "0" not in [t.get_text() for t in axis.get_xticklabels()] and axis.get_xlim()[0] > 0
     two = figures.recall_vs_parameters(["a", "b"], [0, 0], [40, np.nan], [35, np.nan], [45, np.nan])
     assert "b (0, not run)" in texts(two)
+    close = figures.recall_vs_parameters(["a", "b", "c"], [100_000, 5, 101_000], [40, 41, 42]).axes[0]
+    x = [line.get_xdata()[0] for line in close.lines]
+    assert x[1] == 5 and x[2] - x[0] > 5_000, "equally many stand side by side"
     with pytest.raises(ValueError, match="neither a method nor a published point"):
         figures.recall_vs_parameters([], [], [])
 
