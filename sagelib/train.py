@@ -1416,7 +1416,7 @@ def _place_sampler(config: TrainConfig, places: Places) -> PlaceSampler:
     if len(few) and config.small_places == "refuse":
         row = np.flatnonzero(place == few[0])[0]
         raise ValueError(
-            f"place {places.place[row]} of city {places.city[row]!r} has {(place == few[0]).sum()} images, fewer than images_per_place = "
+            f"place {places.place[row]} of city {str(places.city[row])!r} has {(place == few[0]).sum()} images, fewer than images_per_place = "
             f"{config.images_per_place} ({len(few)} of {len(labels)} places are so small): leave them out with small_places = 'leave_out', "
             "or lower images_per_place"
         )

@@ -714,7 +714,8 @@ def test_places_too_small_and_batches_too_large(tmp_path, mined, labelled):
     thin = labelled[np.setdiff1d(np.arange(len(labelled)), first[1:])]
     few = len(np.unique(labelled.place))
     with pytest.raises(
-        ValueError, match="has 1 images, fewer than images_per_place = 2.*small_places = 'leave_out'"
+        ValueError,
+        match="of city '[^']*' has 1 images, fewer than images_per_place = 2.*small_places = 'leave_out'",
     ):
         run_once(tmp_path, tiny(), name="thin", labelled=thin)
     assert run_once(
