@@ -133,10 +133,10 @@ class PretrainConfig:
     depth: int = 12
     heads: int = 3
     layer_scale: float = 0.5
-    steps: int = 3200
+    steps: int = 5000
     batch_size: int = 24
     sides: tuple[int, ...] = (112, 168)
-    shares: tuple[float, ...] = (0.85, 0.15)
+    shares: tuple[float, ...] = (0.88, 0.12)
     area: tuple[float, float] = (0.25, 1.0)
     frame_share: float = 0.5
     group: int = 4
@@ -147,7 +147,7 @@ class PretrainConfig:
     warmup: int = 40
     average: float = 0.998
     pooled_weight: float = 0.2
-    instance_weight: float = 0.3
+    instance_weight: float = 0.2
     temperature: float = 0.1
     relation_weight: float = 0.0
     hidden: float = 0.4
