@@ -1842,7 +1842,7 @@ def tsne_plotly(
     place = np.asarray(place)
     if len(files) != len(place):
         raise ValueError(f"files must be one an image: got {len(files)} for {len(place)} images")
-    columns = min(len(coordinates), 4)
+    columns = min(len(coordinates), 2)  # as wide as a notebook's cell
     rows = -(-len(coordinates) // columns)
     titles = []
     for name in coordinates:

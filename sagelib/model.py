@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sagelib.aggregators import NetVLAD
 from sagelib.backbone import PLAIN_DINOV2, Backbone
 from sagelib.interact import AnchorStates, InteractHead
 from sagelib.runs import atomic_path, write_json
@@ -187,16 +188,21 @@ class SAGE(
         self._hub_mixin_config = {**self._hub_mixin_config, "interact_options": options}
 
     def initialise_from(self, batches: Iterable[Tensor | tuple[Tensor, tuple[int, int]]]) -> None:
-        """Data-dependent initialisation of Soft Probing; see ``SoftProbing.initialise_from``.
+        """Data-dependent initialisation: ``SoftProbing.initialise_from``, or k-means centres for NetVLAD.
 
         Parameters
         ----------
         batches : iterable
             Image batches (B, 3, H, W), or pairs of ``backbone.prefix`` tokens (B, T, M) and grid.
+
+        Raises
+        ------
+        ValueError
+            For another aggregator.
         """
-        if not isinstance(self.aggregator, SoftProbing):
+        if not isinstance(self.aggregator, SoftProbing | NetVLAD):
             raise ValueError(
-                f"only Soft Probing has this initialisation, not {type(self.aggregator).__name__}"
+                f"only Soft Probing and NetVLAD start from data, not {type(self.aggregator).__name__}: switch data_init off"
             )
         was_training = self.training
         self.eval()
@@ -207,7 +213,10 @@ class SAGE(
                 yield self.backbone.split(self.backbone.suffix(tokens))[1]
 
         with torch.no_grad():
-            self.aggregator.initialise_from(patches())
+            if isinstance(self.aggregator, NetVLAD):
+                self.aggregator.start_from_patches(torch.cat([p.flatten(0, 1) for p in patches()]))
+            else:
+                self.aggregator.initialise_from(patches())
         self.train(was_training)
 
     # -- parameters ------------------------------------------------------------------------------------------

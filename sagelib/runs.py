@@ -285,7 +285,19 @@ def _plain(obj: Any) -> Any:
 # --------------------------------------------------------------------------------------------------
 
 MANIFEST = "manifest.json"
-_PACKAGES = ("sagelib", "torch", "torchvision", "timm", "peft", "faiss-cpu", "numpy", "scipy", "pillow")
+_PACKAGES = (
+    "sagelib",
+    "torch",
+    "torchvision",
+    "timm",
+    "peft",
+    "accelerate",
+    "pytorch-metric-learning",
+    "faiss-cpu",
+    "numpy",
+    "scipy",
+    "pillow",
+)
 
 
 class RunConflict(ValueError):

@@ -44,6 +44,7 @@ def test_tsne_keeps_neighbours_and_repeats():
     # One point of thirty may go astray: last digits differ between processors, and the descent makes much of them.
     assert (labels[apart.argmin(axis=1)] == labels).mean() >= 0.96
     np.testing.assert_array_equal(points, analysis.tsne(values, seed=0, perplexity=5))
+    assert not np.array_equal(points, analysis.tsne(values, seed=1, perplexity=5))
 
 
 def test_tsne_says_what_it_cannot_do():

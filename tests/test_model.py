@@ -214,8 +214,21 @@ def test_initialisation_from_data_spreads_untrained_descriptors():
         after = model(x)
         torch.testing.assert_close(other(x), after, rtol=0, atol=1e-6)
     assert (after @ after.T).mean() < (before @ before.T).mean() - 0.1
-    with pytest.raises(ValueError, match="only Soft Probing"):
+    with pytest.raises(ValueError, match="only Soft Probing and NetVLAD start from data, not GeM"):
         tiny(aggregator="gem", interact=False).initialise_from([x])
+
+
+def test_netvlad_starts_from_centres_of_the_patches():
+    model, x = tiny(aggregator="netvlad", aggregator_options={"clusters": 4}, interact=False), images(24)
+    before = model.aggregator.centres.clone()
+    with torch.no_grad():
+        model.initialise_from(x.split(8))
+        patches = model.backbone.split(model.backbone(x))[1].flatten(0, 1)
+    unit = torch.nn.functional.normalize(patches, dim=1)
+    nearest = torch.cdist(unit, model.aggregator.centres).argmin(1)
+    assert not torch.equal(model.aggregator.centres, before)
+    for k in range(4):  # a centre is the mean of what lies nearest to it
+        torch.testing.assert_close(model.aggregator.centres[k], unit[nearest == k].mean(0), rtol=0, atol=0.02)
 
 
 # -- files -------------------------------------------------------------------------------------------------------
