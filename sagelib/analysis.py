@@ -507,7 +507,7 @@ def town_labels(folder, paths: Iterable) -> np.ndarray:
     from pathlib import Path
 
     from sagelib.runs import read_json
-    from sagelib.town import Town, TownConfig, plan_shots
+    from sagelib.town import Town, TownConfig, images_of, plan_shots
 
     settings = read_json(Path(folder) / "settings.json")
     config, planned, found = TownConfig(**settings["config"]), {}, []
@@ -518,7 +518,7 @@ def town_labels(folder, paths: Iterable) -> np.ndarray:
             planned[part] = {
                 shot.name: (town, shot)
                 for town in towns
-                for shot in plan_shots(town, part, settings["images_per_town"])
+                for shot in plan_shots(town, part, images_of(settings, part.split("/")[0]))
             }
         if path.name not in planned[part]:
             raise ValueError(f"{path} is no picture of the town in {folder}: its settings plan no such shot")

@@ -1887,6 +1887,12 @@ def plan_shots(town: Town, part: str, images: int | None = None) -> list[Shot]:
     return shots
 
 
+def images_of(settings: dict, split: str) -> int | None:
+    """How many pictures each town of a split has, by the ``settings.json`` of a written folder; None: every pose."""
+    few = settings.get("train_images_per_town") if split == "train" else None
+    return few or settings["images_per_town"]
+
+
 def _shots_of(settings: dict) -> list[tuple[int, list[Shot]]]:
     """All pictures of a folder, town by town."""
     config, out = TownConfig(**settings["config"]), []
@@ -1899,7 +1905,7 @@ def _shots_of(settings: dict) -> list[tuple[int, list[Shot]]]:
             town = Town(seed, config)
             shots = []
             for kind in parts:
-                shots += plan_shots(town, f"{split}/{kind}", settings["images_per_town"])
+                shots += plan_shots(town, f"{split}/{kind}", images_of(settings, split))
             out.append((seed, shots))
     return out
 
@@ -1934,6 +1940,7 @@ def write_town(
     val_seeds=(1100,),
     test_seeds=(1110,),
     images_per_town: int | None = None,
+    train_images_per_town: int | None = None,
     size: int = 126,
     config: TownConfig | None = None,
     workers: int = 1,
@@ -1955,6 +1962,8 @@ def write_town(
     images_per_town : int, optional
         References (or training pictures), and as many queries, of each town: the first so many along the streets;
         None takes every pose, about 500 a training town and 200 + 200 a test town.
+    train_images_per_town : int, optional
+        The same for the training towns alone, where it goes before `images_per_town`.
     size : int
         Pixels a side.
     config : TownConfig, optional
@@ -1994,12 +2003,17 @@ def write_town(
     ):
         if not low <= value <= high:
             raise ValueError(f"{name} must lie between {low} and {high}, got {value}")
-    if images_per_town is not None and images_per_town < 1:
-        raise ValueError(f"images_per_town must be at least 1, or None for every pose, got {images_per_town}")
+    for name, value in (
+        ("images_per_town", images_per_town),
+        ("train_images_per_town", train_images_per_town),
+    ):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, or None for every pose, got {value}")
     settings = {
         "picture_version": PICTURE_VERSION,
         "seeds": seeds,
         "images_per_town": images_per_town,
+        "train_images_per_town": train_images_per_town,
         "size": int(size),
         "quality": int(quality),
         "config": {**asdict(config), "query_conditions": list(config.query_conditions)},
@@ -2105,11 +2119,15 @@ def ensure_town(
     data_folder : path
     name : str
     images : int, optional
-        ``images_per_town`` of :func:`write_town`; None or 0 takes every pose.
+        ``images_per_town`` of :func:`write_town`, with two training towns. None or 0: every pose of one town for validation and
+        one for test, and 120 pictures of each of 20 training towns, for what is learned on few towns does not carry over to another.
     size, workers, progress
         As for :func:`write_town`.
     """
     folder = Path(data_folder) / name
     if name.startswith("town"):
-        write_town(folder, images_per_town=images or None, size=size, workers=workers, progress=progress)
+        many = {} if images else {"train_seeds": SEED_RANGES["train"][:20], "train_images_per_town": 120}
+        write_town(
+            folder, images_per_town=images or None, **many, size=size, workers=workers, progress=progress
+        )
     return folder

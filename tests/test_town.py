@@ -210,6 +210,14 @@ def test_every_label_is_seen_somewhere(town, shots):
     assert {LABELS[k] for k in seen} == set(LABELS)
 
 
+def test_training_towns_may_have_fewer_pictures_than_those_for_test(tmp_path):
+    folder = _write(tmp_path / "few", images_per_town=5, train_images_per_town=3)
+    counts = {
+        part: len(list((folder / "images" / part).iterdir())) for part in ("train/database", "test/database")
+    }
+    assert counts == {"train/database": 3, "test/database": 5}
+
+
 def test_a_camera_may_look_past_every_wall(town):
     """From the edge of the town outwards there is ground and sky alone, in every condition."""
     east, north = town.to_utm(*(v - 5.0 for v in town._box[:, [0, 2]].min(0)))
@@ -391,6 +399,7 @@ def test_other_settings_are_refused_by_name(tmp_path):
         ({"test_seeds": (3,)}, "test_seeds must lie in 1110 to 1119, got 3"),
         ({"train_seeds": (5, 5)}, "twice"),
         ({"images_per_town": 0}, "images_per_town must be at least 1"),
+        ({"train_images_per_town": 0}, "train_images_per_town must be at least 1"),
         ({"size": 4}, "size must lie between 16 and 2048, got 4"),
         ({"workers": 0}, "workers"),
     ],
