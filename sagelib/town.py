@@ -2013,11 +2013,12 @@ def write_town(
         "picture_version": PICTURE_VERSION,
         "seeds": seeds,
         "images_per_town": images_per_town,
-        "train_images_per_town": train_images_per_town,
         "size": int(size),
         "quality": int(quality),
         "config": {**asdict(config), "query_conditions": list(config.query_conditions)},
     }
+    if train_images_per_town is not None:  # folders written without it stay as they are
+        settings["train_images_per_town"] = train_images_per_town
     plan, manifest = folder / "settings.json", folder / "manifest.json"
     if plan.exists():
         found = read_json(plan)
