@@ -242,10 +242,10 @@ def test_the_grids_on_streets_have_the_rows_of_those_on_the_town():
 def test_comparators_have_descriptors_of_one_width():
     grid = read_grid(GRIDS[0].parent / "aggregator.yaml")
     models = {name: build_model_of(grid.training(name, 0)) for name in grid.configurations}
-    assert {model.width for model in models.values()} == {576}
+    assert {model.width for model in models.values()} == {2304}
     assert grid.training("SoftP, no data_init", 0).data_init is None
     # The numbers that the file tells.
-    told = {"SoftP": 133, "CFP": 133, "GeM": 111, "NetVLAD": 7, "SALAD": 354, "MixVPR": 82, "BoQ": 543}
+    told = {"SoftP": 478, "CFP": 478, "GeM": 445, "NetVLAD": 17, "SALAD": 477, "MixVPR": 165, "BoQ": 1823}
     for name, thousands in told.items():
         assert round(sum(p.numel() for p in models[name].aggregator.parameters()) / 1000) == thousands
 

@@ -94,6 +94,7 @@ def test_a_notebook_runs_in_jupyterlab_and_its_slider_changes_the_output(lab, br
                   || [...document.querySelectorAll('.jp-InputPrompt')].some(p => p.textContent.trim() === `[${last}]:`)""",
         arg=last,
         timeout=240_000,
+        polling=500,  # a page that draws nothing has no frames to poll at
     )
     page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]')
     assert page.locator('[data-mime-type="application/vnd.jupyter.error"]').count() == 0, (
@@ -122,6 +123,7 @@ def test_a_notebook_runs_in_jupyterlab_and_its_slider_changes_the_output(lab, br
     page.wait_for_function(
         "([node, before]) => node.innerHTML.replace(/noUi[^>]*|aria-[^>]*/g, '') !== before.replace(/noUi[^>]*|aria-[^>]*/g, '')",
         arg=[output.element_handle(), before],
+        polling=500,
     )
     page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]')
     if shots:
