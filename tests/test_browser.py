@@ -20,6 +20,9 @@ ALL = sorted(p.name for p in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 ONE = [name for name in ALL if name.startswith("02_")] or ALL[:1]
 CHROMIUM = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
 
+# Of the notebook in front, through the application object that `--expose-app-in-browser` puts into the page.
+KERNEL = "window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel"
+
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.timeout(600),
@@ -33,20 +36,39 @@ def lab(tmp_path_factory):
     home = tmp_path_factory.mktemp("lab")
     # The notebooks find data beside them; what is not there yet is written beside the copy.
     shutil.copytree(ROOT / "notebooks", home / "notebooks")
+    for copy in (home / "notebooks").glob("*.ipynb"):
+        # Without stored outputs and counts, what is seen in the browser was computed there.
+        notebook = json.loads(copy.read_text())
+        for cell in notebook["cells"]:
+            if cell["cell_type"] == "code":
+                cell.update(outputs=[], execution_count=None)
+        copy.write_text(json.dumps(notebook))
     (home / "data").mkdir()
     for folder in (ROOT / "data").iterdir():
         if folder.name != "runs":
             (home / "data" / folder.name).symlink_to(folder)
-    quiet = home / "config" / "lab" / "user-settings" / "@jupyterlab" / "apputils-extension"
-    quiet.mkdir(parents=True)
-    (quiet / "notification.jupyterlab-settings").write_text('{"fetchNews": "false"}')
+    settings = home / "config" / "lab" / "user-settings" / "@jupyterlab"
+    for extension, plugin, values in (
+        ("apputils-extension", "notification", {"fetchNews": "false"}),
+        ("notebook-extension", "tracker", {"windowingMode": "none"}),  # cells out of sight stay in the page
+    ):
+        (settings / extension).mkdir(parents=True)
+        (settings / extension / f"{plugin}.jupyterlab-settings").write_text(json.dumps(values))
     environment = {
         **os.environ,
         "JUPYTER_RUNTIME_DIR": str(home / "runtime"),
         "JUPYTER_CONFIG_DIR": str(home / "config"),
         "SAGE_RUNS": str(home / "runs"),
     }
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--port=0"]
+    command = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        "--no-browser",
+        "--allow-root",
+        "--port=0",
+        "--expose-app-in-browser",
+    ]
     command += ["--IdentityProvider.token=test", f"--ServerApp.root_dir={home / 'notebooks'}"]
     command += ["--LabApp.news_url=", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
     with open(home / "log.txt", "w") as log:
@@ -77,21 +99,10 @@ def test_a_notebook_runs_in_jupyterlab_and_its_slider_changes_the_output(lab, br
     page.set_default_timeout(180_000)
     page.goto(f"{lab}/lab/tree/{name}?token=test&reset")
     page.wait_for_selector(".jp-Notebook .jp-CodeCell")
-    page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]')
-    for _ in range(2):
-        page.get_by_role("menuitem", name="Run", exact=True).click()
-        page.get_by_text("Run All Cells", exact=True).click()
-        # Stored prompts have counts too: the run has begun when one is a star. A page that was faster than its kernel asks for one.
-        page.wait_for_function(
-            """() => document.querySelector('.jp-Dialog')
-                     || [...document.querySelectorAll('.jp-InputPrompt')].some(p => p.textContent.trim() === '[*]:')""",
-            polling=100,
-        )
-        if page.locator(".jp-Dialog").count() == 0:
-            break
-        page.locator(".jp-Dialog .jp-mod-accept").click()
-        page.wait_for_selector(".jp-Dialog", state="detached")
-        page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]')
+    # The page draws its indicator as idle before there is a kernel, and then a click on Run All Cells does nothing: JupyterLab itself is asked.
+    page.wait_for_function(f"{KERNEL}?.status === 'idle'", polling=100)
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_text("Run All Cells", exact=True).click()
     cells = [
         c for c in json.loads((ROOT / "notebooks" / name).read_text())["cells"] if c["cell_type"] == "code"
     ]
@@ -108,7 +119,7 @@ def test_a_notebook_runs_in_jupyterlab_and_its_slider_changes_the_output(lab, br
         timeout=240_000,
         polling=500,  # a page that draws nothing has no frames to poll at
     )
-    page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]')
+    page.wait_for_function(f"{KERNEL}.status === 'idle'", polling=100)
     assert page.locator('[data-mime-type="application/vnd.jupyter.error"]').count() == 0, (
         "a cell ended in an error"
     )
@@ -137,7 +148,7 @@ def test_a_notebook_runs_in_jupyterlab_and_its_slider_changes_the_output(lab, br
         arg=[output.element_handle(), before],
         polling=500,
     )
-    page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]')
+    page.wait_for_function(f"{KERNEL}.status === 'idle'", polling=100)
     if shots:
         page.screenshot(path=f"{shots}/{Path(name).stem}-slider.png")
     page.close()
