@@ -438,7 +438,7 @@ def _work(grid, jobs, data, root, tokens, workers, device):
         for job in jobs:
             yield job, _run(grid, job, data, root, tokens, device)
         return
-    threads = max(1, _cores() // workers)
+    threads = max(1, runs.cores() // workers)
     # A fresh interpreter each: forked ones would inherit torch's threads in an unknown state.
     with ProcessPoolExecutor(
         workers,
@@ -452,11 +452,6 @@ def _work(grid, jobs, data, root, tokens, workers, device):
                 yield futures[future], future.result()
             except BrokenProcessPool:
                 yield futures[future], "its process was killed, perhaps for want of memory: lower workers"
-
-
-def _cores() -> int:
-    """Processors that this process may use: fewer than there are where it was given a share."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _start_worker(threads: int) -> None:

@@ -34,6 +34,7 @@ __all__ = [
     "atomic_path",
     "check_parameters",
     "compare_runs",
+    "cores",
     "describe_run",
     "find_runs",
     "fingerprint",
@@ -158,6 +159,11 @@ def save_array(path: str | os.PathLike, array: np.ndarray) -> Path:
 # --------------------------------------------------------------------------------------------------
 # Random streams and fingerprints
 # --------------------------------------------------------------------------------------------------
+
+
+def cores() -> int:
+    """Processors that this process may use: fewer than there are where it was given a share."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def rng(seed: int, *names: str | int) -> np.random.Generator:

@@ -60,6 +60,7 @@ from sagelib.retrieval import recall, search
 from sagelib.runs import Run
 from sagelib.sampler import CliqueSampler, PlaceSampler
 from sagelib.tokens import TokenStore, open_tokens
+from sagelib.town import ensure_town
 
 __all__ = [
     "Result",
@@ -1761,7 +1762,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     data = parser.add_argument_group("data")
     data.add_argument(
-        "--data", type=Path, metavar="SET", help="images/train is mined by position, images/val validates"
+        "--data",
+        type=Path,
+        metavar="SET",
+        help="images/train is mined by position, images/val validates; a town... that is not there is rendered",
     )
     data.add_argument(
         "--msls", type=Path, metavar="FOLDER", help="MSLS, mined; its validation cities are left out"
@@ -1794,6 +1798,8 @@ def main(arguments: list[str] | None = None) -> int:
         if passed_over and first:
             print(f"{options.parameters}: passed over {', '.join(passed_over)} (no fields of a training)")
         config = TrainConfig.from_mapping(values)
+        if os.environ.get("WORLD_SIZE", "1") == "1" and _is_unfinished_town(options.data):
+            ensure_town(options.data.parent, options.data.name, workers=runs.cores(), progress=True)
         mined = [training_places(options.data)] if options.data else []
         mined += [read_msls(options.msls)] if options.msls else []
         data = {
@@ -1817,6 +1823,15 @@ def main(arguments: list[str] | None = None) -> int:
     if first:
         print(runs.describe_run(result.run))
     return 0
+
+
+def _is_unfinished_town(folder: Path | None) -> bool:
+    """A folder named ``town...`` that is not there, or whose rendering was interrupted."""
+    if folder is None or not folder.name.startswith("town"):
+        return False
+    return not folder.exists() or (
+        (folder / "settings.json").exists() and not (folder / "manifest.json").exists()
+    )
 
 
 def _fields_of(path: Path | None, pairs: list[str]) -> tuple[dict[str, Any], list[str]]:

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -807,6 +808,26 @@ def test_the_command_tells_what_it_passes_over_and_that_it_was_stopped(tmp_path,
     told = capsys.readouterr()
     assert "passed over dataset, learning_rate (no fields of a training)" in told.out
     assert "the same command goes on" in told.err
+
+
+def test_a_town_that_is_not_there_or_not_whole_is_rendered(tmp_path, town, capsys, monkeypatch):
+    parameters = tmp_path / "file.yaml"
+    parameters.write_text(yaml.safe_dump(TINY))
+
+    def render(data_folder, name, **named):
+        shutil.copytree(town, data_folder / name, dirs_exist_ok=True)
+
+    monkeypatch.setattr(training, "ensure_town", render)
+    folder = tmp_path / "data" / "town-new"
+    arguments = command(parameters, folder, tmp_path, "new")[3:]
+    assert training.main(arguments) == 0
+    (folder / "manifest.json").unlink()
+    picture = min(folder.glob("images/train/database/*.jpg"))
+    picture.unlink()
+    assert training.main(arguments) == 0  # the whole town has the fingerprint of the finished run
+    assert picture.exists()
+    assert training.main(command(parameters, tmp_path / "streets", tmp_path, "none")[3:]) == 1
+    assert "streets" in capsys.readouterr().err
 
 
 def test_gsv_cities_and_msls_by_the_command(tmp_path, town, capsys):
