@@ -22,7 +22,7 @@ from matplotlib.colors import LinearSegmentedColormap, ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 BLACK, GREY = "#1a1a1a", "#8c8c8c"
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
@@ -877,29 +877,6 @@ def recall_bars(
 
 
 @_styled
-def recall_curve(
-    k,
-    recall: Mapping[str, Sequence[float]],
-    *,
-    intervals: Mapping[str, tuple] | None = None,
-    title: str = "Recall at k",
-) -> Figure:
-    """Draw recall against k, one line a method; `intervals` maps a method to its (low, high) arrays."""
-    figure, axes = _panels(size=(7.2, 4.4))
-    axis = axes[0, 0]
-    _lines(axis, k, recall, intervals)
-    axis.set_xscale("log")
-    axis.set_xticks(k, [str(v) for v in k])
-    axis.xaxis.set_minor_formatter(NullFormatter())
-    axis.minorticks_off()
-    axis.set_xlabel("k, the number of references looked at")
-    axis.set_ylabel("queries with a hit (%)")
-    axis.set_title(title)
-    axis.legend()
-    return figure
-
-
-@_styled
 def recall_vs_dim(
     dims: Mapping[str, Sequence[int]],
     recall: Mapping[str, Sequence[float]],
@@ -1291,58 +1268,6 @@ def ablation_figure(
         handles.append(Patch(color="#e0e0e0", label="smaller than the set can show"))
     figure.legend(handles=handles, loc="outside lower center", ncols=3)
     figure.suptitle(title)
-    return figure
-
-
-@_styled
-def speed_plot(
-    size,
-    seconds: Mapping[str, Sequence[float]],
-    *,
-    guide: bool = True,
-    xlabel: str = "images",
-    ylabel: str = "time (s)",
-    title: str = "Cost against size",
-) -> Figure:
-    """Draw cost against size on two logarithmic axes, with a line of n log n through the first series.
-
-    Parameters
-    ----------
-    size : array (n,), or a mapping of series -> its own sizes
-    seconds : mapping of series -> array (n,)
-        Any cost, named by `ylabel`; NaN is left out.
-    """
-    figure, axes = _panels(size=(7.4, 4.8))
-    axis = axes[0, 0]
-    sizes = size if isinstance(size, Mapping) else dict.fromkeys(seconds, size)
-    for i, (name, values) in enumerate(seconds.items()):
-        x, values = np.asarray(sizes[name], dtype=float), np.asarray(values, dtype=float)
-        kept = np.isfinite(values)
-        axis.plot(
-            x[kept],
-            values[kept],
-            marker=MARKERS[i % len(MARKERS)],
-            color=PALETTE[i % len(PALETTE)],
-            label=name,
-        )
-        if i == 0 and guide and kept.any():
-            x, values = x[kept], values[kept]
-            axis.plot(
-                x,
-                values[0] * (x * np.log(x)) / (x[0] * np.log(x[0])),
-                color=GREY,
-                linestyle="--",
-                linewidth=1.5,
-                label="n log n",
-            )
-    axis.set_xscale("log")
-    axis.set_yscale("log")
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _count(value)))
-    axis.yaxis.set_major_formatter(FuncFormatter(_plain))
-    axis.set_xlabel(xlabel)
-    axis.set_ylabel(ylabel)
-    axis.set_title(title)
-    axis.legend()
     return figure
 
 

@@ -94,9 +94,6 @@ GALLERY = {
         RECALL + 4,
         published={"SAGE, sorted": [98, np.nan, 95]},
     ),
-    "recall_curve": lambda: figures.recall_curve(
-        [1, 5, 10, 20], {"a": [40, 60, 70, 80]}, intervals={"a": ([36] * 4, [84] * 4)}
-    ),
     "recall_vs_dim": lambda: figures.recall_vs_dim(
         {"here": [128, 512, 8448]},
         {"here": [50, 60, 70]},
@@ -128,9 +125,6 @@ GALLERY = {
         plateau=[[0, 0, 0], [0, 0, 1], [0, 0, 0]],
         smallest_visible=1.0,
         published=[98, 97, np.nan],
-    ),
-    "speed_plot": lambda: figures.speed_plot(
-        [2e4, 2e5, 1e6], {"ours": [0.4, 5, 30], "plain": [10, 900, np.nan]}
     ),
     "graph_map": lambda: figures.graph_map(
         EAST, NORTH, EDGES, WEIGHT, cliques=[[0, 1, 2], [7, 8, 9]], radius_m=25
@@ -478,13 +472,6 @@ def test_the_ablation_marks_plateaus_and_clear_differences():
     points = [line for line in right.lines if line.get_marker() == "o"]
     assert len(points) == 1 and points[0].get_markerfacecolor() != "white", "its interval is clear of zero"
     assert "not run" in texts(figure)
-
-
-def test_speed_has_its_guide_through_the_first_point():
-    axis = GALLERY["speed_plot"]().axes[0]
-    guide = next(line for line in axis.lines if line.get_label() == "n log n")
-    x, y = guide.get_data()
-    assert y[0] == 0.4 and y[-1] / y[0] == pytest.approx(1e6 * np.log(1e6) / (2e4 * np.log(2e4)))
 
 
 def test_the_graph_draws_every_edge_with_its_affinity():
