@@ -2215,7 +2215,7 @@ def places_plotly(
                 y=north - y0,
                 mode="markers",
                 name="references",
-                marker={"size": 5, "color": "#bdbdbd"},
+                marker={"size": 11, "color": "#c8c8c8"},  # seen around a query at the same spot
                 text=None if hover is None else list(map(str, hover)),
                 hovertemplate="%{text}<extra>reference</extra>" if hover is not None else None,
             ),
@@ -2224,7 +2224,7 @@ def places_plotly(
                 y=query_north - y0,
                 mode="markers",
                 name="queries",
-                marker={"size": 7, "color": ORANGE, "symbol": "diamond"},
+                marker={"size": 5, "color": ORANGE, "symbol": "diamond"},
                 text=None if query_hover is None else list(map(str, query_hover)),
                 hovertemplate="%{text}<extra>query</extra>" if query_hover is not None else None,
             ),

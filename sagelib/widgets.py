@@ -615,7 +615,10 @@ def patch_matcher(query, reference, query_patches, reference_patches, grid):
     clickable.update_layout(title={"text": "click a patch", "font": {"size": 13}})
     clickable.update_xaxes(visible=False)
     clickable.update_yaxes(visible=False)
-    box = ipywidgets.VBox([ipywidgets.HBox([row, column]), ipywidgets.HBox([clickable, picture])])
+    # The wide picture must not squeeze the one that takes the clicks.
+    left = ipywidgets.Box([clickable], layout={"flex": "0 0 340px"})
+    picture.layout = {"width": "calc(100% - 345px)", "object_fit": "contain"}
+    box = ipywidgets.VBox([ipywidgets.HBox([row, column]), ipywidgets.HBox([left, picture])])
     box.row, box.column, box.picture, box.clickable = row, column, picture, clickable
 
     def show(_change=None) -> None:
