@@ -2,8 +2,10 @@
 
 Trainings on the town with one file of parameters, SAGE and two comparators, and their evaluations on its test part; SAGE once more with the
 graph made once, for what that costs. Only small files are kept: manifests, logs, the best weights of the trained parts, results and tables.
+With ``--photographs FOLDER`` the same for street photographs that are no part of the workbench; their weights are not kept.
 """
 
+import argparse
 import shutil
 import sys
 from pathlib import Path
@@ -46,39 +48,74 @@ def keep(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
     aside.rename(target)
 
 
-def main() -> int:
-    town = ensure_town(DATA, "town", progress=True)
-    values = yaml.safe_load((HERE / "params" / "town.yaml").read_text())
-    base = {key: value for key, value in values.items() if key in TrainConfig.field_names()}
-    mined, validation, test = (
-        training_places(town),
-        open_set(DATA, "town", split="val"),
-        open_set(DATA, "town"),
-    )
-    models = {name: evaluate.open_model(name) for name in FROZEN}
-    for name, changes in METHODS.items():
-        config = TrainConfig.from_mapping({**base, **changes})
-        run = open_run(RUNS, name, config, mined=mined, validation=validation)
-        trained = train(config, run, mined=mined, validation=validation).model
-        weights = () if name in TIMED_ONLY else ("best/*",)
-        keep(run.dir, RESULTS / "train" / name, ("manifest.json", "log.jsonl", *weights))
-        if name not in TIMED_ONLY:
-            models[name] = trained
-    look = Preprocess(base["validation_size"], mode=base["preprocess"])
-    shutil.rmtree(RESULTS / "evaluate", ignore_errors=True)
+def train_and_keep(name: str, values: dict, folder: Path, data: Path, *, weights: bool):
+    """Train `values` on the set `data` unless that is done, keep what is small in `folder`, return the model."""
+    config = TrainConfig.from_mapping({k: v for k, v in values.items() if k in TrainConfig.field_names()})
+    mined, validation = training_places(data), open_set(data.parent, data.name, split="val")
+    run = open_run(RUNS, name, config, mined=mined, validation=validation)
+    model = train(config, run, mined=mined, validation=validation).model
+    keep(run.dir, folder / "train" / name, ("manifest.json", "log.jsonl", *(["best/*"] if weights else [])))
+    return model
+
+
+def measure_and_keep(models: dict, sets: list, values: dict, folder: Path, name: str) -> None:
+    """Every model on every set; results and their table (``name.md``, ``name.csv``) go into `folder`."""
+    look = Preprocess(values["validation_size"], mode=values["preprocess"])
     results = [
-        evaluate.evaluate(m, test, RUNS, model_name=name, preprocess=look) for name, m in models.items()
+        evaluate.evaluate(model, test, RUNS, model_name=called, preprocess=look)
+        for test in sets
+        for called, model in models.items()
     ]
+    shutil.rmtree(folder / "evaluate", ignore_errors=True)
     for result in results:
         keep(
-            result.path,
-            RESULTS / "evaluate" / result.path.name,
-            ("manifest.json", "result.json", "ranks.npy"),
+            result.path, folder / "evaluate" / result.path.name, ("manifest.json", "result.json", "ranks.npy")
         )
     table = evaluate.results_table(results, published=False)
     for ending in ("md", "csv"):
-        evaluate.write_table(table, RESULTS / f"town.{ending}")
+        evaluate.write_table(table, folder / f"{name}.{ending}")
     print(evaluate.to_markdown(table))
+
+
+def ship_town() -> None:
+    town = ensure_town(DATA, "town", workers=runs.cores(), progress=True)
+    values = yaml.safe_load((HERE / "params" / "town.yaml").read_text())
+    models = {name: evaluate.open_model(name) for name in FROZEN}
+    for name, changes in METHODS.items():
+        model = train_and_keep(name, {**values, **changes}, RESULTS, town, weights=name not in TIMED_ONLY)
+        if name not in TIMED_ONLY:
+            models[name] = model
+    measure_and_keep(models, [open_set(DATA, "town")], values, RESULTS, "town")
+
+
+def ship_streets(data: Path) -> None:
+    """Train on the street photographs and measure on every set of the folder: all but the first were never seen."""
+    if not (data / "sf-streets").is_dir():
+        raise SystemExit(f"{data} holds no sf-streets: name the folder of the photographs")
+    values = yaml.safe_load((HERE / "params" / "sf-streets.yaml").read_text())
+    others = sorted(
+        p.name for p in data.iterdir() if (p / "images" / "test").is_dir() and p.name != "sf-streets"
+    )
+    models = {name: evaluate.open_model(name) for name in ("pixels", "gem2x2:sage_vit_tiny", "sage")}
+    folder = RESULTS / "photographs"
+    models["sf-streets"] = train_and_keep("sf-streets", values, folder, data / "sf-streets", weights=False)
+    sets = [open_set(data, name) for name in ("sf-streets", *others)]
+    measure_and_keep(models, sets, values, folder, "photographs")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--photographs",
+        type=Path,
+        metavar="FOLDER",
+        help="of sf-streets and sets beside it: train and measure on these instead of the town",
+    )
+    options = parser.parse_args()
+    if options.photographs:
+        ship_streets(options.photographs)
+    else:
+        ship_town()
     return 0
 
 

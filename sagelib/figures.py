@@ -2014,7 +2014,7 @@ def contributions_pair(
     if picture is not None:
         bar = figure.colorbar(picture, ax=axes, shrink=0.85, ticks=[-1, 0, 1])
         bar.set_ticklabels(["against", "0", "for"])
-        bar.set_label("contribution to the score (each method's largest: 1)")
+        bar.set_label("contribution to the score\n(each method's largest: 1)", fontsize=11)
     if title:
         figure.suptitle(title)
     return figure
