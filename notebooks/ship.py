@@ -96,7 +96,9 @@ def ship_streets(data: Path) -> None:
     others = sorted(
         p.name for p in data.iterdir() if (p / "images" / "test").is_dir() and p.name != "sf-streets"
     )
-    models = {name: evaluate.open_model(name) for name in ("pixels", "gem2x2:sage_vit_tiny", "sage")}
+    models = {
+        name: evaluate.open_model(name, [RESULTS]) for name in ("pixels", "gem2x2:sage_vit_tiny", "sage")
+    }
     folder = RESULTS / "photographs"
     models["sf-streets"] = train_and_keep("sf-streets", values, folder, data / "sf-streets", weights=False)
     sets = [open_set(data, name) for name in ("sf-streets", *others)]

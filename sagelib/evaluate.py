@@ -891,6 +891,24 @@ def training_runs(
     return {name: run for name, run in found.items() if run is not None}
 
 
+def open_models(specs: Iterable[str], roots: Iterable = ()) -> dict[str, Callable]:
+    """Models by their short names: of a path its last part, so that a table names a file and not where it lies.
+
+    Raises
+    ------
+    ValueError
+        As `open_model`, and where two paths end alike.
+    """
+    roots, opened = list(roots), {}
+    for spec in specs:
+        pooled = spec.partition(":")[0] in POOLINGS
+        name = spec if pooled else Path(spec).name or spec
+        if name in opened:
+            raise ValueError(f"two models are called {name}: rename one of the files or folders")
+        opened[name] = open_model(spec, roots)
+    return opened
+
+
 def trained_parameters(spec: str, roots: Iterable = (), model: Callable | None = None) -> int:
     """How many parameters were trained for a model, by its name.
 

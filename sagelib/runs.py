@@ -643,7 +643,9 @@ def check_parameters(namespace: Mapping[str, Any], **allowed: float | Sequence) 
         if kind in _KINDS and (
             not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool)
         ):
-            raise ValueError(f"{name} must be {_KINDS[kind]}, got {value!r}")
+            # papermill's -p makes a number of what looks like one.
+            hint = f": on papermill's command line write -r {name} {value}" if kind is str else ""
+            raise ValueError(f"{name} must be {_KINDS[kind]}, got {value!r}{hint}")
         limit = allowed.get(name)
         if isinstance(limit, int | float) and not value >= limit:
             raise ValueError(f"{name} must be at least {limit}, got {value!r}")

@@ -1,6 +1,7 @@
 """Evaluation end to end against the slow script, tables, the audit of contexts, one photograph located."""
 
 import importlib.util
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from sagelib.evaluate import (
     load_results,
     locate,
     open_model,
+    open_models,
     published,
     published_by_parameters,
     published_by_size,
@@ -512,3 +514,8 @@ def test_models_are_opened_by_name(tmp_path):
     assert torch.equal(again(images), frozen(images))
     with pytest.raises(ValueError, match="there is no model 'nothing'"):
         open_model("nothing", [tmp_path])
+    names = ("pixels", "gem2x2:sage_vit_tiny:random", str(tmp_path / "kept"))
+    assert list(open_models(names)) == ["pixels", "gem2x2:sage_vit_tiny:random", "kept"]
+    shutil.copytree(tmp_path / "kept", tmp_path / "other" / "kept")
+    with pytest.raises(ValueError, match="two models are called kept: rename"):
+        open_models([str(tmp_path / "kept"), str(tmp_path / "other" / "kept")])

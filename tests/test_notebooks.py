@@ -8,9 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import authors_layout
+import make_sets
+import numpy as np
+import pandas
+import papermill
 import pytest
+import torch
 import yaml
 
+from sagelib.describe import load_descriptors
+from sagelib.places import open_set, pairwise_m
 from sagelib.runs import Run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -223,6 +231,47 @@ def test_papermill_stops_with_the_sentence_and_the_place(tmp_path, monkeypatch, 
     assert len(errors[0]["traceback"]) == 1, (
         "the page shows a sentence, and not where in the package it was said"
     )
+
+
+def test_a_released_checkpoint_on_pitts30k_stands_above_what_was_published(tmp_path, monkeypatch):
+    """The page of tables on a folder of that layout and a checkpoint of that layout, both made here."""
+    monkeypatch.setenv("SAGE_RUNS", str(tmp_path / "runs"))
+    make_sets.pitts_like(tmp_path, n_places=5)
+    torch.save(
+        {"model_state_dict": authors_layout.random_checkpoint("B", head=True)}, tmp_path / "SAGE_ViTB.pth"
+    )
+    parameters = {"data_folder": str(tmp_path), "datasets": "pitts30k-test, msls-val", "pca_dims": "4"}
+    parameters |= {"models": str(tmp_path / "SAGE_ViTB.pth"), "context": "sorted"}
+    papermill.execute_notebook(
+        str(next(p for p in NOTEBOOKS if p.name.startswith("06"))),
+        str(tmp_path / "out.ipynb"),
+        parameters=parameters | {"preprocess": "paper", "image_size": 126},
+        cwd=str(ROOT / "notebooks"),
+        kernel_name="python3",
+        progress_bar=False,
+    )
+    (written,) = tmp_path.glob("runs/notebooks/06-*/recall_table.csv")
+    table = pandas.read_csv(written, dtype=str, keep_default_na=False)
+    row = table[table["method"] == "SAGE_ViTB.pth"].squeeze()
+    assert (row["dataset"], row["context"], row["dim"]) == ("pitts30k-test", "sorted-8", "8448")
+    assert (row["queries"], row["references"]) == ("5", "10")
+    # What the evaluation counted is what plain numpy counts on the same descriptors.
+    (run,) = tmp_path.glob("runs/evaluate/SAGE_ViTB*")
+    result = json.loads((run / "result.json").read_text())
+    database, queries = (
+        load_descriptors(run / result["descriptors"][part]).values.astype(np.float64)
+        for part in ("database", "queries")
+    )
+    places = open_set(tmp_path, "pitts30k")
+    # The head's output has no fixed length, so the nearest is not the one of the greatest product.
+    away = ((queries[:, None] - database[None]) ** 2).sum(axis=2)
+    metres = pairwise_m(places.queries, places.database)
+    found = np.take_along_axis(metres, away.argsort(axis=1, kind="stable"), axis=1) <= 25
+    assert [int(row[f"hits@{k}"]) for k in (1, 5)] == [int(found[:, :k].any(axis=1).sum()) for k in (1, 5)]
+    published = table[(table["dataset"] == "pitts30k-test") & (table["method"] == "SAGE")]
+    assert {"none", "sorted"} <= set(published["context"]) and (published["source"] != "").all()
+    missing = table[(table["dataset"] == "msls-val") & (table["method"] == "not run")].squeeze()
+    assert "msls" in missing["source"]
 
 
 class TestExpected:

@@ -230,7 +230,7 @@ def test_parameters_of_a_page_are_checked_against_their_types_and_least_values()
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"lr": "fast"}, "lr must be a number, got 'fast'"),
         ({"lr": float("nan")}, "lr must be at least 0, got nan"),
-        ({"name": 3}, "name must be a text, got 3"),
+        ({"name": 3}, "name must be a text, got 3: on papermill's command line write -r name 3"),
         ({"head": "yes"}, "head must be true or false, got 'yes'"),
     ):
         with pytest.raises(ValueError, match=re.escape(sentence)):
