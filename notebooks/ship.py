@@ -8,8 +8,10 @@ With ``--photographs FOLDER`` the same for street photographs that are no part o
 import argparse
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
+import pandas
 import yaml
 
 from sagelib import evaluate, runs
@@ -59,7 +61,8 @@ def train_and_keep(name: str, values: dict, folder: Path, data: Path, *, weights
 
 
 def measure_and_keep(models: dict, sets: list, values: dict, folder: Path, name: str) -> None:
-    """Every model on every set; results and their table (``name.md``, ``name.csv``) go into `folder`."""
+    """Every model on every set; results, their table (``name.md``, ``name.csv``)
+    and each model's difference to the frozen backbone go into `folder`."""
     look = Preprocess(values["validation_size"], mode=values["preprocess"])
     results = [
         evaluate.evaluate(model, test, RUNS, model_name=called, preprocess=look)
@@ -75,6 +78,15 @@ def measure_and_keep(models: dict, sets: list, values: dict, folder: Path, name:
     for ending in ("md", "csv"):
         evaluate.write_table(table, folder / f"{name}.{ending}")
     print(evaluate.to_markdown(table))
+    frozen = {r.dataset: r for r in results if r.model == FROZEN[-1]}
+    against = [
+        {"dataset": r.dataset, "method": r.model, **asdict(evaluate.compare(frozen[r.dataset], r, k=1))}
+        for r in results
+        if r.model != FROZEN[-1]
+    ]
+    evaluate.write_table(pandas.DataFrame(against), folder / f"{name}-against-frozen.csv")
+    for row in against:
+        print("{dataset}: {method} {points:+.1f} points at R@1 [{low:+.1f}, {high:+.1f}]".format(**row))
 
 
 def ship_town() -> None:
