@@ -20,6 +20,7 @@ import yaml
 from sagelib.describe import load_descriptors
 from sagelib.places import open_set, pairwise_m
 from sagelib.runs import Run
+from sagelib.train import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
@@ -55,6 +56,23 @@ EXPECTED = module("expected")
 
 def test_there_are_notebooks():
     assert NOTEBOOKS, "notebooks/ holds no numbered notebook"
+
+
+@pytest.mark.parametrize("path", PARAMETERS, ids=lambda p: p.stem)
+def test_a_file_of_parameters_trains_the_same_on_the_page_and_by_the_command(path):
+    values = yaml.safe_load(path.read_text())
+    if "epochs" not in values:
+        pytest.skip("nothing is trained with these")
+    page = {}
+    (given,) = (
+        c for c in cells(next(p for p in NOTEBOOKS if "training" in p.name)) if "parameters" in tags(c)
+    )
+    exec(source(given), page)
+    page |= {name: value for name, value in values.items() if name in page}
+    fields = TrainConfig.field_names()
+    by_page = TrainConfig.from_mapping({k: v for k, v in page.items() if k in fields})
+    by_command = TrainConfig.from_mapping({k: v for k, v in values.items() if k in fields})
+    assert by_page.identity() == by_command.identity()
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
