@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import pandas
 import papermill
 import yaml
 
@@ -86,9 +87,11 @@ def main(arguments: list[str] | None = None) -> int:
     newest = sorted(runs.glob("notebooks/*/figures"), key=lambda p: p.stat().st_mtime)
     for folder in newest[-len(lines) :]:
         print(f"figures             {folder}")
-    for table in sorted(runs.glob("notebooks/*/recall_table.md"), key=lambda p: p.stat().st_mtime)[-1:]:
-        print(f"recall table        {table}\n")
-        print(table.read_text())
+    for table in sorted(runs.glob("notebooks/*/recall_table.csv"), key=lambda p: p.stat().st_mtime)[-1:]:
+        print(f"recall table        {table.with_suffix('.md')}\n")
+        measured = pandas.read_csv(table).dropna(subset=["queries"])
+        told = ["dataset", "method", "context", "R@1", "R@1 95 %", "R@5", "R@10", "queries"]
+        print(measured[told].astype({"queries": int}).to_string(index=False, float_format="{:.1f}".format))
     return 0
 
 
