@@ -75,6 +75,20 @@ def test_a_file_of_parameters_trains_the_same_on_the_page_and_by_the_command(pat
     assert by_page.identity() == by_command.identity()
 
 
+@pytest.mark.parametrize("path", PARAMETERS, ids=lambda p: p.stem)
+def test_the_last_page_takes_every_file_of_parameters(path, tmp_path, monkeypatch):
+    """What one page calls a data set, another must not take for something else: 07 stands at the end of ``make reproduce``."""
+    monkeypatch.chdir(ROOT / "notebooks")
+    monkeypatch.setenv("SAGE_RUNS", str(tmp_path))
+    values, page = yaml.safe_load(path.read_text()), {"display": lambda *_shown: None}
+    for cell in cells(next(p for p in NOTEBOOKS if p.name.startswith("07"))):
+        exec("\n".join(line for line in source(cell).splitlines() if not line.startswith("%")), page)
+        if "parameters" in tags(cell):
+            page |= {name: value for name, value in values.items() if name in page}
+    assert "not run" not in page["dataset"] and len(page["summary"]) > 1
+    assert list(tmp_path.glob("notebooks/07-*/figures/ablation.png"))
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 class TestNotebook:
     def test_was_run_in_order_without_errors_and_keeps_its_outputs(self, path):
