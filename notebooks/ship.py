@@ -90,7 +90,7 @@ def measure_and_keep(models: dict, sets: list, values: dict, folder: Path, name:
 
 
 def ship_town() -> None:
-    town = ensure_town(DATA, "town", workers=runs.cores(), progress=True)
+    town = ensure_town(DATA, "town", progress=True)
     values = yaml.safe_load((HERE / "params" / "town.yaml").read_text())
     models = {name: evaluate.open_model(name) for name in FROZEN}
     for name, changes in METHODS.items():

@@ -30,7 +30,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from sagelib.places import folder_name
-from sagelib.runs import atomic_path, read_json, write_json
+from sagelib.runs import atomic_path, cores, read_json, write_json
 
 LABELS = (
     "sky",
@@ -2108,7 +2108,7 @@ def ensure_town(
     *,
     images: int | None = None,
     size: int = 126,
-    workers: int = 1,
+    workers: int | None = None,
     progress: bool = False,
 ) -> Path:
     """The folder ``data_folder/name``, rendered first if `name` starts with ``town`` and it is not there yet.
@@ -2122,13 +2122,20 @@ def ensure_town(
     images : int, optional
         ``images_per_town`` of :func:`write_town`, with two training towns. None or 0: every pose of one town for validation and
         one for test, and 120 pictures of each of 20 training towns, for what is learned on few towns does not carry over to another.
-    size, workers, progress
+    size, progress
         As for :func:`write_town`.
+    workers : int, optional
+        Processes that render; None takes every core.
     """
     folder = Path(data_folder) / name
     if name.startswith("town"):
         many = {} if images else {"train_seeds": SEED_RANGES["train"][:20], "train_images_per_town": 120}
         write_town(
-            folder, images_per_town=images or None, **many, size=size, workers=workers, progress=progress
+            folder,
+            images_per_town=images or None,
+            **many,
+            size=size,
+            workers=workers or cores(),
+            progress=progress,
         )
     return folder

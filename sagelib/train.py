@@ -1799,7 +1799,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{options.parameters}: passed over {', '.join(passed_over)} (no fields of a training)")
         config = TrainConfig.from_mapping(values)
         if os.environ.get("WORLD_SIZE", "1") == "1" and _is_unfinished_town(options.data):
-            ensure_town(options.data.parent, options.data.name, workers=runs.cores(), progress=True)
+            ensure_town(options.data.parent, options.data.name, progress=True)
         mined = [training_places(options.data)] if options.data else []
         mined += [read_msls(options.msls)] if options.msls else []
         data = {
