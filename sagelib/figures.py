@@ -608,6 +608,9 @@ function fill(rows) {
 }
 function keep() {
   try { localStorage.setItem(key, JSON.stringify(all())); } catch (refused) { /* a browser may keep nothing: save a file */ }
+  count();
+}
+function count() {
   $('done').textContent = all().filter(row => row.verdict).length + ' of ' + pages.length + ' judged';
 }
 function show(i) {
@@ -642,7 +645,7 @@ if (pages.length) {
   });
   try { fill(JSON.parse(localStorage.getItem(key) || '[]')); } catch (unread) { /* nothing was kept */ }
   const asked = cases.findIndex(c => '#query-' + c.query === location.hash);
-  show(Math.max(asked, 0)); keep();
+  show(Math.max(asked, 0)); count();  // and nothing is written: a page that found nothing must not replace what is kept
 }
 """
 

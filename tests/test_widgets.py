@@ -153,7 +153,10 @@ def test_verdicts_are_kept_saved_and_loaded_without_a_network(tmp_path, retrieva
             with page.expect_download() as download:
                 page.click(f"#{kind}")
             download.value.save_as(tmp_path / f"verdicts.{kind}")
-        page.reload()
+        for _ in range(20):  # the browser may answer a new page before it has stored what the old one gave
+            page.reload()
+            if page.inner_text("#done") == "1 of 2 judged":
+                break
         assert page.inner_text("#done") == "1 of 2 judged", "kept by the browser"
         page.evaluate("localStorage.clear()")
         page.reload()
