@@ -61,8 +61,7 @@ def train_and_keep(name: str, values: dict, folder: Path, data: Path, *, weights
 
 
 def measure_and_keep(models: dict, sets: list, values: dict, folder: Path, name: str) -> None:
-    """Every model on every set; results, their table (``name.md``, ``name.csv``)
-    and each model's difference to the frozen backbone go into `folder`."""
+    """Measure every model on every set; results, their table and each model's difference to the frozen backbone go into `folder`."""
     look = Preprocess(values["validation_size"], mode=values["preprocess"])
     results = [
         evaluate.evaluate(model, test, RUNS, model_name=called, preprocess=look)
@@ -92,7 +91,7 @@ def measure_and_keep(models: dict, sets: list, values: dict, folder: Path, name:
 def ship_town() -> None:
     town = ensure_town(DATA, "town", progress=True)
     values = yaml.safe_load((HERE / "params" / "town.yaml").read_text())
-    models = {name: evaluate.open_model(name) for name in FROZEN}
+    models = evaluate.open_models(FROZEN)
     for name, changes in METHODS.items():
         model = train_and_keep(name, {**values, **changes}, RESULTS, town, weights=name not in TIMED_ONLY)
         if name not in TIMED_ONLY:
@@ -108,9 +107,7 @@ def ship_streets(data: Path) -> None:
     others = sorted(
         p.name for p in data.iterdir() if (p / "images" / "test").is_dir() and p.name != "sf-streets"
     )
-    models = {
-        name: evaluate.open_model(name, [RESULTS]) for name in ("pixels", "gem2x2:sage_vit_tiny", "sage")
-    }
+    models = evaluate.open_models(("pixels", FROZEN[-1], "sage"), [RESULTS])
     folder = RESULTS / "photographs"
     models["sf-streets"] = train_and_keep("sf-streets", values, folder, data / "sf-streets", weights=False)
     sets = [open_set(data, name) for name in ("sf-streets", *others)]

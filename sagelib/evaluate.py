@@ -894,6 +894,17 @@ def training_runs(
 def open_models(specs: Iterable[str], roots: Iterable = ()) -> dict[str, Callable]:
     """Models by their short names: of a path its last part, so that a table names a file and not where it lies.
 
+    Parameters
+    ----------
+    specs : iterable of str
+    roots : iterable of path
+        Both as for `open_model`.
+
+    Returns
+    -------
+    dict of str to model
+        In the order given, in evaluation mode.
+
     Raises
     ------
     ValueError
