@@ -43,6 +43,16 @@ def tags(cell: dict) -> list[str]:
     return cell["metadata"].get("tags", [])
 
 
+def executed(path: Path, change) -> dict:
+    """The names of a page after its cells ran in this process; `change` is given them after the parameters."""
+    page = {"display": lambda *_shown: None}
+    for cell in cells(path):
+        exec("\n".join(line for line in source(cell).splitlines() if not line.startswith("%")), page)
+        if "parameters" in tags(cell):
+            change(page)
+    return page
+
+
 def module(name: str):
     """A module that lies beside the notebooks, outside of the package."""
     specification = importlib.util.spec_from_file_location(name, ROOT / "notebooks" / f"{name}.py")
@@ -80,11 +90,11 @@ def test_the_last_page_takes_every_file_of_parameters(path, tmp_path, monkeypatc
     """What one page calls a data set, another must not take for something else: 07 stands at the end of ``make reproduce``."""
     monkeypatch.chdir(ROOT / "notebooks")
     monkeypatch.setenv("SAGE_RUNS", str(tmp_path))
-    values, page = yaml.safe_load(path.read_text()), {"display": lambda *_shown: None}
-    for cell in cells(next(p for p in NOTEBOOKS if p.name.startswith("07"))):
-        exec("\n".join(line for line in source(cell).splitlines() if not line.startswith("%")), page)
-        if "parameters" in tags(cell):
-            page |= {name: value for name, value in values.items() if name in page}
+    values = yaml.safe_load(path.read_text())
+    page = executed(
+        next(p for p in NOTEBOOKS if p.name.startswith("07")),
+        lambda page: page.update({name: value for name, value in values.items() if name in page}),
+    )
     assert "not run" not in page["dataset"] and len(page["summary"]) > 1
     assert list(tmp_path.glob("notebooks/07-*/figures/ablation.png"))
 
@@ -233,17 +243,17 @@ def test_a_wrong_value_is_one_sentence(number, name, value, sentence, small_town
     monkeypatch.chdir(ROOT / "notebooks")
     monkeypatch.setenv("SAGE_RUNS", str(tmp_path))
     path = next(p for p in NOTEBOOKS if p.name.startswith(number))
-    # Not a name that starts with "town": the rendered set is taken as it is.
-    page = {"display": lambda *_shown: None}
+
+    def change(page):
+        assert name in page, f"{path.name} has no parameter {name}"
+        # Not a name that starts with "town": the rendered set is taken as it is.
+        small = {"data_folder": str(small_town.parent), "dataset": small_town.name}
+        small |= {"places": 4, "places_per_batch": 2, "similar_places": 1}
+        page.update({key: given for key, given in small.items() if key in page and number != "07"})
+        page[name] = value
+
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
-        for cell in cells(path):
-            exec("\n".join(line for line in source(cell).splitlines() if not line.startswith("%")), page)
-            if "parameters" in tags(cell):
-                assert name in page, f"{path.name} has no parameter {name}"
-                small = {"data_folder": str(small_town.parent), "dataset": small_town.name}
-                small |= {"places": 4, "places_per_batch": 2, "similar_places": 1}
-                page |= {key: given for key, given in small.items() if key in page and number != "07"}
-                page[name] = value
+        executed(path, change)
     assert sentence in str(caught.value) and "\n" not in str(caught.value)
 
 
