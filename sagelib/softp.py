@@ -4,6 +4,7 @@
 that is added to it.
 """
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -27,18 +28,24 @@ class SoftWeighting(nn.Module):
         The largest weight that can be added; positive.
     hidden : int
         Width of the predictor's hidden layer.
+    rms : bool
+        Not in the paper: divide ``s_i`` by the square root of the patch's width. Lengths grow with the width
+        (26 for 680 standardised channels), and so long an input saturates the sigmoid from the first step:
+        all patches then weigh the same.
     """
 
-    def __init__(self, alpha: float = 0.5, *, hidden: int = 128):
+    def __init__(self, alpha: float = 0.5, *, hidden: int = 128, rms: bool = False):
         super().__init__()
         if not alpha > 0:
             raise ValueError(f"alpha must be positive, or None to switch the weighting off; got {alpha}")
-        self.alpha = alpha
+        self.alpha, self.rms = alpha, rms
         self.predictor = nn.Sequential(nn.Linear(1, hidden), nn.ReLU(), nn.Linear(hidden, 1))
 
     def forward(self, patches: Tensor) -> Tensor:
         """The weights beta (B, N) of ``patches`` (B, N, M)."""
         strength = patches.norm(dim=-1, keepdim=True) + 1e-6
+        if self.rms:
+            strength = strength / math.sqrt(patches.shape[-1])
         return self.alpha * torch.sigmoid(self.predictor(strength)).squeeze(-1)
 
 
@@ -65,7 +72,7 @@ class SoftProbing(nn.Module):
     channels : int
         D, channels after the reduction.
     probes : int
-        K, number of probes.
+        K, number of probes (in each cell).
     token_dim : int
         g, dimensions of the descriptor that come from the CLS token.
     alpha : float, optional
@@ -77,11 +84,17 @@ class SoftProbing(nn.Module):
         Hidden width of the branches and of the token's layers.
     norm_dropout : float
         Dropout probability inside the :class:`~sagelib.backbone.DynamicPowerNorm` on G.
+    cells : int
+        Not in the paper, which forgets where a patch lies: cut the grid into ``cells x cells`` parts and make a
+        G of each (softmax, power norm and lengths within the cell). 2 x 2 cells of 16 probes are as wide as
+        the paper's 64.
+    rms : bool
+        Not in the paper: see :class:`SoftWeighting`.
 
     Attributes
     ----------
     out_dim : int
-        g + D K, the descriptor's width.
+        g + D K cells^2, the descriptor's width.
     """
 
     def __init__(
@@ -95,16 +108,20 @@ class SoftProbing(nn.Module):
         dropout: float = 0.3,
         hidden: int = 512,
         norm_dropout: float = 0.1,
+        cells: int = 1,
+        rms: bool = False,
     ):
         super().__init__()
-        for name, value in (("channels", channels), ("probes", probes), ("token_dim", token_dim)):
+        for name, value in (
+            ("channels", channels), ("probes", probes), ("token_dim", token_dim), ("cells", cells)
+        ):  # fmt: skip
             if value < 1:
                 raise ValueError(f"{name} must be at least 1; got {value}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1); got {dropout}")
-        self.channels, self.probes, self.token_dim = channels, probes, token_dim
-        self.out_dim = token_dim + channels * probes
-        self.weighting = None if alpha is None else SoftWeighting(alpha)
+        self.channels, self.probes, self.token_dim, self.cells = channels, probes, token_dim, cells
+        self.out_dim = token_dim + channels * probes * cells**2
+        self.weighting = None if alpha is None else SoftWeighting(alpha, rms=rms)
         self.token = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, token_dim))
         # 1x1 convolutions over a map are linear layers over its positions.
         self.reduction = _branch(width, hidden, channels, dropout)
@@ -112,26 +129,30 @@ class SoftProbing(nn.Module):
         self.post_dpn = DynamicPowerNorm(probes, max(1, probes // 2), dropout=norm_dropout)
 
     def forward(self, cls: Tensor, patches: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """Descriptors (B, g + D K) of unit length, float32 (float64 stays float64).
+        """Descriptors (B, g + D K cells^2) of unit length, float32 (float64 stays float64).
 
         Parameters
         ----------
         cls : Tensor (B, M)
         patches : Tensor (B, N, M)
         grid : (rows, columns), optional
-            Not used: no part of the method looks at where a patch lies.
+            Needed for more than one cell: else no part of the method looks at where a patch lies.
         """
         token = F.normalize(_full(self.token(cls)), dim=-1)
-        pooled = F.normalize(self.post_dpn(self._bilinear(patches)[0]), dim=1)
-        return F.normalize(torch.cat([token, pooled.flatten(1)], dim=-1), dim=-1)
+        pooled = [F.normalize(self.post_dpn(grams), dim=1).flatten(1)
+                  for _, grams, _, _ in self._bilinear(patches, grid)]  # fmt: skip
+        return F.normalize(torch.cat([token, *pooled], dim=-1), dim=-1)
 
     def patch_weights(self, patches: Tensor) -> Tensor:
         """The soft weights beta (B, N) of ``patches`` (B, N, M); zeros where the weighting is off."""
         return patches.new_zeros(patches.shape[:2]) if self.weighting is None else self.weighting(patches)
 
     def probe_maps(self, patches: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """Where each probe looks: (B, K, N), or (B, K, rows, columns) with ``grid``; each map sums to 1."""
-        maps = self._bilinear(patches)[2].transpose(1, 2)
+        """Where each probe looks: (B, K, N), or (B, K, rows, columns) with ``grid``; 1 in sum in each cell."""
+        maps = patches.new_zeros(*patches.shape[:2], self.probes)
+        for rows, _, _, part in self._bilinear(patches, grid):
+            maps[:, rows] = part.to(maps.dtype)
+        maps = maps.transpose(1, 2)
         return maps if grid is None else maps.unflatten(-1, grid)
 
     def patch_contributions(
@@ -158,16 +179,19 @@ class SoftProbing(nn.Module):
         -------
         Tensor (B, N)
         """
-        grams, features, maps = self._bilinear(patches)
-        normed = self.post_dpn(grams)
-        gain = torch.where(grams == 0, torch.ones_like(grams), normed / grams)
-        lengths = normed.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        parts = [(*part, self.post_dpn(part[1])) for part in self._bilinear(patches, grid)]
         token = F.normalize(_full(self.token(cls)), dim=-1)
-        total = (token.square().sum(-1) + (normed / lengths).square().sum((1, 2))).sqrt()
-        other = other_descriptor.to(grams.dtype).expand(len(grams), -1)[:, self.token_dim :]
-        other = other.unflatten(-1, (self.channels, self.probes)) * gain / lengths
-        share = torch.einsum("bnd,bdk,bnk->bn", features, other, maps)
-        return share / (patches.shape[1] * total[:, None])
+        total = token.square().sum(-1)
+        share = patches.new_zeros(patches.shape[:2], dtype=token.dtype)
+        other = other_descriptor.to(token.dtype).expand(len(patches), -1)[:, self.token_dim :]
+        others = other.unflatten(-1, (len(parts), self.channels, self.probes)).unbind(1)
+        for (rows, grams, features, maps, normed), wanted in zip(parts, others, strict=True):
+            gain = torch.where(grams == 0, torch.ones_like(grams), normed / grams)
+            lengths = normed.norm(dim=1, keepdim=True).clamp_min(1e-12)
+            total = total + (normed / lengths).square().sum((1, 2))
+            weight = wanted * gain / (lengths * maps.shape[1])
+            share[:, rows] = torch.einsum("bnd,bdk,bnk->bn", features, weight, maps)
+        return share / total.sqrt()[:, None]
 
     @torch.no_grad()
     def initialise_from(self, patches: Iterable[Tensor]) -> None:
@@ -207,14 +231,37 @@ class SoftProbing(nn.Module):
             return patches
         return patches * (1 + self.weighting(patches))[..., None]
 
-    def _bilinear(self, patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """G (B, D, K), features (B, N, D) and probe maps (B, N, K), not below float32."""
+    def _bilinear(
+        self, patches: Tensor, grid: tuple[int, int] | None
+    ) -> list[tuple[Tensor | slice, Tensor, Tensor, Tensor]]:
+        """Of each cell its n patches' numbers, G (B, D, K), features (B, n, D) and probe maps (B, n, K).
+
+        Not below float32.
+        """
         weighted = self._weighted(patches)
         features, scores = _full(self.reduction(weighted)), _full(self.probe(weighted))
         with torch.autocast(patches.device.type, enabled=False):
             features = features - features.mean(dim=(1, 2), keepdim=True)
-            maps = scores.softmax(dim=1)
-            return features.transpose(1, 2) @ maps / patches.shape[1], features, maps
+            parts = []
+            for rows in self._cells(grid, patches.device):
+                f, maps = features[:, rows], scores[:, rows].softmax(dim=1)
+                parts.append((rows, f.transpose(1, 2) @ maps / f.shape[1], f, maps))
+            return parts
+
+    def _cells(self, grid: tuple[int, int] | None, device: torch.device) -> list[Tensor | slice]:
+        """The numbers of the patches in each cell, row by row."""
+        if self.cells == 1:
+            return [slice(None)]
+        if grid is None or min(grid) < self.cells:
+            raise ValueError(
+                f"{self.cells} x {self.cells} cells need a grid of that many patches; got {grid}"
+            )
+        number = torch.arange(grid[0] * grid[1], device=device).unflatten(0, grid)
+        return [
+            part.flatten()
+            for band in number.tensor_split(self.cells, 0)
+            for part in band.tensor_split(self.cells, 1)
+        ]
 
 
 def _branch(width: int, hidden: int, out: int, dropout: float) -> nn.Sequential:

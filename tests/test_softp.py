@@ -116,9 +116,51 @@ def test_the_order_of_the_patches_does_not_matter():
     torch.testing.assert_close(model(cls, patches[:, order]), model(cls, patches), rtol=0, atol=1e-12)
 
 
-def test_contributions_add_up_to_the_score_and_are_its_linear_part():
-    model, (cls, patches) = small(), tokens(4)
-    ours = model(cls, patches).detach()
+def test_a_cell_is_the_method_on_its_own_patches():
+    model, (cls, patches) = small(cells=2), tokens()
+    whole = small()
+    whole.load_state_dict(model.state_dict())
+    out = model(cls, patches, GRID).detach()
+    assert out.shape == (2, model.out_dim) == (2, 3 + 5 * 4 * 4)
+    torch.testing.assert_close(out.norm(dim=1), torch.ones(2, dtype=torch.float64))
+    # A shift that all patches share goes by the mean over the whole picture, so the branch is made to need none.
+    centred = whole.reduction(whole._weighted(patches)).mean((1, 2), keepdim=True).detach()
+    number, parts = np.arange(N).reshape(GRID), []
+    for band in (number[:2], number[2:]):
+        for cell in (band[:, :2], band[:, 2:]):
+            x = whole._weighted(patches)[:, cell.ravel()]
+            grams = (whole.reduction(x) - centred).transpose(1, 2) @ whole.probe(x).softmax(1) / cell.size
+            parts.append(torch.nn.functional.normalize(whole.post_dpn(grams), dim=1).flatten(1))
+    token = torch.nn.functional.normalize(whole.token(cls), dim=1)
+    expected = torch.nn.functional.normalize(torch.cat([token, *parts], 1), dim=1).detach()
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    maps = model.probe_maps(patches, GRID)
+    torch.testing.assert_close(maps[:, :, :2, 2:].sum((2, 3)), torch.ones(2, 4, dtype=torch.float64))
+    with pytest.raises(ValueError, match="2 x 2 cells need a grid"):
+        model(cls, patches)
+
+
+def test_rms_keeps_the_gate_open_where_plain_lengths_saturate_it():
+    patches = torch.randn(4, 50, 680, generator=torch.Generator().manual_seed(0))
+    patches *= torch.linspace(0.6, 1.4, 50)[:, None]
+    spread = {}
+    for rms in (False, True):
+        gate = SoftWeighting(0.5, rms=rms)
+        with torch.no_grad():  # predictor(s) = s
+            for layer, value in ((gate.predictor[0], 1.0), (gate.predictor[2], 1 / 128)):
+                layer.weight.fill_(value)
+                layer.bias.zero_()
+        low, high = gate(patches).detach().aminmax()
+        spread[rms] = high - low
+    strength = patches.norm(dim=-1) / 680**0.5
+    torch.testing.assert_close(gate(patches), 0.5 * strength.sigmoid())
+    assert spread[False] < 1e-6 < 0.05 < spread[True]
+
+
+@pytest.mark.parametrize("cells", [1, 2])
+def test_contributions_add_up_to_the_score_and_are_its_linear_part(cells):
+    model, (cls, patches) = small(cells=cells), tokens(4)
+    ours = model(cls, patches, GRID).detach()
     other = ours.roll(1, 0)
     contributions = model.patch_contributions(cls, patches, GRID, other)
     token_part = (ours[:, : model.token_dim] * other[:, : model.token_dim]).sum(1)
