@@ -36,7 +36,7 @@ import yaml
 from tqdm.auto import tqdm
 
 from sagelib import runs
-from sagelib.backbone import Backbone
+from sagelib.backbone import build_backbone
 from sagelib.describe import (
     Context,
     choose_anchors,
@@ -419,7 +419,7 @@ def _foundation(backbone: str, pretrained: bool, weights: str | None) -> str:
     if not pretrained and weights is None:
         return "random"
     options = dict(pretrained=pretrained, weights=weights, adapter="none", train_norm=False)
-    return Backbone(backbone, **options).frozen_fingerprint()
+    return build_backbone(backbone, **options).frozen_fingerprint()
 
 
 def _measured(grid: Grid, job: _Job, data: Data, root: Path) -> bool:
