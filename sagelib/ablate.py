@@ -5,7 +5,7 @@ measured (`run_grid`), what has finished is read back (`load_grid`) as a tidy ta
 (`Results`), and a small copy is kept (`export_results`).
 
     python -m sagelib.ablate notebooks/params/ablations/components.yaml --data data/town --runs data/runs --workers 2
-    python -m sagelib.ablate audit --models random-head:gem2x2:sage_vit_tiny MY-RUN --sets data/town data/gardens-point
+    python -m sagelib.ablate audit --models random-head:gem2x2:tf_efficientnet_lite2 MY-RUN --sets data/town data/gardens-point
 
 Configurations that share a frozen prefix share its stored tokens; those that are the same training, within a grid or across grids,
 share the run. A descriptor that is measured here depends on its image alone (and on fixed anchors), never on its neighbours in a batch.

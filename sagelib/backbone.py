@@ -5,23 +5,31 @@ the network cut into a frozen prefix and a trained suffix (:class:`ViTBackbone`,
 loading of its weights (:func:`build_backbone`), and the alternatives to DPN for ablations.
 """
 
+import _codecs
+import argparse
+import collections
+import contextlib
 import hashlib
 import io
 import math
 import os
+import pathlib
 import re
 import socket
 import sys
+import zipfile
 from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import huggingface_hub
+import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
 from huggingface_hub import try_to_load_from_cache
+from safetensors.torch import load_file
 from timm.layers import DropPath, resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -518,7 +526,7 @@ class ConvBackbone(Backbone):
 
     def _assemble(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """What the final normalisation sees, (B, N, M)."""
-        shapes, maps, at = self._shapes_of(grid), {}, 0
+        shapes, maps, at = self.shapes(grid), {}, 0
         for i in self._kept:
             maps[i] = tokens[:, 0, at : at + math.prod(shapes[i])].unflatten(1, shapes[i])
             at += math.prod(shapes[i])
@@ -534,7 +542,7 @@ class ConvBackbone(Backbone):
         ]
         return torch.cat([tap.flatten(2).mT for tap in taps], dim=2)
 
-    def _shapes_of(self, grid: tuple[int, int]) -> dict[int, tuple[int, int, int]]:
+    def shapes(self, grid: tuple[int, int]) -> dict[int, tuple[int, int, int]]:
         """(channels, rows, columns) of the maps that the prefix hands on; stored tokens do not tell them."""
         if tuple(grid) not in self._shapes:
             like = self.norm.weight
@@ -616,8 +624,13 @@ def _keep_and_fold(network: nn.Module, modules: dict, names: list[str], name: st
     outputs = []
     handle = modules[names[-1]].register_forward_hook(lambda *a: outputs.append(a[2]))
     with torch.no_grad():
-        network(x)
+        with contextlib.suppress(Exception):  # a network of one fixed size, or of another kind altogether
+            network(x)
         handle.remove()
+        if not outputs or outputs[0].ndim != 4 or outputs[0].shape[2] != outputs[0].shape[3]:
+            raise ValueError(
+                f"{name} is a {type(network).__name__}, whose last stage gives no map (B, C, H, W)"
+            )
         for path, module in list(network.named_modules()):
             for key, _ in list(module.named_children()):
                 inner = f"{path}.{key}".lstrip(".")
@@ -653,7 +666,11 @@ def _statistics_of(stage: nn.Module) -> tuple[Tensor, Tensor] | None:
             return None
         # A block without a shortcut starts anew; the others add to what they were given.
         m, v = last.bias.detach().clone(), last.weight.detach().square()
-        mean, var = (mean + m, var + v) if getattr(block, "has_skip", False) else (m, v)
+        if getattr(block, "has_skip", False):
+            if mean is None:
+                return None
+            m, v = mean + m, var + v
+        mean, var = m, v
     return None if mean is None else (mean, var)
 
 
@@ -795,16 +812,82 @@ def embedded_network(**options) -> nn.Module:
     return _load_state(network, {rename(name): tensor for name, tensor in state.items()}, path)
 
 
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors or .pth file by name; nothing in the file is executed."""
+# What training scripts put beside the weights; none of it runs code of the file's choosing.
+_HARMLESS = [
+    argparse.Namespace,
+    np.dtype,
+    np.ndarray,
+    np._core.multiarray.scalar,
+    np._core.multiarray._reconstruct,
+    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
+    (np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),
+    *{type(np.dtype(code)) for code in "?bhilqBHILQefdgSU"},
+    _codecs.encode,
+    pathlib.PosixPath,
+    pathlib.PurePosixPath,
+    collections.OrderedDict,
+    collections.defaultdict,
+]
+
+
+def read_checkpoint(path: str | Path) -> object:
+    """What a .pth or .safetensors file holds; nothing in it is executed.
+
+    Numbers and arrays of numpy, an ``argparse.Namespace`` and paths may stand beside the weights.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If it is none; the message says what the file seems to be.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no weights file {path}")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals(_HARMLESS):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read: {_what_it_seems(path, error)}") from error
 
-        return load_file(path)
-    state = torch.load(path, map_location="cpu", weights_only=True)
+
+def _what_it_seems(path: Path, error: Exception) -> str:
+    with open(path, "rb") as file:
+        start = file.read(512)
+    text = start.lstrip().lower()
+    if not start:
+        return "it is empty; download it again"
+    if text.startswith(b"version https://git-lfs"):
+        return "it is a pointer of Git LFS and not the file itself: run `git lfs pull`, or download the file"
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        return "it is a web page, such as a host's notice that a quota is used up: download it again"
+    if path.suffix == ".safetensors":
+        return f"it is no whole safetensors file, perhaps half a download ({error}); download it again"
+    if start.startswith(b"PK"):
+        try:
+            names = zipfile.ZipFile(path).namelist()
+        except zipfile.BadZipFile:
+            return "it is cut off, perhaps half a download; download it again"
+        if any(name.split("/")[1:2] in (["code"], ["constants.pkl"]) for name in names):
+            return "it is a TorchScript program: save the state_dict of the model that it was made from"
+        if not any(name.endswith("data.pkl") for name in names):
+            return "it is a zip archive: unpack it, and give the checkpoint inside"
+    if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        return (
+            f"it holds a {found[1]}, which would be run as code: save its state_dict alone, "
+            'as in torch.save({"model_state_dict": model.state_dict()}, FILE)'
+        )
+    if start[:2] == b"\x1f\x8b" or start[257:262] == b"ustar":
+        return "it is an archive: unpack it, and give the checkpoint inside"
+    return "it is no checkpoint that torch.save wrote, or only part of one; download it again"
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors or .pth file by name; nothing in the file is executed."""
+    state = read_checkpoint(path)
     for key in ("model_state_dict", "state_dict", "model", "teacher"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]

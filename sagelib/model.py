@@ -1,5 +1,6 @@
 """SAGE: backbone, aggregator and, if wanted, the cross-image head, in one module."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -313,6 +314,11 @@ class SAGE(
         **model_kwargs,
     ):
         """Whole weights where the folder or repository has them, else the trained part on its own backbone."""
+
+        if not Path(model_id).is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(model_id)):
+            raise FileNotFoundError(
+                f"there is no folder {model_id} of a saved model, and a hub's repository is called OWNER/NAME"
+            )
 
         def find(name: str) -> Path | None:
             if Path(model_id).is_dir():
