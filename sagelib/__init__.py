@@ -3,8 +3,8 @@
 One noun a file, read top-down:
 
     runs  places  town  images  backbone  softp  interact  aggregators
-    model  weights  graph  sampler  describe  retrieval  train  pretrain
-    evaluate  ablate  analysis  figures  widgets
+    model  weights  graph  sampler  describe  retrieval  train  evaluate
+    ablate  analysis  figures  widgets
 
 Nothing is imported here and nothing happens at import: ``from sagelib.model import SAGE``.
 """

@@ -5,7 +5,7 @@ measured (`run_grid`), what has finished is read back (`load_grid`) as a tidy ta
 (`Results`), and a small copy is kept (`export_results`).
 
     python -m sagelib.ablate notebooks/params/ablations/components.yaml --data data/town --runs data/runs --workers 2
-    python -m sagelib.ablate audit --models random-head:gem2x2:sage_vit_tiny MY-RUN --sets data/town data/gardens-point
+    python -m sagelib.ablate audit --models random-head:gem2x2:tf_efficientnet_lite2 MY-RUN --sets data/town data/gardens-point
 
 Configurations that share a frozen prefix share its stored tokens; those that are the same training, within a grid or across grids,
 share the run. A descriptor that is measured here depends on its image alone (and on fixed anchors), never on its neighbours in a batch.
@@ -36,7 +36,7 @@ import yaml
 from tqdm.auto import tqdm
 
 from sagelib import runs
-from sagelib.backbone import Backbone
+from sagelib.backbone import build_backbone
 from sagelib.describe import (
     Context,
     choose_anchors,
@@ -419,7 +419,7 @@ def _foundation(backbone: str, pretrained: bool, weights: str | None) -> str:
     if not pretrained and weights is None:
         return "random"
     options = dict(pretrained=pretrained, weights=weights, adapter="none", train_norm=False)
-    return Backbone(backbone, **options).frozen_fingerprint()
+    return build_backbone(backbone, **options).frozen_fingerprint()
 
 
 def _measured(grid: Grid, job: _Job, data: Data, root: Path) -> bool:

@@ -1,5 +1,6 @@
 """SAGE: backbone, aggregator and, if wanted, the cross-image head, in one module."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sagelib.aggregators import NetVLAD
-from sagelib.backbone import PLAIN_DINOV2, Backbone
+from sagelib.backbone import PLAIN_DINOV2, ConvBackbone, build_backbone
 from sagelib.interact import AnchorStates, InteractHead
 from sagelib.runs import atomic_path, write_json
 from sagelib.softp import SoftProbing
@@ -68,9 +69,7 @@ class SAGE(
     Parameters
     ----------
     backbone : str
-        See :class:`~sagelib.backbone.Backbone`, as for the next seven.
-    pretrained, weights, position, adapter, adapter_blocks, adapter_options, train_norm
-        Passed to the backbone.
+        See :func:`~sagelib.backbone.build_backbone`.
     aggregator : str
         ``"softp"`` (:class:`~sagelib.softp.SoftProbing`) or a name that
         :func:`sagelib.aggregators.build_aggregator` knows.
@@ -80,11 +79,14 @@ class SAGE(
         Put an :class:`~sagelib.interact.InteractHead` after the aggregator.
     interact_options : dict, optional
         Arguments of the head.
+    **backbone_options
+        Passed to :func:`~sagelib.backbone.build_backbone`, such as ``pretrained``, ``weights``, ``adapter``,
+        ``adapter_blocks`` or, for a convolutional network, ``stages``.
 
     Examples
     --------
-    >>> model = SAGE("sage_vit_tiny", pretrained=False, interact=False).eval()
-    >>> model(torch.zeros(2, 3, 126, 126)).shape
+    >>> model = SAGE("tf_efficientnet_lite2", pretrained=False, interact=False).eval()
+    >>> model(torch.zeros(2, 3, 128, 128)).shape
     torch.Size([2, 8448])
     """
 
@@ -92,33 +94,19 @@ class SAGE(
         self,
         backbone: str = "vit_large_patch14_dinov2",
         *,
-        pretrained: bool = True,
-        weights: str | Path | None = None,
-        position: str | None = None,
-        adapter: str = "dpn",
-        adapter_blocks: int = 4,
-        adapter_options: dict | None = None,
-        train_norm: bool = True,
         aggregator: str = "softp",
         aggregator_options: dict | None = None,
         interact: bool = True,
         interact_options: dict | None = None,
+        **backbone_options,
     ):
         super().__init__()
+        weights = backbone_options.get("weights")
         self._hub_mixin_config = {
             **self._hub_mixin_config,
             "weights": None if weights is None else str(weights),
         }
-        self.backbone = Backbone(
-            backbone,
-            pretrained=pretrained,
-            weights=weights,
-            position=position,
-            adapter=adapter,
-            adapter_blocks=adapter_blocks,
-            adapter_options=adapter_options,
-            train_norm=train_norm,
-        )
+        self.backbone = build_backbone(backbone, **backbone_options)
         self.aggregator = _build_aggregator(aggregator, self.backbone.width, aggregator_options or {})
         self.head = InteractHead(self.width, **(interact_options or {})) if interact else None
 
@@ -159,7 +147,7 @@ class SAGE(
 
     def embed_tokens(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """The same from what ``backbone.prefix`` gave, (B, T, M), and the grid of patches."""
-        cls, patches = self.backbone.split(self.backbone.suffix(tokens))
+        cls, patches = self.backbone.split(self.backbone.suffix(tokens, grid))
         return self.aggregator(cls, patches, grid)
 
     def local_features(self, images: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
@@ -190,6 +178,8 @@ class SAGE(
     def initialise_from(self, batches: Iterable[Tensor | tuple[Tensor, tuple[int, int]]]) -> None:
         """Data-dependent initialisation: ``SoftProbing.initialise_from``, or k-means centres for NetVLAD.
 
+        Before that a convolutional backbone takes the statistics of its channels from the same pictures.
+
         Parameters
         ----------
         batches : iterable
@@ -207,10 +197,15 @@ class SAGE(
         was_training = self.training
         self.eval()
 
+        backbone = self.backbone
+        pairs = ((backbone.prefix(b), backbone.grid(b)) if isinstance(b, Tensor) else b for b in batches)
+        if isinstance(backbone, ConvBackbone):
+            pairs = list(pairs)
+            backbone.standardise_from(pairs)
+
         def patches():
-            for batch in batches:
-                tokens = self.backbone.prefix(batch) if isinstance(batch, Tensor) else batch[0]
-                yield self.backbone.split(self.backbone.suffix(tokens))[1]
+            for tokens, grid in pairs:
+                yield backbone.split(backbone.suffix(tokens, grid))[1]
 
         with torch.no_grad():
             if isinstance(self.aggregator, NetVLAD):
@@ -224,11 +219,11 @@ class SAGE(
     def parameter_report(self) -> ParameterReport:
         """Trainable parameters part by part, live and as published."""
         backbone, aggregator = self.backbone, self.aggregator
-        norm = _count(backbone.vit.norm, trained=True)
+        norm = _count(backbone.norm, trained=True)
         adapter = sum(p.numel() for p in backbone.parameters() if p.requires_grad) - norm
         rows = [
             (f"{backbone.adapter_blocks} x {backbone.adapter}", adapter, adapter),
-            ("final LayerNorm", norm, norm),
+            (f"final {type(backbone.norm).__name__}", norm, norm),
         ]
         dead, mask = None, 0
         if isinstance(aggregator, SoftProbing):
@@ -319,6 +314,11 @@ class SAGE(
         **model_kwargs,
     ):
         """Whole weights where the folder or repository has them, else the trained part on its own backbone."""
+
+        if not Path(model_id).is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(model_id)):
+            raise FileNotFoundError(
+                f"there is no folder {model_id} of a saved model, and a hub's repository is called OWNER/NAME"
+            )
 
         def find(name: str) -> Path | None:
             if Path(model_id).is_dir():

@@ -581,7 +581,7 @@ def build_model_of(config: TrainConfig) -> SAGE:
 def _set_dropout(model: SAGE, probability: float) -> None:
     """One probability for every dropout in the trained parts (the frozen transformer's own are 0 and stay so)."""
     for name, module in model.named_modules():
-        if name.startswith("backbone.vit"):
+        if name.startswith(("backbone.vit", "backbone.cnn")):
             continue
         if isinstance(module, nn.Dropout):
             module.p = probability

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from sagelib.backbone import ViTBackbone, read_checkpoint
 from sagelib.model import SAGE
 from sagelib.runs import atomic_path
 
@@ -76,7 +77,7 @@ def load_authors_checkpoint(path: str | Path) -> SAGE:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    checkpoint = read_checkpoint(path)
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model_state_dict"), dict):
         held = (
             ", ".join(map(str, list(checkpoint)[:5]))
@@ -166,8 +167,11 @@ class _PerImage(nn.Module):
     def __init__(self, model: SAGE, grid: tuple[int, int]):
         super().__init__()
         self.model = model
-        table = model.backbone.position_embedding(grid)
-        model.backbone.position_embedding = lambda _: table
+        if isinstance(model.backbone, ViTBackbone):
+            table = model.backbone.position_embedding(grid)
+            model.backbone.position_embedding = lambda _: table
+        else:
+            model.backbone.shapes(grid)  # remembered
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model.embed(images)
@@ -209,7 +213,7 @@ def export_onnx(model: SAGE, path: str | Path, *, image_size: int | tuple[int, i
                 verbose=False,
             )
     finally:
-        del model.backbone.position_embedding
+        vars(model.backbone).pop("position_embedding", None)
         model.train(was_training)
     with atomic_path(path) as temporary:
         program.save(str(temporary), external_data=False)

@@ -5,10 +5,21 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from timm.models import register_model
+from timm.models.vision_transformer import VisionTransformer
 
 # A busy machine is no failure: properties are judged by what they find, not by how long they took.
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
+
+
+@register_model
+def vit_test_patch14(
+    pretrained=False, *, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **options
+):
+    """A small transformer of DINOv2's kind with random weights: 12 blocks, 192 wide, patches of 14 pixels."""
+    sizes = {"patch_size": 14, "embed_dim": 192, "depth": 12, "num_heads": 3, "init_values": 0.1}
+    return VisionTransformer(**{"img_size": 224, **sizes, **options})
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ from sagelib.ablate import (
     read_grid,
     run_grid,
 )
-from sagelib.backbone import Backbone
+from sagelib.backbone import build_backbone
 from sagelib.evaluate import audit_contexts, published
 from sagelib.images import Preprocess
 from sagelib.model import SAGE
@@ -37,7 +37,7 @@ from sagelib.train import TrainConfig, build_model_of, training_places
 
 GRIDS = sorted((Path(__file__).parent.parent / "notebooks" / "params" / "ablations").glob("*.yaml"))
 BASE = {
-    "backbone": "sage_vit_tiny",
+    "backbone": "vit_test_patch14",
     "pretrained": False,
     "adapter_blocks": 1,
     "aggregator_options": {"channels": 16, "probes": 8, "token_dim": 32, "hidden": 32},
@@ -366,13 +366,13 @@ def test_other_data_under_the_same_name_are_refused_before_any_training(done, da
 
 def test_exchanged_weights_are_another_training(data, tmp_path):
     """The same name of a backbone, another file: runs of both must not be averaged."""
-    first = ablate._foundation("sage_vit_tiny", False, None)
-    assert first == ablate._foundation("sage_vit_tiny", False, None) == "random"
+    first = ablate._foundation("vit_test_patch14", False, None)
+    assert first == ablate._foundation("vit_test_patch14", False, None) == "random"
     names = []
     for seed in (0, 1):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            vit = Backbone("sage_vit_tiny", pretrained=False, adapter="none").vit
+            vit = build_backbone("vit_test_patch14", pretrained=False, adapter="none").vit
         file = tmp_path / f"{seed}" / "weights.safetensors"
         file.parent.mkdir()
         save_file(vit.state_dict(), file)

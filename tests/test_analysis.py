@@ -330,7 +330,7 @@ def test_patches_of_pictures_give_the_descriptors(small_town):
     paths = open_set(small_town.parent, small_town.name).queries.path[:5]
     torch.manual_seed(0)
     model = SAGE(
-        "sage_vit_tiny", pretrained=False, interact=False, aggregator_options={"channels": 4, "probes": 3}
+        "vit_test_patch14", pretrained=False, interact=False, aggregator_options={"channels": 4, "probes": 3}
     )
     prepare = Preprocess(56, mode="antialias")
     seen = analysis.describe_patches(model, paths, prepare, batch_size=2, device="cpu")

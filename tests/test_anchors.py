@@ -17,7 +17,7 @@ OPTIONS = {"preprocess": PREPROCESS, "dtype": "float32", "device": "cpu", "progr
 def model_with(**head) -> SAGE:
     torch.manual_seed(0)
     model = SAGE(
-        "sage_vit_tiny",
+        "vit_test_patch14",
         pretrained=False,
         adapter_blocks=1,
         aggregator_options={"channels": 16, "probes": 8, "token_dim": 32, "hidden": 32},

@@ -168,7 +168,7 @@ def test_the_way_is_chosen_by_the_name_and_can_be_asked_for():
             assert Backbone(name, pretrained=False).position == "dinov2"
             assert Backbone(name + ".lvd142m", pretrained=False).position == "dinov2"
         assert Backbone(PLAIN_DINOV2[0], pretrained=False, position="timm").position == "timm"
-        for name in ("vit_small_patch14_reg4_dinov2", "vit_tiny_patch16_224", "sage_vit_tiny"):
+        for name in ("vit_small_patch14_reg4_dinov2", "vit_tiny_patch16_224", "vit_test_patch14"):
             assert Backbone(name, pretrained=False).position == "timm"
 
 
@@ -324,7 +324,7 @@ def test_the_grid_is_read_off_the_weights(tmp_path):
     assert torch.equal(model.vit.pos_embed, large.pos_embed)
     assert torch.equal(model.position_embedding((8, 8)), large.pos_embed)
     torch.save(vit_tiny(img_size=126).state_dict(), tmp_path / "tiny.pth")
-    assert Backbone("sage_vit_tiny", weights=tmp_path / "tiny.pth").vit.pos_embed.shape == (1, 82, 192)
+    assert Backbone("vit_test_patch14", weights=tmp_path / "tiny.pth").vit.pos_embed.shape == (1, 82, 192)
 
 
 def test_the_original_names_are_read(tmp_path):
@@ -374,12 +374,12 @@ def test_without_the_hub_the_error_says_what_to_do(monkeypatch):
 
 def test_the_packaged_foundation_is_found_or_missed_in_a_sentence(monkeypatch, tmp_path):
     monkeypatch.setattr(module.resources, "files", lambda _: tmp_path)
-    with pytest.raises(OSError, match="packaged weights sage_vit_tiny.safetensors are missing"):
-        Backbone("sage_vit_tiny")
+    with pytest.raises(OSError, match="packaged weights vit_test_patch14.safetensors are missing"):
+        Backbone("vit_test_patch14")
     torch.manual_seed(0)
     vit = vit_tiny()
-    save_file({k: v.half() for k, v in vit.state_dict().items()}, tmp_path / "sage_vit_tiny.safetensors")
-    model = Backbone("sage_vit_tiny")
+    save_file({k: v.half() for k, v in vit.state_dict().items()}, tmp_path / "vit_test_patch14.safetensors")
+    model = Backbone("vit_test_patch14")
     assert model.vit.pos_embed.dtype == torch.float32
     assert torch.equal(model.vit.blocks[3].mlp.fc1.weight, vit.blocks[3].mlp.fc1.weight.half().float())
     assert (model.width, model.patch, model.depth, model.prefix_blocks) == (192, 14, 12, 9)

@@ -125,7 +125,7 @@ HOUSE = [
     {"sampler"},
     {"describe"},
     {"retrieval"},
-    {"tokens", "train", "pretrain", "evaluate"},
+    {"tokens", "train", "evaluate"},
     {"ablate", "analysis"},
     {"figures"},
     {"widgets"},

@@ -469,14 +469,14 @@ def test_finished_results_are_read_by_what_they_are(data, tmp_path):
 
 
 def test_how_much_was_trained(tmp_path):
-    assert trained_parameters("pixels") == trained_parameters("gem2x2:sage_vit_tiny") == 0
+    assert trained_parameters("pixels") == trained_parameters("gem2x2:tf_efficientnet_lite2") == 0
     roots = [Path(__file__).resolve().parent.parent / "data" / "results"]
     run = training_run("sage", roots)
     assert trained_parameters("sage", roots) == run.metrics["trained_parameters"]
     assert trained_parameters("sage", roots) == sum(
         p.numel() for p in open_model("sage", roots).parameters() if p.requires_grad
     )
-    model = build_model("sage_vit_tiny", pretrained=False, aggregator="softp", interact=True)
+    model = build_model("vit_test_patch14", pretrained=False, aggregator="softp", interact=True)
     model.save_pretrained(tmp_path / "kept")
     report = model.parameter_report()
     assert (
@@ -506,7 +506,7 @@ def test_pixels_on_real_photographs_agree_with_the_slow_script(sage_data, tmp_pa
 
 def test_models_are_opened_by_name(tmp_path):
     assert open_model("pixels") is baseline_pixels
-    frozen = open_model("gem2x2:sage_vit_tiny:random")
+    frozen = open_model("gem2x2:tf_efficientnet_lite2:random")
     assert frozen.width == 4 * 192 and not frozen.has_head and not frozen.training
     frozen.save_pretrained(tmp_path / "kept")
     again = open_model(str(tmp_path / "kept"))
@@ -514,8 +514,8 @@ def test_models_are_opened_by_name(tmp_path):
     assert torch.equal(again(images), frozen(images))
     with pytest.raises(ValueError, match="there is no model 'nothing'"):
         open_model("nothing", [tmp_path])
-    names = ("pixels", "gem2x2:sage_vit_tiny:random", str(tmp_path / "kept"))
-    assert list(open_models(names)) == ["pixels", "gem2x2:sage_vit_tiny:random", "kept"]
+    names = ("pixels", "gem2x2:tf_efficientnet_lite2:random", str(tmp_path / "kept"))
+    assert list(open_models(names)) == ["pixels", "gem2x2:tf_efficientnet_lite2:random", "kept"]
     shutil.copytree(tmp_path / "kept", tmp_path / "other" / "kept")
     with pytest.raises(ValueError, match="two models are called kept: rename"):
         open_models([str(tmp_path / "kept"), str(tmp_path / "other" / "kept")])

@@ -16,7 +16,7 @@ CANCELLED_KEYS = {"head.layers.0.self_attn.in_proj_bias", "head.layers.1.self_at
 
 def tiny(seed=0, **options):
     torch.manual_seed(seed)
-    return SAGE("sage_vit_tiny", pretrained=False, **options).eval()
+    return SAGE("vit_test_patch14", pretrained=False, **options).eval()
 
 
 def images(batch=3, height=56, width=70, seed=0):
@@ -249,7 +249,7 @@ def test_saved_whole_and_loaded_it_is_the_same(tmp_path):
     again.save_pretrained(tmp_path / "n")
     read = [json.loads((tmp_path / d / "config.json").read_text()) for d in "mn"]
     assert read[0] == read[1]
-    assert read[0]["backbone"] == "sage_vit_tiny" and read[0]["interact_options"] == {"stored_anchors": 4}
+    assert read[0]["backbone"] == "vit_test_patch14" and read[0]["interact_options"] == {"stored_anchors": 4}
 
 
 @pytest.mark.parametrize("adapter", ["dpn", "lora", "oft", "unfreeze", "none"])
@@ -263,7 +263,7 @@ def test_the_trained_part_alone_is_small_and_enough(tmp_path, monkeypatch, adapt
         "weights": str(tmp_path / "vit.pth"),
     }
     torch.manual_seed(7)
-    model = SAGE("sage_vit_tiny", **options).eval()
+    model = SAGE("vit_test_patch14", **options).eval()
     with torch.no_grad():
         for p in model.parameters():
             if p.requires_grad:
@@ -321,7 +321,7 @@ def test_it_is_read_from_the_hub_by_name(tmp_path, monkeypatch, off):
 
 
 def test_build_model(tmp_path, off):
-    plain = build_model("sage_vit_tiny", aggregator="cls", pretrained=False)
+    plain = build_model("vit_test_patch14", aggregator="cls", pretrained=False)
     assert not any(p.requires_grad for p in plain.backbone.parameters()) and not plain.has_head
     x = images()
     with torch.no_grad():

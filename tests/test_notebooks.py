@@ -229,7 +229,7 @@ WRONG = (
     ("04", "perplexity", 0.0, "perplexity must be at least 1, got 0.0"),
     ("04", "places", 1000, "places asks for 1000 places"),
     ("05", "batch_size", 0, "batch_size must be at least 1, got 0"),
-    ("05", "methods", "gem:sage_vit_tiny", "the last of methods must use Soft Probing"),
+    ("05", "methods", "gem:tf_efficientnet_lite2", "the last of methods must use Soft Probing"),
     ("07", "audit_set", "nosuch", "audit_set must be empty or one of"),
     ("07", "grid_file", "nosuch.yaml", "nosuch.yaml: there is no such file"),
     ("07", "k", 0, "k must be one of 1 to 20, got 0"),

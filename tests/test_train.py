@@ -40,7 +40,7 @@ from sagelib.train import (
 )
 
 TINY = {
-    "backbone": "sage_vit_tiny",
+    "backbone": "vit_test_patch14",
     "pretrained": False,
     "aggregator_options": {"channels": 16, "probes": 8, "token_dim": 32, "hidden": 32},
     "interact": False,
@@ -316,7 +316,7 @@ class Unmoved(SAGE):
 def test_a_run_that_ends_on_the_plateau_says_so(tmp_path, mined, capsys):
     config = tiny(aggregator_options={"channels": 64, "probes": 32, "token_dim": 32, "hidden": 16})
     model = Unmoved(
-        "sage_vit_tiny", pretrained=False, interact=False, aggregator_options=config.aggregator_options
+        "vit_test_patch14", pretrained=False, interact=False, aggregator_options=config.aggregator_options
     )
     run = open_run(tmp_path, "rest", config, mined=mined, device="cpu")
     metrics = train(config, run, mined=mined, model=model, device="cpu", progress=True).metrics
@@ -621,7 +621,7 @@ def test_half_a_checkpoint_is_never_one(tmp_path):
 def small_model():
     torch.manual_seed(0)
     return SAGE(
-        "sage_vit_tiny", pretrained=False, interact=False, aggregator_options=TINY["aggregator_options"]
+        "vit_test_patch14", pretrained=False, interact=False, aggregator_options=TINY["aggregator_options"]
     ).eval()
 
 

@@ -159,7 +159,7 @@ def test_onnx_gives_torchs_descriptors_for_any_batch(tmp_path):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
     torch.manual_seed(0)
-    model = SAGE("sage_vit_tiny", pretrained=False, position="dinov2").train()
+    model = SAGE("vit_test_patch14", pretrained=False, position="dinov2").train()
     path = export_onnx(model, tmp_path / "sage.onnx", image_size=(70, 126))
     assert model.training
     model.eval()

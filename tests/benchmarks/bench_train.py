@@ -59,7 +59,7 @@ def epochs(root, name, places, **changes) -> list[dict]:
     """Seconds of each epoch of a short training."""
     config = TrainConfig(
         **{
-            "backbone": "sage_vit_tiny",
+            "backbone": "vit_test_patch14",
             "pretrained": False,
             "interact": False,
             "image_size": 126,
@@ -81,7 +81,7 @@ def epochs(root, name, places, **changes) -> list[dict]:
 
 @pytest.mark.parametrize("blocks", [12, 24])
 def test_epoch_with_stored_tokens(benchmark, tmp_path, places, blocks):
-    model = {"backbone": "sage_vit_tiny" if blocks == 12 else "bench_vit_24", "schedule": "none"}
+    model = {"backbone": "vit_test_patch14" if blocks == 12 else "bench_vit_24", "schedule": "none"}
     without = min(s["train"] for s in epochs(tmp_path, "without", places, **model))
     warm = benchmark.pedantic(
         lambda: min(s["train"] for s in epochs(tmp_path, "warm", places, **model, cache_limit_gb=4.0)),
