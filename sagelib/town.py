@@ -1909,8 +1909,8 @@ def images_of(settings: dict, split: str) -> int | None:
     return few or settings["images_per_town"]
 
 
-def _shots_of(settings: dict) -> list[tuple[int, list[Shot]]]:
-    """All pictures of a folder, town by town."""
+def _shots_of(settings: dict) -> list[tuple[int, Shot]]:
+    """All pictures of a folder, each with the seed of its town, town by town."""
     config, out = TownConfig(**settings["config"]), []
     for split, parts in (
         ("train", ("database",)),
@@ -1919,28 +1919,30 @@ def _shots_of(settings: dict) -> list[tuple[int, list[Shot]]]:
     ):
         for seed in settings["seeds"][split]:
             town = Town(seed, config)
-            shots = []
             for kind in parts:
-                shots += plan_shots(town, f"{split}/{kind}", images_of(settings, split))
-            out.append((seed, shots))
+                shots = plan_shots(town, f"{split}/{kind}", images_of(settings, split))
+                out += [(seed, shot) for shot in shots]
     return out
 
 
 def _render_files(folder: Path, settings: dict, tell, share: tuple[int, int] = (0, 1)) -> None:
-    """Render what is not there yet; worker ``share[0]`` of ``share[1]`` takes a run of each town's pictures."""
-    config, size = TownConfig(**settings["config"]), settings["size"]
-    for seed, shots in _shots_of(settings):
-        first, last = (len(shots) * (share[0] + k) // share[1] for k in (0, 1))
-        town = None
-        for shot in shots[first:last]:
-            path = folder / "images" / shot.part / shot.name
-            if path.exists():
-                continue
-            town = town or Town(seed, config)
-            picture = town.render(shot.pose, shot.condition, size, year=shot.year, visit=shot.visit)
-            with atomic_path(path, sync=False) as temporary:
-                Image.fromarray(picture).save(temporary, quality=settings["quality"])
-            tell()
+    """Render what is not there yet; worker ``share[0]`` of ``share[1]`` takes a run of the pictures.
+
+    A run holds most of its towns whole, so that few walls are painted by two workers.
+    """
+    config, size, town = TownConfig(**settings["config"]), settings["size"], None
+    shots = _shots_of(settings)
+    first, last = (len(shots) * (share[0] + k) // share[1] for k in (0, 1))
+    for seed, shot in shots[first:last]:
+        path = folder / "images" / shot.part / shot.name
+        if path.exists():
+            continue
+        if town is None or town.seed != seed:
+            town = Town(seed, config)
+        picture = town.render(shot.pose, shot.condition, size, year=shot.year, visit=shot.visit)
+        with atomic_path(path, sync=False) as temporary:
+            Image.fromarray(picture).save(temporary, quality=settings["quality"])
+        tell()
 
 
 def _worker() -> None:
@@ -2048,7 +2050,7 @@ def write_town(
         raise ValueError(f"{folder} is not empty and holds no town: name another folder")
     else:
         write_json(plan, settings)
-    wanted = [folder / "images" / shot.part / shot.name for _, shots in _shots_of(settings) for shot in shots]
+    wanted = [folder / "images" / shot.part / shot.name for _, shot in _shots_of(settings)]
     present = set()
     for part in {path.parent for path in wanted}:
         part.mkdir(parents=True, exist_ok=True)
@@ -2083,6 +2085,9 @@ def _render_in_processes(folder: Path, settings: dict, workers: int, bar) -> Non
     """Plain processes rather than a pool: these work from scripts, notebooks and standard input alike."""
     command = [sys.executable, "-c", "from sagelib.town import _worker; _worker()"]
     where = {
+        # glibc: memory of one picture is kept for the next, a fifth of the processor time less
+        "MALLOC_MMAP_THRESHOLD_": str(1 << 25),
+        "MALLOC_TRIM_THRESHOLD_": str(1 << 28),
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
     }
