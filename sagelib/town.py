@@ -55,14 +55,21 @@ SEED_RANGES = {
     "pretrain": range(0, 1000),
     "train": range(1000, 1100),
     "val": range(1100, 1110),
-    "test": range(1110, 1120),
+    "test": range(1110, 1130),
 }
 """Seeds of each use; they never overlap, so that no town is both learned and tested."""
 
 UTM_ZONE, UTM_LETTER = 31, "U"
 TOWN_GRID_M = 2000.0  # towns lie this far apart: a 25 m graph never joins two
 FIRST_YEAR = 2020
-PICTURE_VERSION = 4  # raised whenever the same seed gives other pictures: part of a folder's settings
+DEFAULT_SEEDS = {"train": range(1000, 1060), "val": range(1100, 1104), "test": range(1114, 1118)}
+"""Towns of the default data set of :func:`ensure_town`."""
+
+IMAGES_PER_TOWN = 120
+"""Training pictures, or references and as many queries, of each town of the default data set."""
+
+PICTURE_SIZE = 160  # pixels a side: a multiple of 32, the last stride of most convolutional networks
+PICTURE_VERSION = 5  # raised whenever the same seed gives other pictures: part of a folder's settings
 
 _SKY, _ROAD, _FACADE, _WINDOW, _SIGN, _TREE, _CAR, _PERSON, _PAVEMENT, _DOOR, _ROOF, _LAMP = range(
     len(LABELS)
@@ -85,12 +92,17 @@ class TownConfig:
         Probability per year that a facade is repainted or a sign replaced, 0 to 1.
     years : int
         Pictures are spread over this many years after the first, 0 to 10.
-    viewpoint_jitter_m : float
-        Largest shift of a picture from its station along the street, in metres, 0 to 12; across, a third of it.
+    viewpoint_jitter_m, sideways_jitter_m : float
+        Largest shift of a query or training picture from its station, along the street (0 to 12) and across it
+        (0 to 3), in metres. References stand on their stations, without any of these changes.
     heading_jitter_deg : float
         Largest turn away from a station's heading, in degrees, 0 to 45.
     fov_deg, fov_jitter_deg : float
-        Horizontal field of view (30 to 110) and its largest change, in degrees.
+        Horizontal field of view (30 to 110) and its largest change (0 to 20), in degrees.
+    height_jitter_m : float
+        Largest change of the camera's height of 2.3 m, in metres, 0 to 1.5.
+    tilt_jitter : float
+        Largest change of the camera's tilt of 0.25 (see :class:`Pose`), 0 to 0.25.
     occlusion : float
         Share of the places at the kerb taken by cars, and the number of persons, 0 to 1.
     sensor_noise : float
@@ -106,10 +118,13 @@ class TownConfig:
     architecture_variety: float = 0.5
     appearance_change: float = 0.25
     years: int = 3
-    viewpoint_jitter_m: float = 3.0
-    heading_jitter_deg: float = 10.0
+    viewpoint_jitter_m: float = 6.0
+    sideways_jitter_m: float = 2.0
+    heading_jitter_deg: float = 25.0
     fov_deg: float = 75.0
-    fov_jitter_deg: float = 8.0
+    fov_jitter_deg: float = 18.0
+    height_jitter_m: float = 0.8
+    tilt_jitter: float = 0.07
     occlusion: float = 0.5
     sensor_noise: float = 5.0
     train_spacing_m: float = 4.0
@@ -124,9 +139,12 @@ class TownConfig:
             "appearance_change": (0, 1),
             "years": (0, 10),
             "viewpoint_jitter_m": (0, 12),
+            "sideways_jitter_m": (0, 3),
             "heading_jitter_deg": (0, 45),
             "fov_deg": (30, 110),
             "fov_jitter_deg": (0, 20),
+            "height_jitter_m": (0, 1.5),
+            "tilt_jitter": (0, 0.25),
             "occlusion": (0, 1),
             "sensor_noise": (0, 40),
             "train_spacing_m": (1, 50),
@@ -374,24 +392,20 @@ class _Canvas:
 
     def packed(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """Each level, half as fine as the one before: colour and label, and glow, as flat uint32 texels."""
-        levels, rgb, glow, label = [], self.rgb, self.glow, self.label
+        levels, label = [], self.label
+        rgb, glow = ((np.clip(a, 0, 1) * 255 + 0.5).astype(np.uint8) for a in (self.rgb, self.glow))
         while True:
             out = []
             for colour, last in ((rgb, label), (glow, 0)):
                 texel = np.empty((*label.shape, 4), np.uint8)
-                texel[..., :3] = np.clip(colour, 0, 1) * np.float32(255) + np.float32(0.5)
-                texel[..., 3] = last
+                texel[..., :3], texel[..., 3] = colour, last
                 out.append(texel.reshape(-1).view(np.uint32))
             levels.append((label.shape, *out))
             if len(levels) == 5 or min(label.shape) < 8:
                 return levels
-            nu, nv = label.shape[0] // 2 * 2, label.shape[1] // 2 * 2
-            quarter = np.float32(0.25)
-            rgb, glow = (
-                (a[0:nu:2, 0:nv:2] + a[1:nu:2, 0:nv:2] + a[0:nu:2, 1:nv:2] + a[1:nu:2, 1:nv:2]) * quarter
-                for a in (rgb, glow)
-            )
-            label = label[0:nu:2, 0:nv:2]
+            even = (0, 0, label.shape[1] // 2 * 2, label.shape[0] // 2 * 2)
+            rgb, glow = (np.asarray(Image.fromarray(a).reduce(2, even)) for a in (rgb, glow))
+            label = label[0 : even[3] : 2, 0 : even[2] : 2]
 
 
 def _glyph(index: int) -> np.ndarray:
@@ -951,7 +965,7 @@ _LIGHTS = {
 _LAMP_COLOUR = np.float32((1.0, 0.72, 0.38))
 _LAMP_HEIGHT_M = 5.2
 _VIEW_M = 200.0
-_ATLAS_TEXELS = 1 << 24  # painted walls kept in memory: 8 bytes each
+_ATLAS_TEXELS = 1 << 25  # painted walls kept in memory: 8 bytes each
 _FAR_M = 400.0  # the ground ends here
 _HITS = 6  # boxes followed behind each other in one column
 
@@ -1127,7 +1141,7 @@ class Town:
         self,
         pose: Pose,
         condition: str = "day",
-        size: int | tuple[int, int] = 126,
+        size: int | tuple[int, int] = PICTURE_SIZE,
         *,
         year: int = 0,
         visit: int = 0,
@@ -1299,13 +1313,13 @@ class Town:
         if not bottom:
             return
         dice = _Dice(self.seed, "sky", visit)
-        up = np.clip(view.y[:bottom], 0, 1.2).astype(np.float32)
+        up = np.clip(view.y[:bottom], 0, 1.6).astype(np.float32)
         mix = np.clip(up / (up + np.float32(0.35)) * np.float32(1.3), 0, 1)[:, None]
         azimuth = np.arctan2(view.dx, view.dy)
         side = (0.5 + 0.5 * np.cos(azimuth - sun_at)).astype(np.float32)[None, :]
         strip = _clouds()
         column = ((azimuth / (2 * np.pi) + dice.real()) % 1.0 * strip.shape[1]).astype(int) % strip.shape[1]
-        row = np.minimum((up * np.float32(105)).astype(int), strip.shape[0] - 1)
+        row = (up * np.float32(79)).astype(int)
         cloud = strip[row[:, None], column[None, :]]
         cloud = np.clip((cloud - np.float32(0.75 - 0.5 * light.cover)) * np.float32(4), 0, 1)
         cloud *= np.clip(up * 6, 0, 1)[:, None] * np.float32(light.clouds)
@@ -1455,13 +1469,15 @@ class Town:
                 continue
             rx, ry = things[:, 0] - view.ox, things[:, 1] - view.oy
             ahead, aside = rx * view.fx + ry * view.fy, rx * view.fy - ry * view.fx
-            reach = {"car": 70.0, "tree": 110.0, "lamp": 80.0, "walker": 45.0}[kind]
+            # nearer than this a car cuts the picture's plane, and a tree would be all that is seen
+            start, reach = {
+                "car": (0.5, 70.0),
+                "tree": (3.0, 110.0),
+                "lamp": (1.2, 80.0),
+                "walker": (1.2, 45.0),
+            }[kind]
             margin = 4.5
-            ok = (
-                (ahead > (0.5 if kind == "car" else 1.2))
-                & (ahead < reach)
-                & (np.abs(aside) < ahead * view.half + margin)
-            )
+            ok = (ahead > start) & (ahead < reach) & (np.abs(aside) < ahead * view.half + margin)
             for i in np.flatnonzero(ok):
                 x, y, a, b, key = things[i]
                 if kind == "car":
@@ -1842,14 +1858,15 @@ def plan_shots(town: Town, part: str, images: int | None = None) -> list[Shot]:
             dice = _Dice(town.seed, part, index)
             lane = 0.22 * street.half_road * (1 if number % 2 else -1)
             turn = (0.0, -90.0, 180.0, 90.0)[2 * (number % 2) + look] + 90.0 * direction
-            fov, height, tilt = config.fov_deg, 2.3, 0.25
+            fov, height, tilt = config.fov_deg, Pose.height_m, Pose.tilt
             jittered = (split, kind) not in (("val", "database"), ("test", "database"))
             if jittered:
                 at_m = at + config.viewpoint_jitter_m * dice.real(-1, 1)
-                lane += config.viewpoint_jitter_m / 3 * dice.real(-1, 1)
+                lane += config.sideways_jitter_m * dice.real(-1, 1)
                 turn += config.heading_jitter_deg * dice.real(-1, 1)
                 fov += config.fov_jitter_deg * dice.real(-1, 1)
-                height, tilt = dice.real(2.0, 2.7), dice.real(0.18, 0.32)
+                height += config.height_jitter_m * dice.real(-1, 1)
+                tilt += config.tilt_jitter * dice.real(-1, 1)
                 year = dice.integer(config.years + 1)
                 if kind == "queries" and config.years:
                     year = 1 + dice.integer(config.years)
@@ -1860,7 +1877,6 @@ def plan_shots(town: Town, part: str, images: int | None = None) -> list[Shot]:
                 condition, visit = turns[index % len(turns)], index + 1
             else:
                 at_m, condition, year, visit = at, "day", 0, index + 1
-                tilt = 0.25
             across = street.centre + lane
             east, north = town.to_utm(*((across, at_m) if direction == 0 else (at_m, across)))
             pose = Pose(
@@ -1893,8 +1909,8 @@ def images_of(settings: dict, split: str) -> int | None:
     return few or settings["images_per_town"]
 
 
-def _shots_of(settings: dict) -> list[tuple[int, list[Shot]]]:
-    """All pictures of a folder, town by town."""
+def _shots_of(settings: dict) -> list[tuple[int, Shot]]:
+    """All pictures of a folder, each with the seed of its town, town by town."""
     config, out = TownConfig(**settings["config"]), []
     for split, parts in (
         ("train", ("database",)),
@@ -1903,28 +1919,30 @@ def _shots_of(settings: dict) -> list[tuple[int, list[Shot]]]:
     ):
         for seed in settings["seeds"][split]:
             town = Town(seed, config)
-            shots = []
             for kind in parts:
-                shots += plan_shots(town, f"{split}/{kind}", images_of(settings, split))
-            out.append((seed, shots))
+                shots = plan_shots(town, f"{split}/{kind}", images_of(settings, split))
+                out += [(seed, shot) for shot in shots]
     return out
 
 
 def _render_files(folder: Path, settings: dict, tell, share: tuple[int, int] = (0, 1)) -> None:
-    """Render what is not there yet; worker ``share[0]`` of ``share[1]`` takes a run of each town's pictures."""
-    config, size = TownConfig(**settings["config"]), settings["size"]
-    for seed, shots in _shots_of(settings):
-        first, last = (len(shots) * (share[0] + k) // share[1] for k in (0, 1))
-        town = None
-        for shot in shots[first:last]:
-            path = folder / "images" / shot.part / shot.name
-            if path.exists():
-                continue
-            town = town or Town(seed, config)
-            picture = town.render(shot.pose, shot.condition, size, year=shot.year, visit=shot.visit)
-            with atomic_path(path, sync=False) as temporary:
-                Image.fromarray(picture).save(temporary, quality=settings["quality"])
-            tell()
+    """Render what is not there yet; worker ``share[0]`` of ``share[1]`` takes a run of the pictures.
+
+    A run holds most of its towns whole, so that few walls are painted by two workers.
+    """
+    config, size, town = TownConfig(**settings["config"]), settings["size"], None
+    shots = _shots_of(settings)
+    first, last = (len(shots) * (share[0] + k) // share[1] for k in (0, 1))
+    for seed, shot in shots[first:last]:
+        path = folder / "images" / shot.part / shot.name
+        if path.exists():
+            continue
+        if town is None or town.seed != seed:
+            town = Town(seed, config)
+        picture = town.render(shot.pose, shot.condition, size, year=shot.year, visit=shot.visit)
+        with atomic_path(path, sync=False) as temporary:
+            Image.fromarray(picture).save(temporary, quality=settings["quality"])
+        tell()
 
 
 def _worker() -> None:
@@ -1941,7 +1959,7 @@ def write_town(
     test_seeds=(1110,),
     images_per_town: int | None = None,
     train_images_per_town: int | None = None,
-    size: int = 126,
+    size: int = PICTURE_SIZE,
     config: TownConfig | None = None,
     workers: int = 1,
     progress: bool = True,
@@ -2032,7 +2050,7 @@ def write_town(
         raise ValueError(f"{folder} is not empty and holds no town: name another folder")
     else:
         write_json(plan, settings)
-    wanted = [folder / "images" / shot.part / shot.name for _, shots in _shots_of(settings) for shot in shots]
+    wanted = [folder / "images" / shot.part / shot.name for _, shot in _shots_of(settings)]
     present = set()
     for part in {path.parent for path in wanted}:
         part.mkdir(parents=True, exist_ok=True)
@@ -2067,6 +2085,9 @@ def _render_in_processes(folder: Path, settings: dict, workers: int, bar) -> Non
     """Plain processes rather than a pool: these work from scripts, notebooks and standard input alike."""
     command = [sys.executable, "-c", "from sagelib.town import _worker; _worker()"]
     where = {
+        # glibc: memory of one picture is kept for the next, a fifth of the processor time less
+        "MALLOC_MMAP_THRESHOLD_": str(1 << 25),
+        "MALLOC_TRIM_THRESHOLD_": str(1 << 28),
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
     }
@@ -2107,7 +2128,7 @@ def ensure_town(
     name: str,
     *,
     images: int | None = None,
-    size: int = 126,
+    size: int = PICTURE_SIZE,
     workers: int | None = None,
     progress: bool = False,
 ) -> Path:
@@ -2120,8 +2141,9 @@ def ensure_town(
     data_folder : path
     name : str
     images : int, optional
-        ``images_per_town`` of :func:`write_town`, with two training towns. None or 0: every pose of one town for validation and
-        one for test, and 120 pictures of each of 20 training towns, for what is learned on few towns does not carry over to another.
+        ``images_per_town`` of :func:`write_town`, with its two training towns, one for validation and one for test.
+        None or 0: the default data set, ``IMAGES_PER_TOWN`` pictures of each town of ``DEFAULT_SEEDS``; what is
+        learned on few towns does not carry over to another.
     size, progress
         As for :func:`write_town`.
     workers : int, optional
@@ -2129,11 +2151,10 @@ def ensure_town(
     """
     folder = Path(data_folder) / name
     if name.startswith("town"):
-        many = {} if images else {"train_seeds": SEED_RANGES["train"][:20], "train_images_per_town": 120}
         write_town(
             folder,
-            images_per_town=images or None,
-            **many,
+            images_per_town=images or IMAGES_PER_TOWN,
+            **({} if images else {f"{split}_seeds": seeds for split, seeds in DEFAULT_SEEDS.items()}),
             size=size,
             workers=workers or cores(),
             progress=progress,

@@ -10,11 +10,11 @@ def street():
     town = Town(1110)
     shots = plan_shots(town, "test/queries", 36)
     for shot in shots:  # facades are painted when first seen
-        town.render(shot.pose, shot.condition, 126, year=shot.year, visit=shot.visit)
+        town.render(shot.pose, shot.condition, 160, year=shot.year, visit=shot.visit)
     return town, shots
 
 
-@pytest.mark.parametrize("size", [126, 224])
+@pytest.mark.parametrize("size", [160, 224])
 def test_pictures_of_all_conditions(benchmark, street, size):
     town, shots = street
 
@@ -29,7 +29,7 @@ def test_pictures_of_all_conditions(benchmark, street, size):
 @pytest.mark.parametrize("condition", CONDITIONS)
 def test_one_picture(benchmark, street, condition):
     town, shots = street
-    benchmark.pedantic(town.render, args=(shots[0].pose, condition, 126), rounds=20, warmup_rounds=2)
+    benchmark.pedantic(town.render, args=(shots[0].pose, condition, 160), rounds=20, warmup_rounds=2)
 
 
 def test_a_new_town_and_its_first_pictures(benchmark):
@@ -38,6 +38,6 @@ def test_a_new_town_and_its_first_pictures(benchmark):
     def first_walk():
         town = Town(1111)
         for shot in plan_shots(town, "train/database", 20):
-            town.render(shot.pose, shot.condition, 126, year=shot.year, visit=shot.visit)
+            town.render(shot.pose, shot.condition, 160, year=shot.year, visit=shot.visit)
 
     benchmark.pedantic(first_walk, rounds=2)
