@@ -6,12 +6,14 @@ batches composed as a `Context` says. What a descriptor depends on is then writt
 context costs no second run through the backbone.
 """
 
-import contextlib
 import dataclasses
+import functools
+import hashlib
 import os
 import re
+import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -261,7 +263,11 @@ def describe(
     }
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    with _alone(out_dir):
+    advice = (
+        f"not enough memory to describe {batch_size} pictures at a time on {device}: lower batch_size, or take smaller pictures"
+        + (f"; the head sees {context.n} at a time (context {context})" if context.n else "")
+    )
+    with runs.alone(out_dir), runs.memory_errors(advice):
         embedded = _finished(out_dir, identity, overwrite)
         if embedded is None:
             embedded = _embed(
@@ -276,24 +282,6 @@ def describe(
         return _describe_in_context(
             model, embedded, places, context, anchors, seed, loader, device, dtype, overwrite, progress
         )
-
-
-@contextlib.contextmanager
-def _alone(directory):
-    """Let one process at a time write into a directory; the next one waits, and then finds what is there."""
-    try:
-        import fcntl
-    except ImportError:  # Windows, where two processes in one folder are not kept apart
-        yield
-        return
-    # A lock on the directory itself leaves no file behind, and ends with the process, however that ends.
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # some network file systems have no locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 def _check_settings(places, preprocess, batch_size, dtype, workers, autocast, on_error):
@@ -340,6 +328,12 @@ def _finished(directory, identity, overwrite):
         raise ValueError(
             f"{directory} holds descriptors of other settings ({'; '.join(changed)}): choose another folder, or "
             "give overwrite=True"
+            + (
+                "; a model or preprocess is recognised again if it has an attribute fingerprint, a text that changes whenever its "
+                "results would"
+                if any("without a fingerprint" in str(identity.get(key)) for key in ("model", "preprocess"))
+                else ""
+            )
         )
     (directory / _MANIFEST).unlink()
     return None
@@ -425,9 +419,7 @@ def _embed(model, places, out_dir, identity, preprocess, batch_size, device, wor
                 described = _checked(described, rows, paths, identity["dtype"], state["dim"])
                 if values is None:
                     state["dim"] = described.shape[1]
-                    values = np.lib.format.open_memmap(
-                        part, mode="w+", dtype=identity["dtype"], shape=(n, state["dim"])
-                    )
+                    values = runs.new_array(part, identity["dtype"], (n, state["dim"]))
                 values[rows] = described
                 images = described = None  # the next batch is decoded before this name is bound again
             state["done"] = min(state["done"] + batch_size, n)
@@ -442,9 +434,7 @@ def _embed(model, places, out_dir, identity, preprocess, batch_size, device, wor
         if state["skipped"]:
             keep = np.setdiff1d(np.arange(n), [skipped["row"] for skipped in state["skipped"]])
             with runs.atomic_path(final) as temporary:
-                packed = np.lib.format.open_memmap(
-                    temporary, mode="w+", dtype=identity["dtype"], shape=(len(keep), state["dim"])
-                )
+                packed = runs.new_array(temporary, identity["dtype"], (len(keep), state["dim"]))
                 for start in range(0, len(keep), 4096):
                     packed[start : start + 4096] = values[keep[start : start + 4096]]
                 packed.flush()
@@ -477,16 +467,33 @@ def _checked(described, rows, paths, dtype, dim):
         raise ValueError(f"the model must give a tensor ({len(rows)}, D) for {len(rows)} images, got {got}")
     if dim is not None and described.shape[1] != dim:
         raise ValueError(f"the model gave descriptors of {described.shape[1]} dimensions after {dim}")
-    values = described.float().cpu().numpy()
+    return _stored(described.float().cpu().numpy(), dtype, [paths[row] for row in rows])
+
+
+def _stored(values, dtype, paths):
+    """Descriptors (B, D) in the type in which they are kept, or an error where that type cannot hold them."""
     with np.errstate(over="ignore"):
-        values = values.astype(dtype)
-    finite = np.isfinite(values).all(axis=1)
+        kept = values.astype(dtype)
+    finite = np.isfinite(kept).all(axis=1)
     if not finite.all():
+        first = int(np.argmin(finite))
+        fits = dtype == "float16" and np.isfinite(values[first]).all()
         raise ValueError(
-            f"{paths[rows[int(np.argmin(finite))]]}: its descriptor is not finite in {dtype}"
-            + ("; try dtype='float32'" if dtype == "float16" else "; try without autocast")
+            f"{paths[first]}: its descriptor is not finite in {dtype}"
+            + (
+                "; try dtype='float32'"
+                if fits
+                else ": the model gives a NaN or an infinity; mend it, or try without autocast"
+            )
         )
-    return values
+    if kept.dtype == np.float16:
+        norm, lost = np.linalg.norm(values, axis=1), np.linalg.norm(values - kept.astype(np.float32), axis=1)
+        if (lost > 0.01 * norm).any():
+            first = int(np.argmax(lost > 0.01 * norm))
+            raise ValueError(
+                f"{paths[first]}: its descriptor, of length {norm[first]:.2g}, is too small for float16; give dtype='float32'"
+            )
+    return kept
 
 
 class evaluating:
@@ -539,7 +546,7 @@ def _describe_in_context(
     directory.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     with runs.atomic_path(directory / _VALUES) as temporary:
-        out = np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=embedded.values.shape)
+        out = runs.new_array(temporary, dtype, embedded.values.shape)
         names = names_in_order(places[embedded.rows])
         compose(
             model,
@@ -642,7 +649,7 @@ def compose(
                 )
             if not np.isfinite(block).all():
                 raise ValueError(f"the InteractHead gave values that are not finite in the context {context}")
-            out[batch] = block
+            out[batch] = _stored(block, str(out.dtype), [paths[row] for row in batch])
             bar.update(len(batch))
     return out
 
@@ -775,53 +782,80 @@ def pick_device(name: str | torch.device = "auto") -> torch.device:
 
 
 def model_fingerprint(model, *, head: bool = True) -> str:
-    """A short hash of what a model computes: of weights and settings, or of a function's code.
+    """A short text that is equal for models that compute the same, and changes with whatever changes their descriptors.
 
-    An attribute ``fingerprint`` (a str, or a method that gives one) is believed. A module is hashed by its class, the
-    ``config`` it was built from, where it keeps one (without the places that weights were read from), and all
-    weights; a plain function by its code and by the modules that it mentions.
+    An attribute ``fingerprint`` (a str, or a method that gives one) is believed; for a module it stands for its code, and its weights
+    and settings count besides. Modules of this package and of the libraries that it builds on are hashed by their classes, plain
+    attributes, ``config`` (without the places that weights were read from), weights and buffers. Any other callable may depend on
+    what cannot be seen from outside (globals, closures, other objects), so it gets another text at every call: nothing that was
+    stored for it is used again, until it has an attribute ``fingerprint``.
 
     Parameters
     ----------
     model : callable
     head : bool
         False leaves the InteractHead of a SAGE out: descriptors of the context none do not depend on it.
-
-    Raises
-    ------
-    ValueError
-        For another object, which cannot be told from its successors: give it an attribute ``fingerprint``.
     """
     own = getattr(model, "fingerprint", None)
-    if own is not None:
-        return str(own() if callable(own) else own)
+    own = str(own() if callable(own) else own) if own is not None else None
     if isinstance(model, torch.nn.Module):
-        config, state = getattr(model, "config", None), model.state_dict()
-        ignored = {"weights", "pretrained"}
+        parts = dict(model.named_modules(remove_duplicate=False))
+        settings = dict(getattr(model, "config", None) or {}) if hasattr(model, "has_head") else {}
+        skipped = {"weights", "pretrained"}
         if not head and hasattr(model, "has_head"):
-            ignored |= {"interact", "interact_options"}
-            state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
-        if isinstance(config, Mapping):
-            settings = {str(key): repr(value) for key, value in config.items() if key not in ignored}
-        else:
-            settings = repr(model)
-        weights = {name: runs.fingerprint(_bytes(tensor)) for name, tensor in state.items()}
-        return runs.fingerprint([type(model).__qualname__, settings, weights])
-    if dataclasses.is_dataclass(model):
+            parts = {name: part for name, part in parts.items() if f"{name}.".partition(".")[0] != "head"}
+            skipped |= {"interact", "interact_options"}
+        if own is None and not all(_is_known(part) for part in parts.values()):
+            return _never_again(model)
+        settings = {str(key): repr(value) for key, value in settings.items() if key not in skipped}
+        state = {name: _module_state(part) for name, part in parts.items()}
+        return runs.fingerprint([type(model).__qualname__, own, settings, state])
+    if own is not None:
+        return own
+    if dataclasses.is_dataclass(model) and _of_package(type(model), "sagelib"):
         return runs.fingerprint([type(model).__qualname__, repr(model)])
-    code = getattr(model, "__code__", None)
-    if code is None:
-        raise ValueError(
-            f"a model of type {type(model).__qualname__} cannot be recognised again: give it an attribute fingerprint, "
-            "a text that changes whenever its descriptors would"
-        )
-    outer = dict(zip(code.co_freevars, (cell.cell_contents for cell in model.__closure__ or ()), strict=True))
-    mentioned = {
-        name: {**model.__globals__, **outer}.get(name) for name in (*code.co_names, *code.co_freevars)
+    return _never_again(model)
+
+
+def _never_again(thing) -> str:
+    return f"{getattr(thing, '__qualname__', None) or type(thing).__qualname__} without a fingerprint, {secrets.token_hex(4)}"
+
+
+def _of_package(kind, *packages):
+    return kind.__module__.partition(".")[0] in packages
+
+
+def _is_known(part):
+    """Whether a module computes what its library's class says: no code of its own, no hooks."""
+    hooks = part._forward_hooks or part._forward_pre_hooks
+    patched = any(callable(getattr(type(part), name, None)) for name in vars(part))
+    return (
+        _of_package(type(part), "sagelib", "torch", "timm", "torchvision", "peft")
+        and not hooks
+        and not patched
+    )
+
+
+def _module_state(part):
+    """The class, plain attributes, weights and buffers of one module, without its submodules."""
+    plain = (bool, int, float, str, type(None), tuple, list, dict)
+    skipped = {"training", "config", "_fingerprints"}
+    settings = {
+        key: repr(value)
+        for key, value in vars(part).items()
+        if isinstance(value, plain) and key not in skipped and not key.startswith("_")
     }
-    modules = {name: model_fingerprint(m) for name, m in mentioned.items() if isinstance(m, torch.nn.Module)}
-    constants = [repr(c) for c in code.co_consts if not hasattr(c, "co_code")]
-    return runs.fingerprint([model.__qualname__, code.co_code, constants, list(code.co_names), modules])
+    tensors = {
+        **part._parameters,
+        **part._buffers,
+        **{k: v for k, v in vars(part).items() if torch.is_tensor(v)},
+    }
+    weights = {
+        name: [str(tensor.dtype), list(tensor.shape), runs.fingerprint(_bytes(tensor))]
+        for name, tensor in tensors.items()
+        if tensor is not None
+    }
+    return [type(part).__qualname__, settings, weights]
 
 
 def _bytes(tensor):
@@ -830,9 +864,26 @@ def _bytes(tensor):
 
 
 def pictures_fingerprint(places) -> str:
-    """A short hash of the sizes of the files in bytes: a re-rendered or replaced picture is noticed without reading it."""
-    sizes = [os.path.getsize(p) if os.path.exists(p) else -1 for p in places.path]
-    return runs.fingerprint(np.array(sizes, np.int64))
+    """A short hash of what the files hold, in order: a picture that was replaced under its old name is another one."""
+    return runs.fingerprint([file_digest(path) for path in places.path])
+
+
+def file_digest(path) -> str:
+    """A hash of a file's bytes, empty where there is no file; read again only when the system says that it changed."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return ""
+    return _digest(str(path), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
+
+
+@functools.lru_cache(maxsize=1_000_000)
+def _digest(path, *stat):
+    try:
+        with open(path, "rb") as stream:
+            return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    except OSError as error:
+        return f"unreadable: {error.strerror}"
 
 
 def names_in_order(places) -> list[str]:
@@ -848,10 +899,12 @@ def names_in_order(places) -> list[str]:
 
 
 def describe_callable(preprocess) -> str:
-    """A preprocess as text for a manifest: the repr of a dataclass, the name of a function."""
-    if dataclasses.is_dataclass(preprocess):
+    """A preprocess as text for a manifest: the repr of one of this package, the name and `model_fingerprint` of another."""
+    if dataclasses.is_dataclass(preprocess) and _of_package(type(preprocess), "sagelib"):
         return repr(preprocess)
-    return getattr(preprocess, "__qualname__", None) or repr(preprocess)
+    name = getattr(preprocess, "__qualname__", None) or type(preprocess).__qualname__
+    known = model_fingerprint(preprocess)
+    return known if known.startswith(name) else f"{name} {known}"
 
 
 # -------------------------------------------------------------------------------------------- a first model

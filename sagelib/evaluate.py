@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from scipy.spatial import cKDTree
 from tqdm.auto import tqdm
 
 from sagelib import places as places_module
@@ -24,6 +26,7 @@ from sagelib.describe import (
     describe,
     describe_callable,
     evaluating,
+    file_digest,
     model_fingerprint,
     names_in_order,
     own_anchors,
@@ -78,7 +81,9 @@ class Result:
     left_out : tuple of str
         What was skipped on request, when the set was read or described: one sentence each.
     warning : str
-        A sentence where the set is not as large as in the published evaluations.
+        A sentence where the set is not as large as in the published evaluations, or queries lie in the data base.
+    n_in_database : int
+        Queries that are also references: the same file, or the same pixels at distance 0.
     per_query_rank : array (n_queries,)
         Rank of each query's first positive, 0: not among those searched.
     path : Path
@@ -103,6 +108,7 @@ class Result:
     descriptors: dict[str, str]
     left_out: tuple[str, ...] = ()
     warning: str = ""
+    n_in_database: int = 0
     per_query_rank: np.ndarray = field(repr=False)
     path: Path
 
@@ -112,7 +118,8 @@ class Result:
         return Recall(self.hits, self.n_queries, self.n_without_positive, self.per_query_rank)
 
     def __str__(self):
-        return f"{self.model} on {self.dataset} ({self.split}), context {self.context}: {self.recall}"
+        inside = f"; {self.n_in_database} queries lie in the data base" if self.n_in_database else ""
+        return f"{self.model} on {self.dataset} ({self.split}), context {self.context}: {self.recall}{inside}"
 
 
 def load_result(path) -> Result:
@@ -159,9 +166,12 @@ def read_results(
     Returns
     -------
     list of Result
-        In the order of `models`, then of `datasets`; of two alike, the one whose run's name sorts last.
+        In the order of `models`, then of `datasets`; of two alike, the one that was finished last.
     """
-    found = {(r.model, r.dataset, r.context, r.preprocess): r for r in load_results(root)}
+    latest = sorted(runs.find_runs(root, STAGE), key=lambda run: run.manifest["finished"])
+    found = {
+        (r.model, r.dataset, r.context, r.preprocess): r for r in (load_result(run.dir) for run in latest)
+    }
     how = describe_callable(preprocess)
     keys = [(m, d, str(_resolve_context(context, d)), how) for m in models for d in datasets]
     return [found[key] for key in keys if key in found]
@@ -169,6 +179,8 @@ def read_results(
 
 def compare(a: Result, b: Result, k: int = 1, seed: int = 0, **options) -> Difference:
     """R@k of b less that of a over the same queries, by `paired_bootstrap`, whose `options` these are.
+
+    Queries of one place move together: give ``groups=query_places(test_set.queries)``.
 
     Raises
     ------
@@ -182,6 +194,37 @@ def compare(a: Result, b: Result, k: int = 1, seed: int = 0, **options) -> Diffe
                 f"{a.path.name} and {b.path.name} cannot be compared: {what} is {mine} and {theirs}"
             )
     return paired_bootstrap(a.recall, b.recall, k, seed, **options)
+
+
+def query_places(queries, radius_m: float = 25.0) -> np.ndarray:
+    """The place of each query, for resampling by places: its label, or else what chains of steps within `radius_m` connect.
+
+    Parameters
+    ----------
+    queries : Places
+    radius_m : float
+        Metres.
+
+    Returns
+    -------
+    array (n,), int64
+    """
+    place, city = np.asarray(queries.place), np.asarray(queries.city).astype(str)
+    if (place >= 0).all():
+        return np.unique(np.char.add(np.char.add(city, " "), place.astype(str)), return_inverse=True)[
+            1
+        ].reshape(-1)
+    zone = np.unique(places_module.same_grid(queries.utm_zone).astype(str), return_inverse=True)[1]
+    links = []
+    for number in range(zone.max() + 1):
+        rows = np.flatnonzero((zone == number) & np.isfinite(queries.east_m) & np.isfinite(queries.north_m))
+        tree = cKDTree(np.column_stack([queries.east_m[rows], queries.north_m[rows]]))
+        links.append(rows[tree.query_pairs(radius_m, output_type="ndarray")])
+    first, second = np.concatenate(links).T
+    n = len(queries)
+    return connected_components(
+        coo_array((np.ones(len(first)), (first, second)), shape=(n, n)), directed=False
+    )[1]
 
 
 # ------------------------------------------------------------------------------------------------- evaluation
@@ -210,7 +253,8 @@ def evaluate(
 
     ``root/evaluate/<name>/`` gets result.json, ranks.npy (each query's rank of its first positive), rankings.csv (what each query
     found, with distances and metres) and the manifest. Descriptors lie in ``root/descriptors/``, where evaluations of the same
-    model under other contexts find them. The same call again returns the finished result; a call that was killed goes on.
+    model under other contexts find them. The same call again returns the finished result; a call that was killed goes on. A model or
+    preprocess that is not of this package needs an attribute ``fingerprint`` for that; without one it is measured anew each time.
 
     Parameters
     ----------
@@ -313,6 +357,8 @@ def evaluate(
         values = [pca.transform(references), pca.transform(asked)]
     indices, distances, positives, counted = _retrieve(*values, database, queries, test_set.rule, ks)
     search_s = time.perf_counter() - stopwatch
+    n_in_database = _in_database(database, queries, indices, distances)
+    inside = f"{n_in_database} of {len(queries)} queries lie in the data base" if n_in_database else ""
     write_rankings(
         run.path("rankings.csv"),
         indices,
@@ -346,7 +392,8 @@ def evaluate(
             "queries": _relative(asked.path, run.dir),
         },
         "left_out": [*database.left_out, *queries.left_out],
-        "warning": test_set.warning,
+        "warning": "; ".join(filter(None, (test_set.warning, inside))),
+        "n_in_database": n_in_database,
     }
     # For readers without this package; a Result computes them.
     percents = {f"R@{k}": {"percent": counted.percent(k), "interval": counted.interval(k)} for k in ks}
@@ -366,9 +413,22 @@ def evaluate(
 
 def _retrieve(database_values, query_values, database, queries, rule, ks):
     """(indices, distances, positives, Recall): ranks beyond the last reference hold -1, which is never a positive."""
-    positives = positive_lists(places_module.positives(database, queries, rule))
+    positives = positive_lists(places_module.positives(database, queries, rule), len(database))
     indices, distances = search(database_values, query_values, max(ks))
-    return indices, distances, positives, recall(indices, positives, ks)
+    return indices, distances, positives, recall(indices, positives, ks, n_references=len(database))
+
+
+def _in_database(database, queries, indices, distances) -> int:
+    """How many queries lie in the data base: as the same file, or with the same pixels at distance 0."""
+    files = set(map(file_digest, database.path))
+    count = 0
+    for path, row, distance in zip(queries.path, indices[:, 0], distances[:, 0], strict=True):
+        same = file_digest(path) in files
+        if not same and distance == 0:
+            a, b = load_image(path), load_image(database.path[row])
+            same = a.size == b.size and a.tobytes() == b.tobytes()
+        count += same
+    return count
 
 
 @dataclass(frozen=True)
@@ -407,18 +467,23 @@ def evaluate_many(
     data_root : path
     names : iterable of str, or None
         Benchmarks or folders; None: every set that `sagelib.places.available` finds. One that is not there is reported,
-        with the sentence of `open_set`, and the others are evaluated.
+        with the sentence of `open_set`, or one that cannot be evaluated, with its error, and the others are evaluated.
     root : path
         A folder of runs.
     split : str, optional
         Default: the benchmark's own, test for other folders.
     **options
         Of `evaluate`, but for `name`.
+
+    Raises
+    ------
+    OSError, ValueError, MemoryError
+        The last error, where sets are there and none could be evaluated.
     """
     if names is None:
         found = places_module.available(data_root)
         names = list(found.loc[found["present"], "name"])
-    results, missing = [], {}
+    results, missing, failed = [], {}, None
     for name in names:
         try:
             # What does not decode is found while describing, without reading every picture twice.
@@ -427,7 +492,12 @@ def evaluate_many(
         except (FileNotFoundError, ValueError) as error:
             missing[name] = str(error)
             continue
-        results.append(evaluate(model, test_set, root, progress=progress, **options))
+        try:
+            results.append(evaluate(model, test_set, root, progress=progress, **options))
+        except (OSError, ValueError, MemoryError) as error:
+            missing[name], failed = str(error), error
+    if failed is not None and not results:
+        raise failed
     return Evaluations(tuple(results), missing)
 
 
@@ -708,7 +778,9 @@ def _composed(run, model, descriptors, places, context, **options):
     if descriptors.values.nbytes < 2**30:
         out = np.empty(shape, dtype)
     else:
-        out = np.memmap(tempfile.TemporaryFile(dir=run.dir), dtype=dtype, shape=shape)
+        file = tempfile.TemporaryFile(dir=run.dir)
+        runs.reserve(file.fileno(), descriptors.values.nbytes, run.dir)
+        out = np.memmap(file, dtype=dtype, shape=shape)
     compose(model, descriptors.values, names_in_order(places), context, out, **options)
     return out
 
@@ -787,7 +859,7 @@ def locate(
             raise ValueError(
                 f"the descriptors in {descriptors.path} were made with {what} {theirs}, not {mine}"
             )
-    picture = photo.convert("RGB") if isinstance(photo, Image.Image) else load_image(photo)
+    picture = load_image(photo)
     device = pick_device(device)
     if isinstance(model, torch.nn.Module):
         model.to(device)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
@@ -48,11 +49,12 @@ class PictureError(ValueError):
         super().__init__(message)
 
 
-def load_image(path: str | os.PathLike) -> Image.Image:
-    """Decode one picture wholly, as RGB, upright.
+def load_image(path: str | os.PathLike | Image.Image) -> Image.Image:
+    """Decode one picture wholly, as 8-bit RGB, upright; `path` may also be an open picture.
 
     The orientation that phones write beside the pixels (EXIF) is applied: without it a photograph held
-    upright would lie on its side.
+    upright would lie on its side. Grey pictures of more than 8 bits are scaled by their range, the smallest of 0 to 1 (only
+    where pixels are fractions), 255, 65,535 and 2,147,483,647 that holds all values.
 
     Raises
     ------
@@ -62,16 +64,34 @@ def load_image(path: str | os.PathLike) -> Image.Image:
         A ValueError, if it does not decode as a picture; the sentence names the file.
     """
     try:
+        if isinstance(path, Image.Image):
+            return _upright_rgb(path)
         with Image.open(path) as picture:
-            return ImageOps.exif_transpose(picture).convert("RGB")
+            return _upright_rgb(picture)
     except FileNotFoundError:
         raise FileNotFoundError(f"{os.fspath(path)}: there is no such picture") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(path, Image.Image):
+            raise PictureError(f"this picture cannot be used ({error})") from None
         # Pillow's own sentence may repeat the file's name; what counts is its last part.
         reason = str(error).replace(f" '{os.fspath(path)}'", "").replace(f" {os.fspath(path)!r}", "")
         raise PictureError(
             f"{os.fspath(path)}: this picture does not decode ({reason}); replace or remove the file"
         ) from None
+
+
+def _upright_rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
+        exif, values = picture.getexif(), np.asarray(picture)
+        ranges = (1, 255, 65_535, 2**31 - 1) if picture.mode == "F" else (255, 65_535, 2**31 - 1)
+        if not np.isfinite(values).all() or values.min() < 0 or values.max() > ranges[-1]:
+            raise ValueError(
+                f"its pixels are not all from 0 to {ranges[-1]} (mode {picture.mode}): save it with 8 bits a channel"
+            )
+        scale = 255 / next(top for top in ranges if values.max() <= top)
+        picture = Image.fromarray(np.rint(values * np.float64(scale)).astype(np.uint8))
+        picture.info["exif"] = exif.tobytes()
+    return ImageOps.exif_transpose(picture).convert("RGB")
 
 
 @dataclass(frozen=True)

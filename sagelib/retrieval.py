@@ -16,6 +16,7 @@ from sagelib.places import same_grid
 
 KS = (1, 5, 10, 20)
 _BLOCK_BYTES = 256 * 2**20  # float32 copies of the descriptors are never larger than this at once
+_LARGEST = 1e15  # of a descriptor's values, and 1 over the least: their squares must fit into float32
 _MAX_TIED = 1024  # candidates per query that are compared in float64 before a tie is left as found
 
 
@@ -48,7 +49,7 @@ def search(database_values, query_values, k: int) -> tuple[np.ndarray, np.ndarra
     Raises
     ------
     ValueError
-        For empty or non-finite descriptors, different widths, or k below 1.
+        For empty or non-finite descriptors, values above 1e15 or all below 1e-15, different widths, or k below 1.
     """
     _check_pair(database_values, query_values)
     if k < 1:
@@ -110,11 +111,20 @@ def _faiss_candidates(database_values, queries, k, rows):
 
 
 def _float32(block, what, first_row):
-    block = np.ascontiguousarray(block, dtype=np.float32)
-    finite = np.isfinite(block).all(axis=1)
-    if not finite.all():
-        row = first_row + int(np.argmin(finite))
-        raise ValueError(f"{what} descriptor in row {row} has values that are not finite; describe it again")
+    with np.errstate(over="ignore"):
+        block = np.ascontiguousarray(block, dtype=np.float32)
+    largest = np.abs(block).max(axis=1)  # NaN where there is one
+    usable = (largest <= _LARGEST) & ((largest >= 1 / _LARGEST) | (largest == 0))
+    if not usable.all():
+        row = int(np.argmin(usable))
+        raise ValueError(
+            f"{what} descriptor in row {first_row + row} has "
+            + (
+                f"a largest value of {largest[row]:.3g}, whose square float32 cannot hold; scale all descriptors alike"
+                if np.isfinite(largest[row])
+                else "values that are not finite; mend the model or the file that gave them, or leave the row out"
+            )
+        )
     return block
 
 
@@ -153,9 +163,18 @@ class Recall:
     @classmethod
     def from_ranks(cls, per_query_rank, n_without_positive: int = 0, ks: Sequence[int] = KS) -> "Recall":
         """Count hits from the rank of each query's first positive (0: none found)."""
-        ranks = np.asarray(per_query_rank, np.int64)
+        ranks = np.asarray(per_query_rank)
         if ranks.ndim != 1 or len(ranks) == 0:
             raise ValueError(f"per_query_rank must have shape (n > 0,), got {ranks.shape}")
+        if ranks.dtype.kind not in "iu" or ranks.min() < 0:
+            raise ValueError(
+                f"per_query_rank must hold whole numbers, 0 where no positive was found, got {ranks.dtype} from {ranks.min()}"
+            )
+        ranks = ranks.astype(np.int64)
+        if not 0 <= n_without_positive <= (ranks == 0).sum():
+            raise ValueError(
+                f"n_without_positive is {n_without_positive}, but {(ranks == 0).sum()} queries have found no positive"
+            )
         hits = {int(k): int(((ranks > 0) & (ranks <= k)).sum()) for k in ks}
         return cls(hits, len(ranks), int(n_without_positive), ranks)
 
@@ -182,48 +201,107 @@ class Recall:
         return f"{'  '.join(parts)}  ({self.n_queries} queries{without})"
 
 
-def recall(indices, positives, ks: Sequence[int] = KS) -> Recall:
+def recall(indices, positives, ks: Sequence[int] = KS, *, n_references: int | None = None) -> Recall:
     """Count recall at k from ranked references and the positives of each query.
 
     Parameters
     ----------
     indices : array (Q, depth), int
         Rows of the references, nearest first, as `search` returns them; -1 stands for no reference.
-    positives : sequence of Q integer arrays, or a sparse matrix (Q, N)
-        The references that count as the same place as each query; may be empty.
+    positives : sequence of Q integer arrays, or a mask or sparse matrix (Q, N)
+        The references that count as the same place as each query; may be empty. See `positive_lists`.
     ks : sequence of int
         Counts are made at these; `indices` must be as deep as the largest of them.
+    n_references : int, optional
+        N, so that rows beyond it are refused.
 
     Raises
     ------
     ValueError
-        If there is no query, lengths differ, or `indices` is not deep enough.
+        If there is no query, lengths differ, rows are impossible, or `indices` is not deep enough.
     """
     indices = np.asarray(indices)
-    if indices.ndim != 2 or len(indices) == 0:
-        raise ValueError(f"indices must have shape (n > 0, depth), got {indices.shape}")
-    lists = positive_lists(positives)
+    if indices.ndim != 2 or len(indices) == 0 or indices.dtype.kind not in "iu":
+        raise ValueError(
+            f"indices must be integers of shape (n > 0, depth), got {indices.dtype} {indices.shape}"
+        )
+    lists = positive_lists(positives, n_references)
     if len(lists) != len(indices):
         raise ValueError(f"{len(indices)} queries were searched but positives are given for {len(lists)}")
     if not len(ks) or min(ks) < 1 or max(ks) > indices.shape[1]:
         raise ValueError(f"ks are {tuple(ks)}; each must be from 1 to the depth searched, {indices.shape[1]}")
-    ranks = np.zeros(len(indices), np.int64)
-    for query, positive in enumerate(lists):
-        first = np.flatnonzero(np.isin(indices[query], positive))
-        if len(first):
-            ranks[query] = first[0] + 1
+    hit = _hits(indices, lists, n_references)
+    ranks = np.where(hit.any(axis=1), hit.argmax(axis=1) + 1, 0)
     return Recall.from_ranks(ranks, sum(len(p) == 0 for p in lists), ks)
 
 
-def positive_lists(positives) -> list[np.ndarray]:
-    """One integer array of positives per query, from lists or from a sparse matrix (Q, N)."""
+def positive_lists(positives, n_references: int | None = None) -> list[np.ndarray]:
+    """One integer array of positives per query.
+
+    Parameters
+    ----------
+    positives : sequence of Q integer arrays, sparse matrix (Q, N), or mask (Q, N)
+        Row numbers of references; or a mask, an array or a list of rows of booleans or of 0 and 1.
+    n_references : int, optional
+        N.
+
+    Raises
+    ------
+    ValueError
+        For negative rows and rows from N on, values that are neither rows nor a mask, and integers that could be either.
+    """
     if hasattr(positives, "tocsr"):
         matrix = positives.tocsr()
-        return [
+        widths = {matrix.shape[1]}
+        lists = [
             matrix.indices[a:b][matrix.data[a:b] != 0]
             for a, b in zip(matrix.indptr[:-1], matrix.indptr[1:], strict=True)
         ]
-    return [np.asarray(p, np.int64).ravel() for p in positives]
+    else:
+        dense = isinstance(positives, np.ndarray) and positives.ndim == 2
+        lists = [np.asarray(p).ravel() for p in positives]
+        flat = np.concatenate(lists) if lists else np.empty(0, np.int64)
+        binary = flat.dtype.kind in "iuf" and bool(np.isin(flat, (0, 1)).all())
+        if dense and flat.dtype.kind in "iu" and binary and positives.shape[1] == 2:
+            raise ValueError(
+                "positives of 0 and 1 in two columns may be row numbers or a mask: give booleans, or lists"
+            )
+        # As row numbers, three values of 0 and 1 would name one reference twice.
+        mask = flat.dtype.kind == "b" or (binary and (flat.dtype.kind == "f" or max(map(len, lists)) > 2))
+        if not mask and any(len(p) and p.dtype.kind not in "iu" for p in lists):
+            raise ValueError(
+                "positives must be row numbers of references (integers), or booleans for each reference, "
+                f"got {flat.dtype} such as {next(p[0] for p in lists if len(p) and p.dtype.kind not in 'iu')}"
+            )
+        widths = {len(p) for p in lists} if mask else set()
+        lists = [np.flatnonzero(p) if mask else p.astype(np.int64) for p in lists]
+    if len(widths) > 1 or (n_references is not None and not widths <= {n_references}):
+        raise ValueError(
+            f"a mask of positives must be as wide as there are references{'' if n_references is None else f', {n_references}'}; "
+            f"widths are {', '.join(map(str, sorted(widths)))}"
+        )
+    top = n_references if n_references is not None else next(iter(widths), None)
+    for query, rows in enumerate(lists):
+        if len(rows) and (rows.min() < 0 or (top is not None and rows.max() >= top)):
+            row = rows.min() if rows.min() < 0 else rows.max()
+            raise ValueError(
+                f"query {query} has the positive {row}: references are numbered from 0"
+                + (f" to {top - 1}" if top else "")
+            )
+    return lists
+
+
+def _hits(indices, lists, n_references=None) -> np.ndarray:
+    """Which of the references found (Q, depth) are positives of their query, bool."""
+    if n_references is not None and (indices.min() < -1 or indices.max() >= n_references):
+        raise ValueError(
+            f"indices are from {indices.min()} to {indices.max()}, but there are {n_references} references"
+        )
+    flat = np.concatenate(lists).astype(np.int64)
+    width = 1 + max(int(indices.max(initial=0)), int(flat.max(initial=0)))
+    query = np.arange(len(lists))
+    positive = np.repeat(query, [len(p) for p in lists]) * width + flat
+    return np.isin(query[:, None] * width + indices, positive) & (indices >= 0)
 
 
 def wilson_interval(hits: int, n: int, level: float = 0.95) -> tuple[float, float]:
@@ -340,6 +418,8 @@ def _resampled_groups(values, groups, rng, draws):
     groups = np.asarray(groups)
     if groups.shape != values.shape:
         raise ValueError(f"groups must have shape {values.shape}, got {groups.shape}")
+    if pd.isna(groups).any():
+        raise ValueError(f"groups is missing for {int(pd.isna(groups).sum())} of {len(groups)} queries")
     _, member = np.unique(groups, return_inverse=True)
     size, total = np.bincount(member), np.bincount(member, weights=values)
     picks = rng.multinomial(len(size), np.full(len(size), 1 / len(size)), size=draws)
@@ -362,6 +442,10 @@ def bootstrap_mean(
     values = np.asarray(values, np.float64)
     if values.ndim != 1 or len(values) == 0:
         raise ValueError(f"values must have shape (n > 0,), got {values.shape}")
+    if not np.isfinite(values).all():
+        raise ValueError(
+            f"values must be finite; the first that is not belongs to query {int(np.argmin(np.isfinite(values)))}"
+        )
     _check_fraction("level", level)
     rng = runs.rng(seed, "bootstrap_mean")
     if groups is None:
@@ -440,17 +524,15 @@ def write_rankings(path, indices, distances, database, queries, positives, *, ro
         Paths inside it are written relative to it.
     """
     indices, distances = np.asarray(indices), np.asarray(distances)
-    lists = positive_lists(positives)
-    if not len(indices) == len(distances) == len(queries) == len(lists):
+    lists = positive_lists(positives, len(database))
+    if indices.shape != distances.shape or not len(indices) == len(distances) == len(queries) == len(lists):
         raise ValueError(
             f"lengths differ: {len(queries)} queries, {len(indices)} rows of indices, {len(distances)} of "
             f"distances, {len(lists)} of positives"
         )
     query, rank = np.nonzero(indices >= 0)
     reference = indices[query, rank]
-    hit = np.zeros(indices.shape, bool)
-    for row, positive in enumerate(lists):
-        hit[row] = np.isin(indices[row], positive)
+    hit = _hits(indices, lists, len(database))
     first = np.where(hit.any(axis=1), hit.argmax(axis=1) + 1, 0)
     q_east, q_north = np.asarray(queries.east_m)[query], np.asarray(queries.north_m)[query]
     r_east, r_north = np.asarray(database.east_m)[reference], np.asarray(database.north_m)[reference]
@@ -585,6 +667,10 @@ class PCA:
                 f"min({n} - 1, {width}) = {bound}, so it must be from 1 to {bound}"
             )
         x = np.asarray(descriptors[rows], np.float64)
+        if not np.isfinite(x).all():
+            raise ValueError(
+                f"training descriptor in row {rows[int(np.argmin(np.isfinite(x).all(axis=1)))]} has values that are not finite"
+            )
         mean = x.mean(axis=0)
         x -= mean
         # The eigenvectors of the smaller of X X^T (n x n) and X^T X (D x D) give the same components.

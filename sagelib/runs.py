@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -21,6 +22,7 @@ import secrets
 import shutil
 import subprocess
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,6 +33,7 @@ import numpy as np
 __all__ = [
     "Run",
     "RunConflict",
+    "alone",
     "atomic_path",
     "check_parameters",
     "compare_runs",
@@ -39,6 +42,8 @@ __all__ = [
     "find_runs",
     "fingerprint",
     "load_run",
+    "memory_errors",
+    "new_array",
     "open_notebook_run",
     "read_json",
     "rng",
@@ -154,6 +159,74 @@ def save_array(path: str | os.PathLike, array: np.ndarray) -> Path:
     with atomic_path(path) as temporary, open(temporary, "wb") as stream:
         np.save(stream, np.asarray(array), allow_pickle=False)
     return path
+
+
+def reserve(handle: int, size: int, path: str | os.PathLike) -> None:
+    """Take the disk space of an open file before it is mapped: on a full disk a mapped write kills the process.
+
+    Raises
+    ------
+    OSError
+        If the disk has no room for `size` bytes; the sentence names the file and the gigabytes.
+    """
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(handle, 0, size)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OSError(
+                f"{os.fspath(path)}: the disk has no room for {size / 1e9:.3g} GB: free some, or give a folder on another disk"
+            ) from None
+
+
+def new_array(path: str | os.PathLike, dtype: Any, shape: tuple[int, ...]) -> np.memmap:
+    """A new ``.npy`` file, mapped for writing, whose disk space is reserved; where there is none, no file is left (`reserve`)."""
+    try:
+        array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+        with open(path, "r+b") as stream:
+            reserve(stream.fileno(), os.path.getsize(path), path)
+    except BaseException:
+        Path(path).unlink(missing_ok=True)
+        raise
+    return array
+
+
+@contextlib.contextmanager
+def alone(directory: str | os.PathLike) -> Iterator[None]:
+    """Let one process at a time write into a directory; the next one waits, and then finds what is there.
+
+    Where the file system has no locks, a warning says so and the work goes on.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows, where two processes in one folder are not kept apart
+        yield
+        return
+    # A lock on the directory itself leaves no file behind, and ends with the process, however that ends.
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError as error:
+            warnings.warn(
+                f"{os.fspath(directory)}: this file system gives no locks ({error.strerror}); let one process at a time work here",
+                stacklevel=3,
+            )
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def memory_errors(sentence: str) -> Iterator[None]:
+    """Raise a MemoryError with this sentence where the memory of the machine or of a GPU runs out in the block."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        marks = ("not enough memory", "can't allocate memory", "out of memory")
+        if isinstance(error, MemoryError) or any(mark in str(error) for mark in marks):
+            raise MemoryError(sentence) from error
+        raise
 
 
 # --------------------------------------------------------------------------------------------------

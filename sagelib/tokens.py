@@ -8,9 +8,7 @@ the same rounding.
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +16,7 @@ import torch
 from tqdm.auto import tqdm
 
 from sagelib import runs
+from sagelib.describe import pictures_fingerprint
 from sagelib.images import Preprocess, loader
 
 __all__ = ["TokenStore", "open_tokens", "token_shape"]
@@ -83,7 +82,7 @@ def open_tokens(
 
     They are found by a key over the frozen prefix's weights, the images, their size and preparation, and the precision, so
     another model, set or size gets a folder of its own. A build that was killed goes on where it stopped. A second process
-    that asks for the same tokens waits for the first.
+    that asks for the same tokens waits for the first, where the file system has locks.
 
     Parameters
     ----------
@@ -123,7 +122,7 @@ def open_tokens(
     key = runs.fingerprint(
         {
             "prefix": model.backbone.prefix_fingerprint(),
-            "data": _files_fingerprint(places),
+            "data": pictures_fingerprint(places),
             "size": [height, width],
             "mode": preprocess.mode,
             "autocast": str(autocast),
@@ -131,7 +130,7 @@ def open_tokens(
     )
     store = Path(folder) / key
     store.mkdir(parents=True, exist_ok=True)
-    with _locked(store / "lock"):
+    with runs.alone(store):
         if not (store / "manifest.json").exists():
             if progress:
                 print(f"frozen tokens of {len(places)} images: {need_gb:.3g} GB on disk")
@@ -168,7 +167,10 @@ def _build(store, model, places, shape, preprocess, batch_size, workers, autocas
     device = next(model.parameters()).device
     partial, counter = store / "tokens.partial.npy", store / "flushed.json"
     start = runs.read_json(counter)["images"] if counter.exists() and partial.exists() else 0
-    values = np.lib.format.open_memmap(partial, mode="r+" if start else "w+", dtype=np.float16, shape=shape)
+    if start:
+        values = np.lib.format.open_memmap(partial, mode="r+")
+    else:
+        values = runs.new_array(partial, np.float16, shape)
     flushed, done = time.perf_counter(), start
     with tqdm(total=shape[0], initial=start, unit="image", desc="frozen tokens", disable=not progress) as bar:
         for images, _ in loader(places[start:], preprocess, batch_size, workers):
@@ -191,25 +193,3 @@ def _build(store, model, places, shape, preprocess, batch_size, workers, autocas
     partial.replace(store / "tokens.npy")
     counter.unlink(missing_ok=True)
     return round(time.perf_counter() - began, 2)
-
-
-def _files_fingerprint(places) -> str:
-    """Which files, and their sizes and times: a picture that was replaced under its old name is another one."""
-    rows = []
-    for path in places.path:
-        status = Path(path).stat()
-        rows.append([str(path), status.st_size, status.st_mtime_ns])
-    return runs.fingerprint(rows)
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock, which the system gives back when the process ends, however it ends."""
-    with open(path, "a") as handle:
-        try:
-            import fcntl
-        except ImportError:  # Windows: two builds at once would only do the same work twice
-            yield
-            return
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield

@@ -720,27 +720,18 @@ def train(
         raise ValueError("train_context 'half' needs both sources, labelled and mined: take 'batch' with one")
     # The caller's generators are left alone.
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-    with torch.random.fork_rng(devices=list(devices)), _memory_errors_as_sentences(config):
+    with torch.random.fork_rng(devices=list(devices)), runs.memory_errors(_memory_advice(config)):
         loop = _Loop(config, run, mined, labelled, validation, model, tokens, device, progress)
         return loop.fit()
 
 
-@contextlib.contextmanager
-def _memory_errors_as_sentences(config: TrainConfig) -> Iterator[None]:
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        text = str(error)
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-            mark in text for mark in ("not enough memory", "can't allocate memory", "out of memory")
-        ):
-            now = "off" if config.gradient_checkpointing is None else config.gradient_checkpointing
-            raise MemoryError(
-                f"not enough memory for batches of {config.places_per_batch} places x {config.images_per_place} images a source at "
-                f"{config.image_size} pixels: set gradient_checkpointing to a few images (now {now}), which changes no result, or lower "
-                f"places_per_batch or image_size; where it happened while describing, lower describe_batch (now {config.describe_batch})"
-            ) from error
-        raise
+def _memory_advice(config: TrainConfig) -> str:
+    now = "off" if config.gradient_checkpointing is None else config.gradient_checkpointing
+    return (
+        f"not enough memory for batches of {config.places_per_batch} places x {config.images_per_place} images a source at "
+        f"{config.image_size} pixels: set gradient_checkpointing to a few images (now {now}), which changes no result, or lower "
+        f"places_per_batch or image_size; where it happened while describing, lower describe_batch (now {config.describe_batch})"
+    )
 
 
 class _Loop:

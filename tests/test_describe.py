@@ -53,6 +53,7 @@ class Headed(torch.nn.Module):
     """A stand-in for SAGE: a random projection of pixels, and a small real InteractHead."""
 
     preprocess = Preprocess(14)
+    fingerprint = "headed"
 
     def __init__(self, width=32, head=True):
         super().__init__()
@@ -572,21 +573,23 @@ def test_model_fingerprints_tell_models_apart():
     half = Headed().bfloat16()
     assert model_fingerprint(half) != model_fingerprint(a)
 
-    def through(net):
-        return lambda images: net(images)
+    def anything(images):
+        return images
 
-    assert model_fingerprint(through(a)) == model_fingerprint(through(Headed()))
-    assert model_fingerprint(through(a)) != model_fingerprint(through(b))
-    assert model_fingerprint(lambda x: x + 1) != model_fingerprint(lambda x: x + 2)
+    # What a function, or a module of another's code, depends on cannot be told.
+    assert model_fingerprint(anything) != model_fingerprint(anything)
+    flat, other = torch.nn.Flatten(), torch.nn.Flatten()
+    assert model_fingerprint(flat) == model_fingerprint(other)
+    other.end_dim = 2
+    assert model_fingerprint(flat) != model_fingerprint(other)
+    other.forward = anything
+    assert model_fingerprint(other) != model_fingerprint(other)
 
     class Callable:
         def __call__(self, images):
             return images
 
-    with pytest.raises(
-        ValueError, match="Callable cannot be recognised again: give it an attribute fingerprint"
-    ):
-        model_fingerprint(Callable())
+    assert model_fingerprint(Callable()) != model_fingerprint(Callable())
     named = Callable()
     named.fingerprint = "v1"
     assert model_fingerprint(named) == "v1"
@@ -603,3 +606,32 @@ def test_pixels_are_the_correlation_of_thumbnails():
     # From the usual normalised tensor it is nearly the same descriptor (Pillow rounds grey to integers).
     e = baseline_pixels(torch.stack([Preprocess(64)(p) for p in pictures])).double()
     assert float((d * e).sum(1).min()) > 0.999
+
+
+def test_float16_that_would_lose_descriptors_is_refused(places, tmp_path):
+    with pytest.raises(ValueError, match="too small for float16; give dtype='float32'"):
+        describe(
+            lambda x: x.flatten(1)[:, :8] * 1e-9,
+            places,
+            tmp_path / "d",
+            preprocess=Preprocess(14),
+            progress=False,
+        )
+
+
+def test_a_full_disk_is_one_sentence(tmp_path):
+    code = f"from sagelib import runs; runs.new_array('{tmp_path}/x.npy', 'float32', (1000, 1000))"
+    run = f'mount -t tmpfs -o size=1m tmpfs {tmp_path} && {sys.executable} -c "{code}"; ls {tmp_path}'
+    done = subprocess.run(["unshare", "-rm", "bash", "-c", run], capture_output=True, text=True)
+    if "unshare" in done.stderr or "mount:" in done.stderr:
+        pytest.skip("this machine lets no one mount")
+    assert "the disk has no room for 0.004 GB" in done.stderr and done.stdout == ""
+
+
+def test_a_picture_replaced_by_one_of_equal_size_and_time_is_another(places):
+    path, before = places.path[0], describe_module.pictures_fingerprint(places)
+    stat, data = os.stat(path), bytearray(open(path, "rb").read())
+    data[-20] ^= 1
+    open(path, "wb").write(data)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert describe_module.pictures_fingerprint(places) != before

@@ -243,3 +243,23 @@ def test_real_photographs(sage_data):
     dark, _ = next(iter(loader(streets.queries, Preprocess(56), 16)))
     assert images.shape == (16, 3, 56, 56) and indices.tolist() == list(range(16))
     assert images.std() > dark.std()  # the queries are night photographs
+
+
+@pytest.mark.parametrize("dtype, top", [("uint16", 65535), ("int32", 65535), ("float32", 1.0)])
+def test_grey_of_more_than_8_bits_keeps_its_levels(tmp_path, dtype, top):
+    import numpy as np
+
+    values = np.tile(np.arange(256) / 255 * top, (8, 1)).astype(dtype)
+    Image.fromarray(values).save(tmp_path / "x.tif")
+    assert (np.asarray(load_image(tmp_path / "x.tif"))[0, :, 0] == np.arange(256)).all()
+    Image.fromarray(-np.ones((4, 4), np.float32)).save(tmp_path / "y.tif")
+    with pytest.raises(ValueError, match="y.tif.*not all from 0"):
+        load_image(tmp_path / "y.tif")
+
+
+def test_an_open_picture_is_turned_upright_as_its_file_is(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.linear_gradient("L").crop((0, 0, 40, 90)).save(tmp_path / "p.jpg", exif=exif)
+    assert load_image(Image.open(tmp_path / "p.jpg")).tobytes() == load_image(tmp_path / "p.jpg").tobytes()
+    assert load_image(tmp_path / "p.jpg").size == (90, 40)

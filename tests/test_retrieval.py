@@ -327,3 +327,23 @@ def test_pca_files_belong_to_one_model(tmp_path):
         back.check(context="solo")
     with pytest.raises(ValueError, match=r"shape \(n, 24\)"):
         back.transform(x[:, :10])
+
+
+def test_masks_are_understood_and_impossible_rows_refused():
+    ranked = np.arange(5)[:, None]
+    for truth in (
+        np.eye(5, dtype=bool),
+        list(np.eye(5, dtype=bool)),
+        np.eye(5),
+        np.eye(5, dtype=int),
+        [[i] for i in range(5)],
+    ):
+        assert retrieval.recall(ranked, truth, [1]).percent(1) == 100
+    for truth in ([[-1]] * 5, [[99]] * 5, np.full((5, 5), np.nan), np.eye(5, 6, dtype=bool)):
+        with pytest.raises(ValueError, match="positive|mask"):
+            retrieval.recall(ranked, truth, [1], n_references=5)
+
+
+def test_values_that_float32_cannot_square_are_refused():
+    with pytest.raises(ValueError, match="row 0 has a largest value of 1e"):
+        retrieval.search(np.full((2, 3), 1e20, np.float32), np.ones((1, 3), np.float32), 1)
