@@ -29,6 +29,7 @@ __all__ = [
     "PlaceImages",
     "Preprocess",
     "TrainTransform",
+    "Views",
     "load_image",
     "loader",
 ]
@@ -234,6 +235,32 @@ class TrainTransform:
             f"TrainTransform({self.image_size}, randaugment={self.randaugment}, magnitude={self.magnitude}, "
             f"crop={self.crop}, autocontrast={self.autocontrast}, seed={self.seed})"
         )
+
+
+class Views:
+    """A fixed number of versions of each picture: the picture itself, then augmented ones.
+
+    A function of the row alone, so that what a frozen network makes of each version may be kept.
+
+    Parameters
+    ----------
+    plain : Preprocess
+    augmented : TrainTransform
+    count : int
+        Versions of a picture, the plain one among them. Row r shows version ``r % count``.
+    """
+
+    takes_index = True
+
+    def __init__(self, plain: Preprocess, augmented: TrainTransform, count: int) -> None:
+        self.plain, self.augmented, self.count = plain, augmented, count
+
+    def __call__(self, picture: Image.Image, row: int) -> torch.Tensor:
+        """Return the float32 tensor (3, H, W) of a row."""
+        return self.augmented(picture, row) if row % self.count else self.plain(picture)
+
+    def __repr__(self) -> str:
+        return f"Views({self.plain}, {self.augmented}, {self.count})"
 
 
 class PlaceImages(Dataset):

@@ -1,9 +1,9 @@
 """Tokens of the frozen prefix, kept on disk: what no trained part can change is computed once.
 
 In a model whose first trained part sits behind block b, the tokens after block b are a function of the image alone. Without
-augmentation the image is a function of its index, so every epoch, every refresh of the graph and every validation would compute
-the same tokens again. Here they are written once, in float16, and read from a memory-mapped file by all three; all of them see
-the same rounding.
+augmentation, or with a fixed number of augmented versions, the image is a function of its index, so every epoch, every refresh of
+the graph and every validation would compute the same tokens again. Here they are written once, in float16, and read from a
+memory-mapped file by all three; all of them see the same rounding.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from sagelib import runs
 from sagelib.describe import pictures_fingerprint
-from sagelib.images import Preprocess, loader
+from sagelib.images import Preprocess, Views, loader
 
 __all__ = ["TokenStore", "open_tokens", "token_shape"]
 
@@ -71,7 +71,7 @@ def open_tokens(
     model: torch.nn.Module,
     places,
     *,
-    preprocess: Preprocess,
+    preprocess: Preprocess | Views,
     limit_gb: float,
     batch_size: int = 32,
     workers: int = 0,
@@ -90,8 +90,8 @@ def open_tokens(
         Where all token stores live.
     model : module with ``backbone.prefix`` and ``backbone.prefix_fingerprint``
     places : Places
-    preprocess : Preprocess
-        No augmentation: a function of the image alone.
+    preprocess : Preprocess or Views
+        A function of the image alone, or of the row: with V views, row ``V i + v`` is version v of image i.
     limit_gb : float
         Gigabytes (1e9 bytes) that this store may take.
     batch_size : int
@@ -108,26 +108,25 @@ def open_tokens(
     ValueError
         If the tokens would take more than `limit_gb`, or do not fit into float16.
     """
+    plain, views = (preprocess.plain, preprocess.count) if isinstance(preprocess, Views) else (preprocess, 1)
     # A square size may be one number of pixels.
-    height, width = (
-        (preprocess.image_size,) * 2 if isinstance(preprocess.image_size, int) else preprocess.image_size
-    )
+    height, width = (plain.image_size,) * 2 if isinstance(plain.image_size, int) else plain.image_size
     tokens, channels = token_shape(model, (height, width))
-    need_gb = len(places) * tokens * channels * 2 / 1e9
+    need_gb = len(places) * views * tokens * channels * 2 / 1e9
     if need_gb > limit_gb:
         raise ValueError(
-            f"the frozen tokens of {len(places)} images would take {need_gb:.3g} GB (each {tokens} x {channels} in float16), more than "
+            f"the frozen tokens of {len(places) * views} images would take {need_gb:.3g} GB (each {tokens} x {channels} in float16), more than "
             f"cache_limit_gb = {limit_gb:g}: raise the limit, or switch the cache off with cache_limit_gb = None"
         )
     key = runs.fingerprint(
         {
             "prefix": model.backbone.prefix_fingerprint(),
             "data": pictures_fingerprint(places),
-            "size": [height, width],
-            "mode": preprocess.mode,
+            "preprocess": repr(preprocess),
             "autocast": str(autocast),
         }
     )
+    places = places[np.repeat(np.arange(len(places)), views)]
     store = Path(folder) / key
     store.mkdir(parents=True, exist_ok=True)
     with runs.alone(store):
@@ -154,7 +153,7 @@ def open_tokens(
                     "grid": list(model.backbone.grid((1, 3, height, width))),
                     "gigabytes": need_gb,
                     "image_size": [height, width],
-                    "mode": preprocess.mode,
+                    "preprocess": repr(preprocess),
                     "seconds": seconds,
                 },
             )
@@ -173,7 +172,9 @@ def _build(store, model, places, shape, preprocess, batch_size, workers, autocas
         values = runs.new_array(partial, np.float16, shape)
     flushed, done = time.perf_counter(), start
     with tqdm(total=shape[0], initial=start, unit="image", desc="frozen tokens", disable=not progress) as bar:
-        for images, _ in loader(places[start:], preprocess, batch_size, workers):
+        # By number, so that a view is the same one wherever a build goes on.
+        rows = [list(range(i, min(i + batch_size, shape[0]))) for i in range(start, shape[0], batch_size)]
+        for images, _ in loader(places, preprocess, workers=workers, batches=rows):
             with torch.no_grad(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
                 tokens = model.backbone.prefix(images.to(device)).half()
             if not torch.isfinite(tokens).all():

@@ -45,7 +45,7 @@ from tqdm.auto import tqdm
 from sagelib import runs
 from sagelib.describe import pick_device
 from sagelib.graph import GeoVisualGraph
-from sagelib.images import Preprocess, TrainTransform, loader
+from sagelib.images import Preprocess, TrainTransform, Views, loader
 from sagelib.model import SAGE
 from sagelib.places import (
     Places,
@@ -90,6 +90,7 @@ PAPERS_MINER = {"epsilon": 0.1}
 OFF = (
     "augment",
     "crop",
+    "views",
     "data_init",
     "max_heading_deg",
     "top_k",
@@ -150,6 +151,9 @@ class TrainConfig:
     crop : float, optional
         Smallest share of a training picture that a random window of it covers (not in the paper nor in its ancestors; for queries that see
         part of a reference). None is off, which allows `cache_limit_gb`.
+    views : int, optional
+        Ours: draw this many versions of each training picture once, itself and augmented ones, and let each use take one of them at random.
+        This allows `cache_limit_gb` beside augmentation. None augments anew at every use.
     preprocess : str
         Mode of `sagelib.images.Preprocess`; of it, training pictures that are augmented take only the autocontrast.
     loss, loss_options : str, dict, optional
@@ -247,6 +251,7 @@ class TrainConfig:
     validation_size: int = 322
     augment: int | None = 3
     crop: float | None = None
+    views: int | None = None
     preprocess: str = "paper"
 
     loss: str = "MultiSimilarityLoss"
@@ -296,6 +301,7 @@ class TrainConfig:
             "image_size": 1,
             "validation_size": 1,
             "augment": 1,
+            "views": 2,
             "data_init": 1,
             "warmup_steps": 0,
             "accumulate": 1,
@@ -339,6 +345,10 @@ class TrainConfig:
                 raise ValueError(
                     f"{name} must be one of {', '.join(map(str, choices))}, got {getattr(self, name)!r}"
                 )
+        if self.views is not None and (self.cache_limit_gb is None or not self.augmented):
+            raise ValueError(
+                f"views = {self.views} keeps the tokens of augmented pictures: set cache_limit_gb, and augment or crop"
+            )
         if self.graph_context == "anchors" and self.train_context != "anchors":
             raise ValueError(
                 f"graph_context 'anchors' needs train_context 'anchors', got {self.train_context!r}: without it the head has no anchors"
@@ -786,23 +796,27 @@ class _Loop:
         self.writer = None
         self.state = _State(window=max(10, min(200, self.steps // 10)))
 
-    def _feed(self, places: Places, size: int, folder: Path) -> _Feed:
-        """Unaugmented images of `places`, from stored tokens where that is wanted."""
-        preprocess, store = Preprocess(size, self.config.preprocess), None
+    def _feed(
+        self, places: Places, size: int, folder: Path, transform: TrainTransform | None = None
+    ) -> _Feed:
+        """Images of `places`, from stored tokens where that is wanted: as they are, and as fixed views."""
+        preprocess, store, views = Preprocess(size, self.config.preprocess), None, 1
+        if transform is not None and self.config.views is not None:
+            views = self.config.views
         if self.config.cache_limit_gb is not None:
             with self.processes.main_first():  # it computes them, the others find them
                 store = open_tokens(
                     folder,
                     self.model,
                     places,
-                    preprocess=preprocess,
+                    preprocess=preprocess if views == 1 else Views(preprocess, transform, views),
                     limit_gb=self.config.cache_limit_gb,
                     batch_size=self.config.describe_batch,
                     workers=self.config.workers,
                     autocast=self.dtype,
                     progress=self.progress,
                 )
-        return _Feed(self, places, preprocess, store)
+        return _Feed(self, places, preprocess, store, views)
 
     def _add_source(self, name: str, places: Places, make_sampler: Callable, folder: Path) -> None:
         sampler = said = None
@@ -815,8 +829,7 @@ class _Loop:
         said = self.processes.broadcast(said)
         if isinstance(said, ValueError):
             raise said
-        feed = self._feed(places, self.config.image_size, folder)
-        transform = feed.preprocess
+        transform = None
         if self.config.augmented:
             transform = TrainTransform(
                 self.config.image_size,
@@ -825,6 +838,8 @@ class _Loop:
                 autocontrast=self.config.preprocess == "autocontrast",
                 seed=runs.torch_seed(self.config.seed, "augment", name) % 2**31,
             )
+        feed = self._feed(places, self.config.image_size, folder, transform)
+        transform = transform or feed.preprocess
         source = _Source(name, places, sampler, said, feed, transform)
         if name == "mined" and self.config.graph_descriptors == "training":
             source.left_behind = np.zeros((len(places), self.model.width), np.float16)
@@ -1027,11 +1042,14 @@ class _Loop:
         """Tokens of this process's share of every batch from `start` on: from disk, or from freshly varied images."""
         parts = []
         for source, rows in zip(self.sources, self._shares(), strict=True):
-            plan = self.state.plan[source.name][start:, rows]
+            plan = self.state.plan[source.name]
+            views = source.feed.views
+            drawn = runs.rng(self.config.seed, "views", source.name, epoch).integers(0, views, plan.shape)
+            plan, drawn = plan[start:, rows], drawn[start:, rows]
             if not plan.shape[1]:
                 continue
-            if source.feed.store is not None and not self.config.augmented:
-                parts.append(source.feed.stored(plan))
+            if source.feed.store is not None and (views > 1 or not self.config.augmented):
+                parts.append(source.feed.stored(plan * views + drawn))
             else:
                 if self.config.augmented:
                     source.transform.set_epoch(epoch)
@@ -1446,17 +1464,24 @@ def _edges(config: TrainConfig, places: Places, images: np.ndarray, values: np.n
 
 
 class _Feed:
-    """Tokens of the images of one `Places`, without augmentation unless a transform is given."""
+    """Tokens of the images of one `Places`, without augmentation unless a transform or another view is asked for."""
 
-    def __init__(self, loop: _Loop, places: Places, preprocess: Preprocess, store: TokenStore | None) -> None:
-        self.loop, self.places, self.preprocess, self.store = loop, places, preprocess, store
+    def __init__(
+        self, loop: _Loop, places: Places, preprocess: Preprocess, store: TokenStore | None, views: int
+    ) -> None:
+        self.loop, self.places, self.preprocess, self.store, self.views = (
+            loop, places, preprocess, store, views
+        )  # fmt: skip
 
     def batches(self, indices: np.ndarray, size: int) -> Iterator[tuple[Tensor, tuple[int, int]]]:
         """Tokens (n, T, M) and grid of some images in order, `size` at a time."""
         chunks = [indices[i : i + size] for i in range(0, len(indices), size)]
-        return self.stored(chunks) if self.store is not None else self.loaded(chunks, self.preprocess)
+        if self.store is None:
+            return self.loaded(chunks, self.preprocess)
+        return self.stored(np.asarray(chunk) * self.views for chunk in chunks)
 
     def stored(self, batches) -> Iterator[tuple[Tensor, tuple[int, int]]]:
+        """Tokens of some rows of the store: with V views, row ``V i + v`` is view v of image i."""
         for batch in batches:
             yield self.store[batch].to(self.loop.device), self.store.grid
 

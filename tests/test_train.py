@@ -21,6 +21,7 @@ import yaml
 
 from sagelib import runs
 from sagelib import train as training
+from sagelib.images import TrainTransform, Views
 from sagelib.model import SAGE
 from sagelib.places import Places, open_set, read_gsv_cities, read_msls
 from sagelib.sampler import CliqueSampler
@@ -549,7 +550,7 @@ def stop_at(monkeypatch, step: int) -> None:
     "changes",
     [
         {"cache_limit_gb": 1.0, "accumulate": 2, "lr_schedule": "cosine", "warmup_steps": 2},
-        {"schedule": "static"},
+        {"cache_limit_gb": 1.0, "augment": 2, "crop": 0.5, "views": 3, "schedule": "static"},
         {"refresh_every": 3, "top_k": 2, "epochs": 4},
         {"graph_descriptors": "training", "node_descriptor": "cluster"},
         {**HEAD, "train_context": "half", "graph_context": "solo", "data_init": 16, "clip_norm": 1.0},
@@ -655,6 +656,36 @@ def test_a_warm_store_never_runs_the_prefix(tmp_path, small_model, mined, valida
     monkeypatch.setattr(training._Feed, "loaded", None)
     result = run_once(tmp_path, config, mined=mined, validation=validation)
     assert result.metrics["steps"] == 8 and len(list((tmp_path / "tokens").iterdir())) == len(parts)
+
+
+def test_views_are_the_picture_and_fixed_variants_of_it(tmp_path, small_model, mined, monkeypatch):
+    """Kept once: the graph reads the pictures themselves, each use in training one of their views."""
+    plain = training.Preprocess(56)
+    views = Views(plain, TrainTransform(56, randaugment=None, crop=0.3), 3)
+    some = mined[:6]
+    options = {"limit_gb": 1, "progress": False}
+    kept = open_tokens(tmp_path, small_model, some, preprocess=views, **options)
+    alone = open_tokens(tmp_path, small_model, some, preprocess=plain, **options)
+    assert len(kept) == 18
+    np.testing.assert_array_equal(kept.values[::3], alone.values)
+    for other in (kept.values[1::3], kept.values[2::3]):
+        assert all((a != b).any() for a, b in zip(other, alone.values, strict=True))
+    asked = []
+    stored = training._Feed.stored
+
+    def noted(self, batches):
+        batches = list(batches)
+        asked.append(np.concatenate([np.ravel(b) for b in batches]) % self.views)
+        return stored(self, batches)
+
+    monkeypatch.setattr(training._Feed, "stored", noted)
+    monkeypatch.setattr(training._Feed, "loaded", None)
+    run_once(tmp_path, tiny(cache_limit_gb=1.0, crop=0.3, views=3), mined=mined)
+    # The graph of each epoch asks for the pictures themselves, its batches for all views.
+    varied = [set(rows.tolist()) for rows in asked if rows.any()]
+    assert varied == [{0, 1, 2}] * 2 and len(asked) > 2
+    with pytest.raises(ValueError, match="views = 3 .* set cache_limit_gb"):
+        tiny(crop=0.3, views=3)
 
 
 def test_the_bytes_are_told_and_refused_above_the_limit(tmp_path, small_model, mined, capsys):
