@@ -784,8 +784,8 @@ def pick_device(name: str | torch.device = "auto") -> torch.device:
 def model_fingerprint(model, *, head: bool = True) -> str:
     """A short text that is equal for models that compute the same, and changes with whatever changes their descriptors.
 
-    An attribute ``fingerprint`` (a str, or a method that gives one) is believed; for a module it stands for its code, and its weights
-    and settings count besides. Modules of this package and of the libraries that it builds on are hashed by their classes, plain
+    An attribute ``fingerprint`` (a str, or a method that gives one) is believed; for a module it stands for code and settings, and
+    its weights count besides. Modules of this package and of the libraries that it builds on are hashed by their classes, plain
     attributes, ``config`` (without the places that weights were read from), weights and buffers. Any other callable may depend on
     what cannot be seen from outside (globals, closures, other objects), so it gets another text at every call: nothing that was
     stored for it is used again, until it has an attribute ``fingerprint``.
@@ -808,7 +808,7 @@ def model_fingerprint(model, *, head: bool = True) -> str:
         if own is None and not all(_is_known(part) for part in parts.values()):
             return _never_again(model)
         settings = {str(key): repr(value) for key, value in settings.items() if key not in skipped}
-        state = {name: _module_state(part) for name, part in parts.items()}
+        state = {name: _module_state(part)[0 if own is None else 2 :] for name, part in parts.items()}
         return runs.fingerprint([type(model).__qualname__, own, settings, state])
     if own is not None:
         return own

@@ -260,7 +260,8 @@ def positive_lists(positives, n_references: int | None = None) -> list[np.ndarra
     else:
         dense = isinstance(positives, np.ndarray) and positives.ndim == 2
         lists = [np.asarray(p).ravel() for p in positives]
-        flat = np.concatenate(lists) if lists else np.empty(0, np.int64)
+        # An empty list has no type of its own.
+        flat = np.concatenate([p for p in lists if len(p)] or [np.empty(0, np.int64)])
         binary = flat.dtype.kind in "iuf" and bool(np.isin(flat, (0, 1)).all())
         if dense and flat.dtype.kind in "iu" and binary and positives.shape[1] == 2:
             raise ValueError(
