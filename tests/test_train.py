@@ -22,7 +22,7 @@ import yaml
 from sagelib import runs
 from sagelib import train as training
 from sagelib.model import SAGE
-from sagelib.places import Places, open_set, read_gsv_cities, read_msls
+from sagelib.places import Places, open_set, open_training_set, read_gsv_cities, read_msls
 from sagelib.sampler import CliqueSampler
 from sagelib.tokens import open_tokens
 from sagelib.town import write_town
@@ -36,7 +36,6 @@ from sagelib.train import (
     plateau_value,
     rate_factor,
     train,
-    training_places,
 )
 
 TINY = {
@@ -84,7 +83,7 @@ def town(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def mined(town) -> Places:
-    return training_places(town)
+    return open_training_set(town.parent, town.name)
 
 
 @pytest.fixture(scope="module")
