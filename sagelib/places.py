@@ -664,6 +664,11 @@ def _read_csv(
     except pandas.errors.ParserError as error:
         if extra := re.search(r"Expected (\d+) fields in line (\d+), saw (\d+)", str(error)):
             columns, line, values = map(int, extra.groups())
+            if columns == 1:
+                header = table.splitlines()[0]
+                raise ValueError(
+                    f"{path}, line {first}: its columns are {header}; put commas between columns"
+                ) from None
             raise ValueError(
                 f"{path}, line {line + first - 1}: {values} values under {columns} columns; put a value that "
                 "holds a comma between quotes, and write decimals with a point"
