@@ -16,9 +16,9 @@ import yaml
 
 from sagelib import evaluate, runs
 from sagelib.images import Preprocess
-from sagelib.places import open_set
+from sagelib.places import open_set, open_training_set
 from sagelib.town import ensure_town
-from sagelib.train import TrainConfig, open_run, train, training_places
+from sagelib.train import TrainConfig, open_run, train
 
 HERE = Path(__file__).resolve().parent
 DATA, RUNS, RESULTS = HERE.parent / "data", runs.runs_root(), HERE.parent / "data" / "results"
@@ -53,7 +53,8 @@ def keep(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
 def train_and_keep(name: str, values: dict, folder: Path, data: Path, *, weights: bool):
     """Train `values` on the set `data` unless that is done, keep what is small in `folder`, return the model."""
     config = TrainConfig.from_mapping({k: v for k, v in values.items() if k in TrainConfig.field_names()})
-    mined, validation = training_places(data), open_set(data.parent, data.name, split="val")
+    mined = open_training_set(data.parent, data.name)
+    validation = open_set(data.parent, data.name, split="val")
     run = open_run(RUNS, name, config, mined=mined, validation=validation)
     model = train(config, run, mined=mined, validation=validation).model
     keep(run.dir, folder / "train" / name, ("manifest.json", "log.jsonl", *(["best/*"] if weights else [])))

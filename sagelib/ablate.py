@@ -50,7 +50,7 @@ from sagelib.describe import (
 from sagelib.evaluate import AUDIT_CONTEXTS, Audit, audit_contexts, open_model, published, training_run
 from sagelib.images import Preprocess
 from sagelib.interact import InteractHead
-from sagelib.places import Places, TestSet, open_set
+from sagelib.places import Places, TestSet, open_set, open_training_set
 from sagelib.retrieval import (
     KS,
     PCA,
@@ -61,7 +61,7 @@ from sagelib.retrieval import (
 )
 from sagelib.tokens import open_tokens
 from sagelib.town import write_town
-from sagelib.train import PRECISIONS, TrainConfig, open_run, train, training_places
+from sagelib.train import PRECISIONS, TrainConfig, open_run, train
 
 __all__ = [
     "Grid",
@@ -1240,7 +1240,7 @@ def main(arguments: list[str] | None = None) -> int:
             results = run_grid(
                 grid,
                 options.runs,
-                mined=training_places(options.data),
+                mined=open_training_set(options.data.parent, options.data.name),
                 test_sets=[open_set(folder.parent, folder.name) for folder in (options.data, *options.test)],
                 tokens=options.tokens,
                 workers=options.workers,

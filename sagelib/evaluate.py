@@ -305,7 +305,7 @@ def evaluate(
         "model": model_name,
         "model_fingerprint": model_fingerprint(model, head=context.kind != "none"),
         "dataset": test_set.name,
-        "split": _split_of(test_set),
+        "split": test_set.split,
         "rule": str(test_set.rule),
         "context": str(context),
         "anchors": runs.fingerprint(anchors) if context.kind == "anchors" else None,
@@ -517,13 +517,6 @@ def _check_ks(ks):
 def _name_of(model):
     name = getattr(model, "name", None) or getattr(model, "__name__", None) or type(model).__name__
     return str(name).replace("/", "_")
-
-
-def _split_of(test_set):
-    if test_set.spec is not None:
-        return test_set.spec.split
-    folders = Path(test_set.database.path[0]).parts
-    return folders[folders.index("images") + 1] if "images" in folders[:-2] else "test"
 
 
 def _data_fingerprint(test_set):

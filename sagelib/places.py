@@ -2,8 +2,9 @@
 
 A `Places` table holds parallel arrays (path, position in metres, UTM zone, heading, city, place, date). Each
 reader turns one format of the field into it and checks what it reads: a mistake in the data gives one
-sentence with file and line, or, with ``on_error="skip"``, an entry in `Places.left_out`. `open_set` opens a
-benchmark by its name, `positives` says which references answer a query.
+sentence with file and line, or, with ``on_error="skip"``, an entry in `Places.left_out`, where files that are
+passed over are counted too. Names with a leading dot are nothing to any reader. `open_set` opens a benchmark
+by its name, `open_training_set` a set to train on, and `positives` says which references answer a query.
 
 Positions are UTM metres, and metres of two UTM zones have nothing to do with each other: no function here
 takes a distance across zones. The zone is the number and the hemisphere. The letter of ``"10S"`` is the
@@ -14,8 +15,11 @@ grid, so a distance may cross them.
 from __future__ import annotations
 
 import dataclasses
+import filecmp
+import io
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -41,6 +45,7 @@ __all__ = [
     "folder_name",
     "latlon_to_utm",
     "open_set",
+    "open_training_set",
     "pairwise_m",
     "parse_name",
     "positives",
@@ -52,7 +57,9 @@ __all__ = [
     "same_grid",
 ]
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
+PICTURES = tuple(
+    ".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .jp2 .avif".split()
+)
 # File names carry centimetres. A northing of millions of metres is exact to about 1e-9 m in float64, so
 # without this a pair that lies 25.00 m apart in decimal numbers would be in or out by the accident of binary
 # rounding.
@@ -92,7 +99,7 @@ class Places:
         The drive a picture belongs to and its number within it, where the format tells (Mapillary SLS);
         ``""`` and -1 elsewhere.
     left_out : tuple of str
-        What a reader with ``on_error="skip"`` left out: one sentence each.
+        What a reader with ``on_error="skip"`` left out, one sentence each, and the files that it passed over.
 
     Examples
     --------
@@ -129,6 +136,8 @@ class Places:
             object.__setattr__(self, name, array)
         if self.path.ndim != 1:
             raise ValueError(f"path must be one-dimensional, got shape {self.path.shape}")
+        if bad := [path for path in self.path if not _is_utf8(path)]:
+            raise ValueError(_not_utf8(bad[0]))
 
     @classmethod
     def build(cls, path: Iterable, *, left_out: Iterable[str] = (), **columns: Any) -> Places:
@@ -146,7 +155,7 @@ class Places:
         ValueError
             For a column of another length, TypeError for one that does not exist.
         """
-        paths = np.empty(len(path := [os.fspath(p) for p in path]), dtype=object)
+        paths = np.empty(len(path := [os.fspath(p) for p in _names(path)]), dtype=object)
         paths[:] = path
         unknown = set(columns) - set(_COLUMNS)
         if unknown:
@@ -257,6 +266,22 @@ class Places:
         named = ", ".join(cities[:3]) + (f" and {len(cities) - 3} more" if len(cities) > 3 else "")
         out = f", {len(self.left_out)} left out" if self.left_out else ""
         return f"Places({len(self):,} photographs; {named or 'no city'}{out})"
+
+
+def _names(names: str | os.PathLike | Iterable) -> list:
+    """The names as a list; a bare name is one name, not a list of its letters."""
+    return [names] if isinstance(names, str | os.PathLike) else list(names)
+
+
+def _is_utf8(path: str) -> bool:
+    try:
+        return path.isascii() or bool(path.encode())
+    except UnicodeEncodeError:
+        return False
+
+
+def _not_utf8(path: str) -> str:
+    return f"{os.fsencode(path).decode('utf-8', 'backslashreplace')}: this name is not UTF-8 text; rename it"
 
 
 # name -> (dtype, the value that means "unknown")
@@ -509,6 +534,9 @@ def _in_frames(database: Places, queries: Places) -> tuple[Places, Places]:
 # --------------------------------------------------------------------------------------------------
 
 
+_SKIP = '; get it, or leave out what is not there with on_error="skip"'
+
+
 class _Problems:
     """Raises the first problem, or collects them all."""
 
@@ -517,22 +545,61 @@ class _Problems:
             raise ValueError(f'on_error must be "raise" or "skip", got {on_error!r}')
         self.skip = on_error == "skip"
         self.sentences: list[str] = []
+        self.passed_over: list[str] = []
 
     def add(self, sentence: str) -> None:
         if not self.skip:
             raise ValueError(sentence)
         self.sentences.append(sentence)
 
+    def pass_over(self, folder: Path, names: Iterable[str], why: str) -> None:
+        """Count and name files that are no mistake, but not read either."""
+        if names := sorted(name for name in names if not name.startswith(".")):
+            first = os.fsencode(names[0]).decode("utf-8", "backslashreplace")
+            self.passed_over.append(f"{folder}: {why}, left out: {len(names)}, such as {first}")
 
-def _list_pictures(folder: Path) -> list[Path]:
-    """All pictures below a folder, sorted by their path in it; names with a leading dot are not pictures."""
+    @property
+    def left_out(self) -> list[str]:
+        return self.sentences + self.passed_over
+
+
+def _list_pictures(folder: Path, problems: _Problems) -> list[Path]:
+    """All pictures below a folder, sorted by their path in it; links are followed, each folder is read once."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: there is no such folder")
-    found = []
-    for directory, subfolders, names in os.walk(folder):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        found += [Path(directory, n) for n in names if n.lower().endswith(PICTURES) and not n.startswith(".")]
-    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+    found, others, read, root = [], [], set(), os.path.join(folder, "")
+    for directory, subfolders, names in os.walk(folder, followlinks=True, onerror=_raise):
+        real = os.path.realpath(directory)
+        names = [] if real in read else [name for name in names if not name.startswith(".")]
+        # Folders come before links to folders, so that a picture has its own path where it can.
+        subfolders[:] = sorted(
+            (name for name in subfolders if not name.startswith(".") and real not in read),
+            key=lambda name: (os.path.islink(os.path.join(directory, name)), name),
+        )
+        read.add(real)
+        below = os.path.join(directory, "")[len(root) :]
+        for name in names:
+            (found if name.lower().endswith(PICTURES) else others).append(below + name)
+    if others:
+        endings = Counter(os.path.splitext(name)[1].lower() or "no ending" for name in others)
+        listed = ", ".join(f"{ending}: {n}" for ending, n in endings.most_common(5))
+        problems.pass_over(folder, others, f"files without the ending of a picture ({listed})")
+    for name in (bad := [name for name in found if not _is_utf8(root + name)]):
+        problems.add(_not_utf8(root + name))
+    return [
+        folder / name for name in sorted(set(found) - set(bad), key=lambda name: name.replace(os.sep, "/"))
+    ]
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """The size in bytes of every file in a folder, by name; none where there is no such folder."""
+    if not folder.is_dir():
+        return {}
+    return {entry.name: entry.stat().st_size for entry in os.scandir(folder) if entry.is_file()}
 
 
 def _undecodable(path: str | os.PathLike) -> str | None:
@@ -576,42 +643,59 @@ def _check_pictures(
 def _read_csv(
     path: Path, required: Sequence[str], aliases: dict[str, Sequence[str]] | None = None
 ) -> pandas.DataFrame:
-    """All cells as text under lower-case names. Row i of the frame is line i + 2 of the file."""
+    """All cells as text under lower-case names, without blank lines; the index is the line in the file."""
     import pandas
 
     try:
-        frame = pandas.read_csv(
-            path,
-            dtype=str,
-            keep_default_na=False,
-            encoding="utf-8-sig",
-            skip_blank_lines=False,
-            index_col=False,
-        )
-    except FileNotFoundError:
+        text = path.read_bytes().decode("utf-8-sig")
+    except (FileNotFoundError, IsADirectoryError):
         raise FileNotFoundError(f"{path}: there is no such file") from None
-    except pandas.errors.EmptyDataError:
-        raise ValueError(
-            f"{path}, line 1: the file is empty; it needs the columns {', '.join(required)}"
-        ) from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}, line {line}: not UTF-8 text; save it as UTF-8") from None
+    table = text.lstrip("\r\n")
+    first = text.count("\n", 0, len(text) - len(table)) + 1
+    if not table.strip():
+        raise ValueError(f"{path}, line 1: the file is empty; it needs the columns {', '.join(required)}")
+    try:
+        frame = pandas.read_csv(
+            io.StringIO(table), header=None, dtype=str, keep_default_na=False, skip_blank_lines=False
+        )
     except pandas.errors.ParserError as error:
-        line = re.search(r"line (\d+)", str(error))
-        where = f", line {line[1]}" if line else ""
-        raise ValueError(
-            f"{path}{where}: not a table with one value per column ({str(error).strip()})"
-        ) from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not UTF-8 text; save it as UTF-8") from None
-    there = [str(name) for name in frame.columns]
-    frame.columns = [name.strip().lower() for name in there]
+        if extra := re.search(r"Expected (\d+) fields in line (\d+), saw (\d+)", str(error)):
+            columns, line, values = map(int, extra.groups())
+            if columns == 1:
+                header = table.splitlines()[0]
+                raise ValueError(
+                    f"{path}, line {first}: its columns are {header}; put commas between columns"
+                ) from None
+            raise ValueError(
+                f"{path}, line {line + first - 1}: {values} values under {columns} columns; put a value that "
+                "holds a comma between quotes, and write decimals with a point"
+            ) from None
+        raise ValueError(f"{path}: not a table of values between commas ({str(error).strip()})") from None
+    frame.index += first
+    there = [name.strip() for name in frame.iloc[0]]
+    frame.columns = [name.lower() for name in there]
+    if twice := [name for name, n in Counter(frame.columns).items() if name and n > 1]:
+        listed = " and ".join(repr(name) for name in there if name.lower() == twice[0])
+        raise ValueError(f"{path}, line {first}: the columns {listed} have one name; keep one of them")
+    frame = frame[1:]
+    blank = frame.iloc[:, 0].str.strip() == ""
+    if blank.any():  # only such rows can be blank as a whole
+        empty = frame[blank].apply(lambda column: column.str.strip() == "").all(axis=1)
+        frame = frame.drop(index=empty.index[empty])
     for name, others in (aliases or {}).items():
         for other in others:
             if name not in frame.columns and other in frame.columns:
                 frame = frame.rename(columns={other: name})
     for name in required:
         if name not in frame.columns:
-            listed = ", ".join(n for n in there if not n.startswith("Unnamed"))
-            raise ValueError(f"{path}, line 1: there is no column {name!r}; its columns are {listed}")
+            listed = ", ".join(n for n in there if n)
+            hint = "" if len(there) > 1 else "; put commas between columns"
+            raise ValueError(
+                f"{path}, line {first}: there is no column {name!r}; its columns are {listed}{hint}"
+            )
     return frame
 
 
@@ -645,9 +729,28 @@ def _numbers(
     for row in np.flatnonzero(bad & good):
         limits = f" in {low:g}..{high:g}" if np.isfinite([low, high]).all() else ""
         cell = frame[column].iloc[row]
-        problems.add(f"{path}, line {row + 2}, column {column!r}: expected a number{limits}, got {cell!r}")
+        hint = "; write decimals with a point" if "," in cell else ""
+        problems.add(
+            f"{path}, line {frame.index[row]}, column {column!r}: expected a number{limits}, got {cell!r}{hint}"
+        )
     good &= ~bad
     return np.where(blank, np.nan if empty is None else empty, value)
+
+
+def _flags(
+    frame: pandas.DataFrame, column: str, path: Path, problems: _Problems, good: np.ndarray
+) -> np.ndarray:
+    """A column of true and false, also written 1 and 0, as (N,) bool; an empty cell is false."""
+    meaning = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False, "": False}
+    text = frame[column].str.strip().str.lower()
+    bad = ~text.isin(list(meaning)).to_numpy()
+    for row in np.flatnonzero(bad & good):
+        cell = frame[column].iloc[row]
+        problems.add(
+            f"{path}, line {frame.index[row]}, column {column!r}: expected true or false, 1 or 0, got {cell!r}"
+        )
+    good &= ~bad
+    return text.isin([name for name, value in meaning.items() if value]).to_numpy()
 
 
 def _dates(text: Iterable[str]) -> np.ndarray:
@@ -670,13 +773,26 @@ def _refuse_twice(
     first: dict[Any, int] = {}
     for row in np.flatnonzero(good):
         name = names[row]
-        if not name:
-            continue
-        if name in first:
+        if name and first.setdefault(name, row) != row:
             problems.add(f"{where(row)}: the same key as {where(first[name])}; keep one of the two")
             good[row] = False
-        else:
-            first[name] = row
+
+
+def _refuse_copies(paths: Sequence[Path], good: np.ndarray, problems: _Problems) -> None:
+    """A file of the same name and content as another, in another folder, is a problem."""
+    first: dict[str, int] = {}
+    for row, path in enumerate(paths):
+        other = first.setdefault(path.name, row)
+        if other != row and filecmp.cmp(path, paths[other], shallow=False):
+            problems.add(f"{path}: the same picture as {paths[other]}; keep one of the two")
+            good[row] = False
+
+
+def _no_pictures(folder: Path, problems: _Problems) -> str:
+    listed = "; ".join(problems.left_out[:2])
+    return f"{folder}: this folder holds no pictures ({', '.join(PICTURES[:3])}, ...)" + (
+        f"; {listed}" if listed else ""
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -750,6 +866,9 @@ def folder_name(
 def parse_name(name: str | os.PathLike) -> dict[str, Any]:
     """The fields of such a file name; only the two coordinates must be there.
 
+    A third field that is no UTM zone is a note, and in a short name all that follows it belongs to the note:
+    ``@east@north@photo_001@.jpg``.
+
     Returns
     -------
     dict
@@ -759,7 +878,8 @@ def parse_name(name: str | os.PathLike) -> dict[str, Any]:
     Raises
     ------
     ValueError
-        If there are no two numbers between ``@``, or zone or heading are no numbers of their range.
+        If there are no two numbers between ``@``, if a latitude band stands beside a zone number that does not
+        exist or is no band, or if the heading is no number.
 
     Examples
     --------
@@ -777,8 +897,17 @@ def parse_name(name: str | os.PathLike) -> dict[str, Any]:
     except ValueError:
         raise ValueError("the name must begin with two numbers, as in @UTM_east@UTM_north@.jpg") from None
     zone, letter = fields["zone_number"].strip(), fields["zone_letter"].strip().upper()
-    if zone and not (zone.isdecimal() and 1 <= int(zone) <= 60):
-        raise ValueError(f"the UTM zone (third field) must be a number in 1..60, got {zone!r}")
+    if zone and not (len(zone) <= 2 and zone.isdecimal() and 1 <= int(zone) <= 60):
+        if re.fullmatch(rf"\d{{1,2}}[{_BANDS}]", zone.upper()) and 1 <= int(zone[:-1]) <= 60 and not letter:
+            zone, letter = zone[:-1], zone[-1].upper()
+        elif zone.isdecimal() and letter and letter in _BANDS:
+            raise ValueError(f"the UTM zone (third field) must be a number in 1..60, got {zone!r}")
+        else:
+            whole = len(parts) >= len(_FIELDS)
+            words = [zone, fields["note"]] if whole else parts[2:]
+            fields |= dict.fromkeys(_FIELDS[2:4] if whole else _FIELDS[2:], "")
+            fields["note"] = " ".join(word for word in words if word)
+            zone, letter = "", letter if whole else ""
     if letter and (len(letter) > 1 or letter not in _BANDS):
         raise ValueError(
             f"the UTM latitude band (fourth field) must be a letter C to X without I and O, got {letter!r}"
@@ -793,12 +922,15 @@ def parse_name(name: str | os.PathLike) -> dict[str, Any]:
     return fields
 
 
-def _city_of_note(note: str) -> str | None:
-    """``town1000-night`` -> ``town1000``; ``day_forward_cph`` (converted MSLS) -> ``cph``; else None."""
-    if "-" in note:
-        return note.split("-")[0]
-    converted = re.fullmatch(r"(?:day|night)_[a-z]+_(\w+)", note)
-    return converted[1] if converted else None
+def _city_in(fields: dict) -> str | None:
+    """The city in a key of this package's towns (``town1000d00012``) or a note of converted MSLS, else None.
+
+    No other note names a city: two conditions of one spot would be two cities, and never meet in training.
+    """
+    if town := re.fullmatch(r"(town\d+)[dq]\d+", fields["pano_id"]):
+        return town[1]
+    converted = re.fullmatch(r"(?:day|night)_[a-z]+_([a-z]+)", fields["note"])
+    return converted[1] if converted and converted[1] in (*MSLS_TRAIN_CITIES, *MSLS_VAL_CITIES) else None
 
 
 def read_folder(
@@ -810,16 +942,16 @@ def read_folder(
 ) -> Places:
     """Read one part of a set, such as ``<set>/images/test/database``, from its file names.
 
-    All pictures below the folder count, in the order of their sorted paths; names that begin with a dot do
-    not.
+    All pictures below the folder count, in the order of their sorted paths, also those in linked folders; names
+    that begin with a dot do not. Other files are counted in `Places.left_out`.
 
     Parameters
     ----------
     part_folder : path
     city : str or callable, optional
-        One name for all, or a function of the fields (`parse_name`). By default the note tells: what stands
-        before its first hyphen (``town1000-night``), or the city in the notes of converted Mapillary SLS
-        files (``day_forward_cph``); other notes name no city, and the set's folder name is taken.
+        One name for all, or a function of the fields (`parse_name`). By default the name of the set's folder,
+        but for rendered towns, whose keys name the town, and for converted Mapillary SLS, where the notes end
+        in the city (``day_forward_cph``).
     on_error : {"raise", "skip"}
     check_pictures : bool
         Also look whether every file is a whole picture (header and end of the file: about 0.1 ms each).
@@ -829,14 +961,14 @@ def read_folder(
     FileNotFoundError
         If the folder does not exist.
     ValueError
-        If it holds no picture, a name has no two ``@`` numbers, two files have one key (panorama id, tile,
-        angles, time and note, or the whole name), or a picture does not decode.
+        If it holds no picture, a name has no two ``@`` numbers or is not UTF-8, a file is there twice (same name
+        and content, in two folders), or a picture does not decode.
     """
     folder = Path(part_folder)
     problems = _Problems(on_error)
-    paths = _list_pictures(folder)
+    paths = _list_pictures(folder, problems)
     if not paths:
-        raise ValueError(f"{folder}: this folder holds no pictures ({', '.join(PICTURES[:3])}, ...)")
+        raise ValueError(_no_pictures(folder, problems))
     rows, kept = [], []
     for path in paths:
         try:
@@ -845,22 +977,18 @@ def read_folder(
         except ValueError as error:
             problems.add(f"{path}: {error}")
     good = np.ones(len(kept), dtype=bool)
-    identity = ("pano_id", "tile", "heading_deg", "pitch", "roll", "timestamp", "note")
-    keys = [
-        tuple(str(row[name]) for name in identity) if row["pano_id"] else os.path.splitext(path.name)[0]
-        for row, path in zip(rows, kept, strict=True)
-    ]
-    _refuse_twice(keys, good, lambda row: str(kept[row]), problems)
+    _refuse_copies(kept, good, problems)
     if check_pictures:
         rest = np.flatnonzero(good)
         good[rest] = _check_pictures([kept[row] for row in rest], problems)
     parts = folder.absolute().parts
-    set_name = parts[-4] if len(parts) >= 4 and parts[-3] == "images" else folder.absolute().name
+    parts = parts[:-2] if parts[-1] in ("database", "queries") else parts  # without <split>/<side>
+    set_name = parts[-2] if parts[-1] == "images" else parts[-1]
 
     def city_of(fields: dict) -> str:
         if callable(city):
             return city(fields)
-        return city if city is not None else _city_of_note(fields["note"]) or set_name
+        return city if city is not None else _city_in(fields) or set_name
 
     rows = [row for row, keep in zip(rows, good, strict=True) if keep]
     if not rows:
@@ -877,7 +1005,7 @@ def read_folder(
         key=column("pano_id"),
         date=_dates(column("timestamp")),
         city=[city_of(row) for row in rows],
-        left_out=problems.sentences,
+        left_out=problems.left_out,
     )
 
 
@@ -902,7 +1030,7 @@ def read_gsv_cities(
     ----------
     root : path
         The folder that holds ``Dataframes`` and ``Images``.
-    cities : sequence of str, optional
+    cities : str or sequence of str, optional
         By default all that have a CSV, sorted.
     on_error : {"raise", "skip"}
     check_pictures : bool
@@ -919,13 +1047,11 @@ def read_gsv_cities(
     root = Path(root)
     problems = _Problems(on_error)
     if cities is None:
-        cities = sorted(path.stem for path in (root / "Dataframes").glob("*.csv"))
+        cities = sorted(p.stem for p in (root / "Dataframes").glob("*.csv") if not p.name.startswith("."))
     if not cities:
         raise FileNotFoundError(f"{root}: there is no Dataframes/<City>.csv in it")
-    return Places.concat(
-        [_gsv_city(root, city, problems, check_pictures) for city in cities]
-        + [Places.build([], left_out=problems.sentences)]
-    )
+    tables = [_gsv_city(root, city, problems, check_pictures) for city in _names(cities)]
+    return Places.concat([*tables, Places.build([], left_out=problems.left_out)])
 
 
 def _gsv_city(root: Path, city: str, problems: _Problems, check_pictures: bool) -> Places:
@@ -938,7 +1064,7 @@ def _gsv_city(root: Path, city: str, problems: _Problems, check_pictures: bool) 
         n: _numbers(frame, n, csv, problems, good, low=low, high=high) for n, (low, high) in limits.items()
     }
     folder = root / "Images" / city
-    there = {entry.name for entry in os.scandir(folder)} if folder.is_dir() else set()
+    there = _sizes(folder)
     names = [""] * len(frame)
     text = {n: frame[n].str.strip().tolist() for n in ("city_id", "lat", "lon", "panoid")}
     for row in np.flatnonzero(good):
@@ -950,10 +1076,13 @@ def _gsv_city(root: Path, city: str, problems: _Problems, check_pictures: bool) 
             for lat, lon in ((text["lat"][row], text["lon"][row]), (value["lat"][row], value["lon"][row]))
         ]
         names[row] = next((name for name in candidates if name in there), "")
-        if not names[row]:
-            problems.add(f"{csv}, line {row + 2}: its picture {folder / candidates[0]} is not there")
+        if not there.get(names[row]):
+            wrong = "is empty" if names[row] else "is not there"
+            picture = folder / (names[row] or candidates[0])
+            problems.add(f"{csv}, line {frame.index[row]}: its picture {picture} {wrong}{_SKIP}")
             good[row] = False
-    _refuse_twice(names, good, lambda row: f"{csv}, line {row + 2}", problems)
+    problems.pass_over(folder, there.keys() - set(names), f"pictures without a good row in {csv.name}")
+    _refuse_twice(names, good, lambda row: f"{csv}, line {frame.index[row]}", problems)
     if check_pictures:
         rest = np.flatnonzero(good)
         good[rest] = _check_pictures([folder / names[row] for row in rest], problems)
@@ -997,7 +1126,8 @@ def read_msls(
 ) -> Places:
     """Read Mapillary Street-level Sequences as downloaded: ``train_val/<city>/{query,database}``.
 
-    Panoramas are dropped. `Places.place` is ``unique_cluster``, the heading is ``ca``, `Places.note` is view
+    Panoramas are dropped, and so are the empty files that the release holds; `Places.left_out` counts these.
+    `Places.place` is ``unique_cluster``, the heading is ``ca``, `Places.note` is view
     direction and light (``"forward-night"``). Eastings and northings are the set's own; where a city lies in
     two UTM zones, each photograph gets the zone in which its latitude and longitude give these metres.
 
@@ -1005,7 +1135,7 @@ def read_msls(
     ----------
     root : path
         The folder that holds ``train_val``.
-    cities : sequence of str, optional
+    cities : str or sequence of str, optional
         By default the training cities found. Copenhagen (``cph``) and San Francisco (``sf``), on which models
         are compared, are read only when named here.
     part : {"query", "database"}, optional
@@ -1033,7 +1163,7 @@ def read_msls(
     if subtask not in (None, *MSLS_SUBTASKS):
         raise ValueError(f"subtask must be None or one of {', '.join(MSLS_SUBTASKS)}, got {subtask!r}")
     if cities is None:
-        there = sorted(path.name for path in (root / "train_val").glob("*") if path.is_dir())
+        there = sorted(p.name for p in (root / "train_val").glob("[!.]*") if p.is_dir())
         cities = [city for city in there if city not in MSLS_VAL_CITIES]
         if not cities:
             held_out = [city for city in there if city in MSLS_VAL_CITIES]
@@ -1045,10 +1175,10 @@ def read_msls(
             raise FileNotFoundError(f"{root / 'train_val'}: there is no training city in it{also}")
     tables = [
         _msls_part(root / "train_val" / city / side, city, subtask, problems, check_pictures)
-        for city in ([cities] if isinstance(cities, str) else cities)
+        for city in _names(cities)
         for side in ((part,) if part else ("query", "database"))
     ]
-    return Places.concat([*tables, Places.build([], left_out=problems.sentences)])
+    return Places.concat([*tables, Places.build([], left_out=problems.left_out)])
 
 
 def _msls_part(
@@ -1059,11 +1189,12 @@ def _msls_part(
     raw = _msls_join(frame, folder / "raw.csv", ["key", "lon", "lat", "ca", "captured_at", "pano"])
     good = np.ones(len(frame), dtype=bool)
     keys = frame["key"].str.strip().to_numpy(dtype=np.str_)
-    good &= raw["pano"].str.strip().str.lower().to_numpy() != "true"
+    good &= ~_flags(raw, "pano", folder / "raw.csv", problems, good)
     if subtask is not None:
-        chosen = _msls_join(frame, folder / "subtask_index.csv", [subtask])
-        good &= chosen[subtask].str.strip().str.lower().to_numpy() == "true"
+        chosen = _msls_join(frame, folder / "subtask_index.csv", ["key", subtask])
+        good &= _flags(chosen, subtask, folder / "subtask_index.csv", problems, good)
     wanted = int(good.sum())
+    night = _flags(frame, "night", csv, problems, good)
 
     east, north = (_numbers(frame, name, csv, problems, good) for name in ("easting", "northing"))
     cluster = _numbers(frame, "unique_cluster", csv, problems, good, empty=-1)
@@ -1076,23 +1207,28 @@ def _msls_part(
         sequence = info["sequence_key"].str.strip().to_numpy(dtype=np.str_)
         frame_number = _numbers(info, "frame_number", folder / "seq_info.csv", problems, good, empty=-1)
 
-    _refuse_twice(keys, good, lambda row: f"{csv}, line {row + 2} (key {keys[row]})", problems)
+    _refuse_twice(keys, good, lambda row: f"{csv}, line {frame.index[row]} (key {keys[row]})", problems)
     pictures = folder / "images"
-    there = {entry.name for entry in os.scandir(pictures)} if pictures.is_dir() else set()
+    names, there = [f"{key}.jpg" for key in keys.tolist()], _sizes(pictures)
     for row in np.flatnonzero(good):
-        if f"{keys[row]}.jpg" not in there:
-            problems.add(f"{csv}, line {row + 2}: its picture {pictures / keys[row]}.jpg is not there")
-            good[row] = False
+        if names[row] not in there:
+            picture = pictures / names[row]
+            problems.add(f"{csv}, line {frame.index[row]}: its picture {picture} is not there{_SKIP}")
+        good[row] = bool(there.get(names[row]))
+    problems.pass_over(pictures, (name for name, size in there.items() if not size), "empty files")
+    problems.pass_over(pictures, there.keys() - set(names), f"files without a row in {csv.name}")
     rows = np.flatnonzero(good)
-    paths = [pictures / f"{keys[row]}.jpg" for row in rows]
+    paths = [pictures / names[row] for row in rows]
     if check_pictures:
         decodes = _check_pictures(paths, problems)
         rows, paths = rows[decodes], [path for path, keep in zip(paths, decodes, strict=True) if keep]
-    if not len(rows) and not wanted:
+    if not len(frame):
+        raise ValueError(f"{csv}: the table has no rows")
+    if not wanted:
         which = f" of sub-task {subtask}" if subtask else ""
-        raise ValueError(f"{csv}: the table has no row{which} that is not a panorama")
+        problems.passed_over.append(f"{csv}: the table has no row{which} that is not a panorama")
 
-    light = np.where(frame["night"].str.strip().str.lower().to_numpy() == "true", "night", "day")
+    light = np.where(night, "night", "day")
     view = frame["view_direction"].str.strip().str.lower().to_numpy(dtype=np.str_)
     return Places.build(
         paths,
@@ -1117,14 +1253,13 @@ def _msls_join(frame: pandas.DataFrame, path: Path, columns: Sequence[str]) -> p
         raise ValueError(
             f"{path}: {len(other)} rows, but postprocessed.csv beside it has {len(frame)}; they must agree"
         )
-    if "key" in other.columns:
-        differs = other["key"].str.strip().to_numpy() != frame["key"].str.strip().to_numpy()
-        if differs.any():
-            row = int(np.argmax(differs))
-            raise ValueError(
-                f"{path}, line {row + 2}, column 'key': expected {frame['key'].iloc[row]!r} as in "
-                f"postprocessed.csv, got {other['key'].iloc[row]!r}"
-            )
+    differs = other["key"].str.strip().to_numpy() != frame["key"].str.strip().to_numpy()
+    if differs.any():
+        row = int(np.argmax(differs))
+        raise ValueError(
+            f"{path}, line {other.index[row]}, column 'key': expected {frame['key'].iloc[row]!r} as in "
+            f"postprocessed.csv, got {other['key'].iloc[row]!r}"
+        )
     return other
 
 
@@ -1147,7 +1282,7 @@ def _zones_of_metres(lat: np.ndarray, lon: np.ndarray, east: np.ndarray, north: 
 
 def read_photos(
     folder: str | os.PathLike,
-    csv: str | os.PathLike = "photos.csv",
+    csv: str | os.PathLike | None = None,
     *,
     zone: int | None = None,
     city: str | None = None,
@@ -1159,12 +1294,15 @@ def read_photos(
     Parameters
     ----------
     folder : path
-    csv : path
-        Relative to the folder, or absolute. Columns (case does not matter): ``file`` (a path in the folder),
+    csv : path, optional
+        As it stands or relative to the folder; by default the folder's ``positions.csv`` or ``photos.csv``.
+        Columns (case does not matter): ``file`` (a path in the folder),
         and either ``lat`` and ``lon`` (degrees, WGS 84) or ``east`` and ``north`` (metres) with, if known,
         ``zone`` (such as ``10S``); if wanted ``heading`` (degrees), ``date`` (YYYY[-MM[-DD]]), ``place``
         (integer), ``city``, ``note``. ``latitude``, ``longitude``, ``east_m``, ``north_m``, ``utm_zone`` and
-        ``heading_deg`` are understood too; empty optional cells mean "unknown".
+        ``heading_deg`` are understood too; empty optional cells mean "unknown". A column ``part`` tells
+        `open_set` and `open_training_set` what a photograph is for: ``train``, or ``database`` or ``queries``,
+        with the split before it if it is not the test (``val/queries``).
     zone : int, optional
         UTM zone number for ``lat`` and ``lon``. By default the zone of their middle, for all, or each its own
         if they spread over more than 6 degrees. Give it where two tables to be compared lie on a zone's
@@ -1181,12 +1319,37 @@ def read_photos(
         If folder or CSV is missing.
     ValueError
         With file, line and column: for a missing column, a bad value, a file given twice or not there, or a
-        picture that does not decode.
+        picture that does not decode. Also if `csv` names one file as it stands and another in the folder.
     """
+    return _read_photos(folder, csv, zone, city, on_error, check_pictures)[0]
+
+
+def _photos_csv(folder: Path, csv: str | os.PathLike | None = None) -> Path | None:
+    """The one file that a CSV's name, or no name, means for a folder of photographs; None if there is none."""
+    choices = ["positions.csv", "photos.csv"] if csv is None else [csv]
+    there = [folder / name for name in choices if (folder / name).is_file()]
+    if csv is not None and Path(csv).is_file() and not (there and there[0].samefile(csv)):
+        there.append(Path(csv))
+    if len(there) > 1:
+        raise ValueError(f"{there[0]} and {there[1]} are both there: give the whole path of the one you mean")
+    return there[0] if there else None
+
+
+def _read_photos(
+    folder: str | os.PathLike,
+    csv: str | os.PathLike | None,
+    zone: int | None,
+    city: str | None,
+    on_error: str,
+    check_pictures: bool,
+) -> tuple[Places, np.ndarray | None]:
+    """What `read_photos` returns, and the column ``part`` as (N,) object array of str, None where there is none."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: there is no such folder")
-    csv = folder / csv
+    named, csv = csv or "positions.csv", _photos_csv(folder, csv)
+    if csv is None:
+        raise FileNotFoundError(f"{named}: there is no such file, nor is there one in {folder}")
     problems = _Problems(on_error)
     aliases = {
         "lat": ["latitude"],
@@ -1214,13 +1377,13 @@ def read_photos(
         [not name or not path.is_file() for name, path in zip(files, paths, strict=True)]
     ):
         problems.add(
-            f"{csv}, line {row + 2}, column 'file': there is no picture {str(files[row])!r} in {folder}"
+            f"{csv}, line {frame.index[row]}, column 'file': there is no picture {str(files[row])!r} in {folder}"
         )
         good[row] = False
     _refuse_twice(
         [os.path.normpath(p) for p in paths],
         good,
-        lambda row: f"{csv}, line {row + 2} ({files[row]})",
+        lambda row: f"{csv}, line {frame.index[row]} ({files[row]})",
         problems,
     )
 
@@ -1238,22 +1401,30 @@ def read_photos(
             match = re.fullmatch(rf"0*(\d+)\s*([{_BANDS}]?)", zones[row].upper())
             if match is None or not 1 <= int(match[1]) <= 60:
                 problems.add(
-                    f"{csv}, line {row + 2}, column 'zone': expected a UTM zone such as 10S, "
+                    f"{csv}, line {frame.index[row]}, column 'zone': expected a UTM zone such as 10S, "
                     f"got {zones[row]!r}"
                 )
                 good[row] = False
             else:
                 zones[row] = match[1] + match[2]
+    part = _text(frame, "part", "")
+    for row in np.flatnonzero(good) if "part" in columns else ():
+        if not re.fullmatch(r"train|((train|val|test)/)?(database|queries)", part[row]):
+            problems.add(
+                f"{csv}, line {frame.index[row]}, column 'part': expected train, database, queries, val/database "
+                f"or val/queries, got {part[row]!r}"
+            )
+            good[row] = False
     dates = _text(frame, "date", "")
     days = _dates(dates)
     for row in np.flatnonzero(good & np.isnat(days) & np.array([bool(d) for d in dates], dtype=bool)):
         problems.add(
-            f"{csv}, line {row + 2}, column 'date': expected YYYY, YYYY-MM or YYYY-MM-DD, got {dates[row]!r}"
+            f"{csv}, line {frame.index[row]}, column 'date': expected YYYY, YYYY-MM or YYYY-MM-DD, got {dates[row]!r}"
         )
         good[row] = False
     if check_pictures:
         rest = np.flatnonzero(good)
-        where = [f"{csv}, line {row + 2}: " for row in rest]
+        where = [f"{csv}, line {frame.index[row]}: " for row in rest]
         good[rest] = _check_pictures([paths[row] for row in rest], problems, where.__getitem__)
     if not good.any():
         raise ValueError(
@@ -1265,7 +1436,10 @@ def read_photos(
         east, north, zone_names = _town_to_utm(first[rows], second[rows], zone)
     else:
         east, north, zone_names = first[rows], second[rows], zones[rows]
-    return Places.build(
+    listed = {os.path.normpath(path) for path in paths}
+    others = [p.name for p in _list_pictures(folder, _Problems("skip")) if os.path.normpath(p) not in listed]
+    problems.pass_over(folder, others, f"pictures without a row in {csv.name}")
+    places = Places.build(
         [paths[row] for row in rows],
         east_m=east,
         north_m=north,
@@ -1275,14 +1449,15 @@ def read_photos(
         place=place[rows].astype(np.int64),
         date=days[rows],
         note=_text(frame, "note", "")[rows].astype(np.str_),
-        left_out=problems.sentences,
+        left_out=problems.left_out,
     )
+    return places, part[rows] if "part" in columns else None
 
 
 def _text(frame: pandas.DataFrame, column: str, default: str) -> np.ndarray:
     if column not in frame.columns:
         return np.full(len(frame), default, dtype=object)
-    return frame[column].str.strip().to_numpy(dtype=object)
+    return frame[column].str.strip().replace("", default).to_numpy(dtype=object)
 
 
 def read_unlabelled(
@@ -1312,16 +1487,14 @@ def read_unlabelled(
     """
     folder = Path(folder)
     problems = _Problems(on_error)
-    paths = _list_pictures(folder)
+    paths = _list_pictures(folder, problems)
     if check_pictures:
         decodes = _check_pictures(paths, problems)
         paths = [path for path, keep in zip(paths, decodes, strict=True) if keep]
     if not paths:
-        raise ValueError(
-            f"{folder}: this folder holds no pictures that decode ({', '.join(PICTURES[:3])}, ...)"
-        )
+        raise ValueError(_no_pictures(folder, problems))
     return Places.build(
-        paths, city=city if city is not None else folder.absolute().name, left_out=problems.sentences
+        paths, city=city if city is not None else folder.absolute().name, left_out=problems.left_out
     )
 
 
@@ -1464,6 +1637,7 @@ class TestSet:
     rule : PositiveRule
     spec : Benchmark or None
         None for a folder that is no named benchmark.
+    split : str
     """
 
     __test__ = False  # no test class, whatever pytest thinks of its name
@@ -1473,6 +1647,7 @@ class TestSet:
     queries: Places
     rule: PositiveRule = PositiveRule()
     spec: Benchmark | None = None
+    split: str = "test"
 
     @property
     def counts_as_expected(self) -> bool | None:
@@ -1526,14 +1701,16 @@ def open_set(
     on_error: str = "raise",
     check_pictures: bool = True,
 ) -> TestSet:
-    """Open a benchmark by name, or any folder of the layout ``<name>/images/<split>/{database,queries}``.
+    """Open a benchmark by name, a folder ``<name>/images/<split>/{database,queries}``, or photographs and a CSV.
 
     Parameters
     ----------
     root : path
         The folder of data sets.
     name : str
-        A key of `BENCHMARKS`, or the name of a folder in `root`, whose positives lie within 25 m.
+        A key of `BENCHMARKS`, or the name of a folder in `root`, whose positives lie within 25 m: of that layout,
+        of Mapillary SLS as downloaded, or of photographs with a ``positions.csv`` (see `read_photos`). A CSV of
+        another name is named with its folder: ``holiday/spring.csv``.
     split : str, optional
         ``"test"`` by default; a benchmark brings its own.
     query_keys : path or sequence of str, optional
@@ -1547,6 +1724,9 @@ def open_set(
     -----
     A benchmark is looked for under the folder names of `Benchmark.folders`: sped, amstertime, msls,
     pitts30k, tokyo247, pitts250k, nordland, eynsham, as the VPR-datasets-downloader project writes them.
+
+    The column ``part`` of a CSV tells references from queries. Without it, every second row is a query and the
+    others are the references, and there is no other split than the test.
 
     ``nordland-2760`` swaps the seasons of the full set (winter references, summer queries) and asks for every
     tenth frame; a folder ``nordland-2760`` of one's own is taken as it is. ``msls-val-full`` takes all of the
@@ -1565,17 +1745,20 @@ def open_set(
     if query_keys is not None and name != "msls-val":
         raise ValueError(f"query_keys belong to msls-val, not to {name}")
     if spec is None:
-        part = _split_folder(root / name, split or "test")
-        if part is None:
+        folder = _set_folder(root, name)
+        part = _split_folder(folder, split or "test")
+        if part is None and (folder / "train_val").is_dir() and split in (None, "val"):
+            return dataclasses.replace(open_set(folder.parent, "msls-val", **reading), name=name)
+        if part is None and (csv := _csv_of_set(folder)):
+            database, queries = _open_photos(csv, split or "test", reading)
+        elif part is None:
             raise FileNotFoundError(
-                f"{root / name}: there is no images/{split or 'test'} with database and queries in it, and "
-                f"{name!r} is none of the benchmarks {', '.join(BENCHMARKS)}"
+                f"{folder}: there is no images/{split or 'test'} with database and queries in it, nor a positions.csv, "
+                f"and {name!r} is none of the benchmarks {', '.join(BENCHMARKS)}"
             )
-        return TestSet(
-            name=name,
-            database=read_folder(part / "database", **reading),
-            queries=read_folder(part / "queries", **reading),
-        )
+        else:
+            database, queries = (read_folder(part / side, **reading) for side in ("database", "queries"))
+        return TestSet(name=name, database=database, queries=queries, split=split or "test")
 
     if split is not None and split != spec.split:
         raise ValueError(f"the benchmark {name} has the split {spec.split!r}, got {split!r}")
@@ -1588,7 +1771,7 @@ def open_set(
         return _open_msls(folder, spec, query_keys, reading)
 
     part = _split_folder(folder, spec.split)
-    sides = ("database", "queries")
+    sides = _SIDES
     if name == "nordland-2760" and folder.name.lower() == "nordland":
         sides = ("queries", "database")
     database, queries = (read_folder(part / side, **reading) for side in sides)
@@ -1602,7 +1785,80 @@ def open_set(
                 f"give their keys as query_keys or in {folder / 'query_keys.txt'}, or open msls-val-full"
             )
         queries = _select_keys(queries, keys, folder)
-    return TestSet(name=name, database=database, queries=queries, rule=spec.rule, spec=spec)
+    return TestSet(name=name, database=database, queries=queries, rule=spec.rule, spec=spec, split=spec.split)
+
+
+def open_training_set(root: str | os.PathLike, name: str, *, on_error: str = "raise") -> Places:
+    """Open what a model may train on, in any of the formats.
+
+    Parameters
+    ----------
+    root : path
+        The folder of data sets.
+    name : str
+        A folder in it: Mapillary SLS as downloaded (its validation cities stay out), GSV-Cities, a folder with
+        ``images/train/{database,queries}``, of which one is enough, or photographs with a CSV, named as for
+        `open_set` (rows whose ``part`` begins with ``train``, all where it has no such column).
+    on_error : {"raise", "skip"}
+        With ``"skip"``, what cannot be read is left out, and every picture is looked into.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such folder, or no training part in it.
+    ValueError
+        For what the reader of the format refuses.
+    """
+    folder = _set_folder(Path(root), name)
+    for inside, reader in (("train_val", read_msls), ("Dataframes", read_gsv_cities)):
+        if (folder / inside).is_dir():
+            return reader(folder, on_error=on_error, check_pictures=on_error == "skip")
+    sides = [part / side for part in (folder / "images" / "train", folder / "train") for side in _SIDES]
+    if sides := [side for side in sides if side.is_dir()]:
+        return Places.concat([read_folder(side, on_error=on_error) for side in sides])
+    if csv := _csv_of_set(folder):
+        places, part = _read_photos(csv.parent, csv, None, None, on_error, True)
+        training = np.char.startswith("train" if part is None else part.astype(np.str_), "train")
+        if training.any():
+            return places[np.broadcast_to(training, len(places))]
+    raise FileNotFoundError(
+        f"{folder} is no set with a training part: it has no images/train with database or queries, no train_val "
+        "(Mapillary SLS), no Dataframes (GSV-Cities) and no positions.csv with photographs to train on"
+    )
+
+
+_SIDES = ("database", "queries")
+_ALIASES = (
+    ("msls", "mapillary_sls", "MSLS"),
+    ("gsv-cities", "gsv_cities", "GSV-Cities", "GSV_Cities", "GSVCities"),
+)
+
+
+def _set_folder(root: Path, name: str) -> Path:
+    """The folder of a set, also where it has another of its usual names."""
+    others = [other for names in _ALIASES if name in names for other in names]
+    return next((root / other for other in (name, *others) if (root / other).is_dir()), root / name)
+
+
+def _csv_of_set(folder: Path) -> Path | None:
+    """The CSV of a folder of photographs, or the CSV that is named in the folder's place."""
+    if folder.suffix.lower() == ".csv" and folder.is_file():
+        return folder.absolute()
+    return _photos_csv(folder.absolute())
+
+
+def _open_photos(csv: Path, split: str, reading: dict) -> list[Places]:
+    """References and queries of one split, read together, so that they lie in one UTM zone."""
+    places, part = _read_photos(csv.parent, csv, None, None, *reading.values())
+    if part is None:
+        part = np.array([f"test/{side}" for side in _SIDES], dtype=object)[np.arange(len(places)) % 2]
+    rows = [np.isin(part, [f"{split}/{side}", *([side] if split == "test" else [])]) for side in _SIDES]
+    for side, chosen in zip(_SIDES, rows, strict=True):
+        if not chosen.any():
+            raise ValueError(
+                f"{csv}: no photograph is for {split}/{side}; say so in its column 'part', or take another set"
+            )
+    return [places[rows[0]], places[rows[1]].replace(left_out=())]
 
 
 def _open_msls(folder: Path, spec: Benchmark, query_keys: Any, reading: dict) -> TestSet:
@@ -1627,12 +1883,13 @@ def _open_msls(folder: Path, spec: Benchmark, query_keys: Any, reading: dict) ->
         queries=in_name_order(queries),
         rule=spec.rule,
         spec=spec,
+        split=spec.split,
     )
 
 
 def _split_folder(folder: Path, split: str) -> Path | None:
     for part in (folder / "images" / split, folder / split):
-        if all((part / side).is_dir() for side in ("database", "queries")):
+        if all((part / side).is_dir() for side in _SIDES):
             return part
     return None
 
@@ -1721,10 +1978,12 @@ def available(root: str | os.PathLike) -> pandas.DataFrame:
         expected = [f"{n:,}" if n else "not stated" for n in (spec.n_database, spec.n_queries)]
         rows.append(row | {"expected": " / ".join(expected), "positives": str(spec.rule), "missing": missing})
         rows[-1]["where_to_get"] = spec.where_to_get
-    for folder in sorted(root.iterdir()) if root.is_dir() else []:
+    for folder in sorted(root.glob("[!.]*")):
         part = _split_folder(folder, "test")
-        if part is not None and folder.name not in taken:
-            counts = {"references": _count(part / "database"), "queries": _count(part / "queries")}
+        if folder.name not in taken and (part is not None or (folder / "positions.csv").is_file()):
+            counts = dict.fromkeys(("references", "queries"))  # a CSV tells when it is opened
+            if part is not None:
+                counts = {"references": _count(part / "database"), "queries": _count(part / "queries")}
             own = {
                 "expected": "",
                 "positives": str(PositiveRule()),
@@ -1736,4 +1995,4 @@ def available(root: str | os.PathLike) -> pandas.DataFrame:
 
 
 def _count(folder: Path) -> int:
-    return len(_list_pictures(folder)) if folder.is_dir() else 0
+    return len(_list_pictures(folder, _Problems("skip"))) if folder.is_dir() else 0

@@ -670,7 +670,7 @@ def open_notebook_run(folder: str | os.PathLike, notebook: str, subject: str, **
     **parameters
         What its figures depend on.
     """
-    name = f"{notebook}-{subject}-{fingerprint(_plain(parameters))[:6]}"
+    name = f"{notebook}-{subject.replace('/', '_')}-{fingerprint(_plain(parameters))[:6]}"
     run = Run.open(runs_root(folder), "notebooks", name, parameters)
     again = {"started": _now(), "finished": None, "wall_time_s": None, "status": "unfinished", "metrics": {}}
     run.manifest = {**run.manifest, **again}

@@ -51,9 +51,7 @@ from sagelib.places import (
     Places,
     TestSet,
     open_set,
-    read_folder,
-    read_gsv_cities,
-    read_msls,
+    open_training_set,
     same_grid,
 )
 from sagelib.retrieval import recall, search
@@ -73,7 +71,6 @@ __all__ = [
     "plateau_value",
     "rate_factor",
     "train",
-    "training_places",
 ]
 
 PRECISIONS = {None: None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -1749,23 +1746,6 @@ def _means(sums: Mapping[str, float]) -> dict[str, float]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def training_places(folder: str | Path) -> Places:
-    """All images of ``<folder>/images/train``, references and queries together.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such folder.
-    """
-    part = Path(folder) / "images" / "train"
-    parts = [part / name for name in ("database", "queries") if (part / name).is_dir()]
-    if not parts:
-        raise FileNotFoundError(
-            f"{part} holds neither database nor queries: {folder} is no set with a training part"
-        )
-    return Places.concat([read_folder(p) for p in parts])
-
-
 def main(arguments: list[str] | None = None) -> int:
     """The command ``python -m sagelib.train``; several processes by ``accelerate launch -m sagelib.train``."""
     parser = argparse.ArgumentParser(
@@ -1781,7 +1761,8 @@ def main(arguments: list[str] | None = None) -> int:
         "--data",
         type=Path,
         metavar="SET",
-        help="images/train is mined by position, images/val validates; a town... that is not there is rendered",
+        help="mined by position, its val part validates: a folder with images/train, MSLS, GSV-Cities, or photographs "
+        "with a positions.csv; a town... that is not there is rendered",
     )
     data.add_argument(
         "--msls", type=Path, metavar="FOLDER", help="MSLS, mined; its validation cities are left out"
@@ -1791,6 +1772,12 @@ def main(arguments: list[str] | None = None) -> int:
     )
     data.add_argument(
         "--validation", type=Path, metavar="SET", help="its images/val validates instead of --data's"
+    )
+    data.add_argument(
+        "--on-error",
+        choices=("raise", "skip"),
+        default="raise",
+        help="skip leaves out the training pictures and rows that cannot be read, and counts them",
     )
     parser.add_argument("--name", required=True, help="of the run")
     parser.add_argument(
@@ -1816,16 +1803,22 @@ def main(arguments: list[str] | None = None) -> int:
         config = TrainConfig.from_mapping(values)
         if os.environ.get("WORLD_SIZE", "1") == "1" and _is_unfinished_town(options.data):
             ensure_town(options.data.parent, options.data.name, progress=True)
-        mined = [training_places(options.data)] if options.data else []
-        mined += [read_msls(options.msls)] if options.msls else []
+        mined, labelled = (
+            [open_training_set(f.parent, f.name, on_error=options.on_error) for f in folders if f]
+            for folders in ([options.data, options.msls], [options.gsv])
+        )
         data = {
             "mined": Places.concat(mined) if mined else None,
-            "labelled": read_gsv_cities(options.gsv) if options.gsv else None,
+            "labelled": labelled[0] if labelled else None,
             "validation": None,
         }
-        val = options.validation or (
-            options.data if options.data and (options.data / "images" / "val").is_dir() else None
-        )
+        left_out = [sentence for table in (*mined, *labelled) for sentence in table.left_out]
+        for sentence in left_out[:5] if first else ():
+            print(f"left out: {sentence}" + (f" ({len(left_out)} such lines)" if len(left_out) > 5 else ""))
+        parts = ("images/val", "val", "train_val/cph", "train_val/sf")
+        val = options.validation
+        if val is None and options.data and any((options.data / part).is_dir() for part in parts):
+            val = options.data
         if val is not None:
             data["validation"] = open_set(val.parent, val.name, split="val")
         run = open_run(options.runs, options.name, config, **data, device=options.device)

@@ -162,7 +162,13 @@ def photos_like(root: Path, n: int = 4, name: str = "holiday") -> Path:
     for i in range(n):
         write_picture(root / name / "day 1" / f"IMG_{i}.jpg", i)
         rows.append(
-            [f"day 1/IMG_{i}.jpg", 38.71 + 1e-4 * i, -9.14, "" if i == 0 else 90 * i, f"2024-05-0{i + 1}"]
+            [
+                f"day 1/IMG_{i}.jpg",
+                38.71 + 1e-4 * i,
+                -9.14,
+                "" if i == 0 else 90 * i % 360,
+                f"2024-05-0{i + 1}",
+            ]
         )
     write_csv(root / name / "photos.csv", ["file", "lat", "lon", "heading", "date"], rows)
     return root / name
@@ -172,3 +178,10 @@ def unlabelled_like(root: Path, n: int = 5, name: str = "unlabelled") -> Path:
     for i in range(n):
         write_picture(root / name / f"frame_{i:03d}.{'png' if i % 2 else 'jpg'}", i)
     return root / name
+
+
+def papers_training_data(root: Path) -> Path:
+    """Mapillary SLS to mine and GSV-Cities as labelled places, beside each other; three cities of each kind of use."""
+    msls_like(root, ("zurich", "london", "cph", "sf"), n=24)
+    gsv_like(root, n_places=4)
+    return root

@@ -30,10 +30,10 @@ from sagelib.backbone import build_backbone
 from sagelib.evaluate import audit_contexts, published
 from sagelib.images import Preprocess
 from sagelib.model import SAGE
-from sagelib.places import open_set
+from sagelib.places import open_set, open_training_set
 from sagelib.retrieval import PCA, Recall, paired_bootstrap
 from sagelib.town import write_town
-from sagelib.train import TrainConfig, build_model_of, training_places
+from sagelib.train import TrainConfig, build_model_of
 
 GRIDS = sorted((Path(__file__).parent.parent / "notebooks" / "params" / "ablations").glob("*.yaml"))
 BASE = {
@@ -91,7 +91,8 @@ def town(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(town) -> dict:
-    return {"mined": training_places(town), "test_sets": [open_set(town.parent, town.name)]}
+    mined = open_training_set(town.parent, town.name)
+    return {"mined": mined, "test_sets": [open_set(town.parent, town.name)]}
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from sagelib.describe import load_descriptors
 from sagelib.places import open_set, pairwise_m
 from sagelib.runs import Run
 from sagelib.train import TrainConfig
+from sagelib.train import main as train_command
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
@@ -97,6 +98,32 @@ def test_the_last_page_takes_every_file_of_parameters(path, tmp_path, monkeypatc
     )
     assert "not run" not in page["dataset"] and len(page["summary"]) > 1
     assert list(tmp_path.glob("notebooks/07-*/figures/ablation.png"))
+
+
+def test_the_papers_data_train_on_the_page_and_by_the_command(tmp_path, monkeypatch):
+    """Mapillary SLS mined and GSV-Cities labelled: both ways find the same run, and no validation city is trained on."""
+    monkeypatch.chdir(ROOT / "notebooks")
+    data = make_sets.papers_training_data(tmp_path / "data")
+    values = dict(places_per_batch=2, images_per_place=2, similar_places=2, min_clique=2, epochs=1)
+    values |= dict(
+        image_size=28, validation_size=28, data_init=0, batches_per_epoch=2, log_every=1, device="cpu"
+    )
+    sets = dict(
+        data_folder=str(data), dataset="msls", labelled_dataset="gsv-cities", runs_folder=str(tmp_path)
+    )
+    page = executed(
+        next(p for p in NOTEBOOKS if "training" in p.name), lambda page: page.update(values | sets)
+    )
+    assert set(page["mined"].city) == {"zurich", "london"} and len(page["labelled"]) == 32
+    assert set(page["validation"].database.city) == {"cph", "sf"}
+    fields = {name: page[name] for name in TrainConfig.field_names() & page.keys()}
+    (tmp_path / "page.yaml").write_text(yaml.safe_dump(fields))
+    manifest = (page["run"].dir / "manifest.json").read_bytes()
+    command = (
+        f"{tmp_path}/page.yaml --data {data}/msls --gsv {data}/gsv-cities --runs {tmp_path} --device cpu"
+    )
+    assert train_command([*command.split(), "--name", page["run_name"]]) == 0
+    assert (page["run"].dir / "manifest.json").read_bytes() == manifest  # the command found the page's run
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

@@ -1,6 +1,8 @@
 """Places: a frozen table, readers that name what is wrong, positives equal to a double loop."""
 
 import math
+import os
+import re
 import subprocess
 import sys
 
@@ -19,6 +21,7 @@ from sagelib.places import (
     folder_name,
     latlon_to_utm,
     open_set,
+    open_training_set,
     pairwise_m,
     parse_name,
     positives,
@@ -409,10 +412,12 @@ def test_read_folder(tmp_path):
     ]
 
 
-def test_town_notes_name_the_city(tmp_path):
+def test_towns_name_their_city(tmp_path):
     for i, note in enumerate(["town1000-night", "town1001-day"]):
         make_sets.write_picture(
-            tmp_path / folder_name(1000.0 * i, 0, 31, "U", note=note, timestamp="2016"), i
+            tmp_path
+            / folder_name(1000.0 * i, 0, 31, "U", pano_id=f"{note[:8]}d00000", note=note, timestamp="2016"),
+            i,
         )
     places = read_folder(tmp_path)
     assert places.city.tolist() == ["town1000", "town1001"]
@@ -427,8 +432,9 @@ def test_bad_files_are_named_or_left_out(tmp_path):
     cut.write_bytes(whole[0].read_bytes()[:-200])
     garbage = part / "@0585998.00@4476400.00@17@T@.jpg"
     garbage.write_bytes(b"no picture")
-    again = part / "again" / make_sets.at_name(1, 2, key="000000", tile="00", note="pitch1_yaw1")
-    make_sets.write_picture(again, 1)
+    again = part / "again" / whole[0].name
+    again.parent.mkdir()
+    again.write_bytes(whole[0].read_bytes())
     (part / ".tmp-12-@1@2@.jpg").write_bytes(b"half")  # what a killed writer leaves behind is no picture
 
     with pytest.raises(ValueError, match=r"holiday\.jpg: the name must begin with two numbers"):
@@ -439,7 +445,7 @@ def test_bad_files_are_named_or_left_out(tmp_path):
     sentences = "\n".join(places.left_out)
     for name in ("holiday.jpg", cut.name, garbage.name, str(again)):
         assert name in sentences
-    assert "the same key as" in sentences and "does not decode" in sentences
+    assert "the same picture as" in sentences and "does not decode" in sentences
     assert all(line.count("\n") == 0 for line in places.left_out)
     unchecked = read_folder(part, on_error="skip", check_pictures=False)
     assert len(unchecked) == len(places) + 2
@@ -518,7 +524,8 @@ def test_gsv_mistakes_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"line 5: the same key as .*line 4"):
         read_gsv_cities(root)
     skipped = read_gsv_cities(root, on_error="skip")
-    assert len(skipped) == 11 and len(skipped.left_out) == 1
+    assert len(skipped) == 11 and "the same key" in skipped.left_out[0]
+    assert "pictures without a good row in London.csv, left out: 1, such as London_00" in skipped.left_out[1]
     csv.write_text("\n".join(line.rsplit(",", 1)[0] for line in good) + "\n")
     with pytest.raises(
         ValueError, match=r"London\.csv, line 1: there is no column 'panoid'; its columns are place_id, year"
@@ -669,7 +676,7 @@ def test_photo_mistakes_are_named(tmp_path, line, sentence):
     with pytest.raises(ValueError, match=sentence):
         read_photos(folder)
     skipped = read_photos(folder, on_error="skip")
-    assert len(skipped) == 3 and len(skipped.left_out) == 1
+    assert len(skipped) == 3 and re.search(sentence, skipped.left_out[0])
 
 
 def test_photo_tables_that_are_none(tmp_path):
@@ -689,7 +696,7 @@ def test_photo_tables_that_are_none(tmp_path):
     with pytest.raises(ValueError, match="line 1: the file is empty"):
         read_photos(folder)
     (folder / "photos.csv").write_text("file,lat,lon\na.jpg,1,2\nb.jpg,1,2,3\n")
-    with pytest.raises(ValueError, match=r"photos\.csv, line 3: not a table"):
+    with pytest.raises(ValueError, match=r"photos\.csv, line 3: 4 values under 3 columns"):
         read_photos(folder)
     with pytest.raises(FileNotFoundError, match=r"other\.csv: there is no such file"):
         read_photos(folder, "other.csv")
@@ -703,6 +710,210 @@ def test_unlabelled(tmp_path):
     with pytest.raises(ValueError, match=r"frame_001\.png: this picture does not decode"):
         read_unlabelled(folder)
     assert len(read_unlabelled(folder, on_error="skip")) == 4
+
+
+# ---------------------------------------------------------------------------------------------------
+# What is passed over, followed, refused or taken as it is, alike in every reader
+# ---------------------------------------------------------------------------------------------------
+
+
+def test_links_are_followed_once_and_other_files_are_counted(tmp_path):
+    part = make_sets.pitts_like(tmp_path) / "images" / "test" / "database"
+    whole = [path.name for path in sorted(part.iterdir())]
+    (tmp_path / "disk2").mkdir()
+    for name in whole[4:]:
+        (part / name).rename(tmp_path / "disk2" / name)
+    (part / "more").symlink_to(tmp_path / "disk2")
+    (part / "again").symlink_to(tmp_path / "disk2")  # another way to the same pictures
+    (tmp_path / "disk2" / "loop").symlink_to(part)
+    for name in ("notes.txt", "IMG_1.HEIC", ".DS_Store"):
+        (part / name).write_bytes(b"")
+    places = read_folder(part)
+    assert sorted(os.path.basename(path) for path in places.path) == whole
+    (sentence,) = places.left_out
+    assert ".heic: 1" in sentence and "left out: 2, such as IMG_1.HEIC" in sentence
+    assert len(read_unlabelled(part)) == 12
+
+
+@pytest.mark.parametrize("ending", [".jfif", ".jpe", ".gif", ".pgm", ".tiff"])
+def test_endings_of_pictures(tmp_path, ending):
+    from PIL import Image
+
+    kind = {".jfif": "JPEG", ".jpe": "JPEG", ".pgm": "PPM"}.get(ending)
+    Image.new("L", (8, 8)).save(tmp_path / f"@1@2@{ending}", format=kind)
+    assert len(read_folder(tmp_path)) == len(read_unlabelled(tmp_path)) == 1
+
+
+def test_hidden_names_are_nothing(tmp_path):
+    msls, gsv = make_sets.msls_like(tmp_path), make_sets.gsv_like(tmp_path)
+    (msls / "train_val" / ".ipynb_checkpoints").mkdir()
+    (gsv / "Dataframes" / "._Paris.csv").write_bytes(b"\0\5\x16\7")
+    (gsv / "Images" / "London" / ".DS_Store").write_bytes(b"")
+    assert set(read_msls(msls).city) == {"zurich"}
+    assert set(read_gsv_cities(gsv).city) == {"London", "Melbourne"} and read_gsv_cities(gsv).left_out == ()
+
+
+def test_a_bare_name_is_one_name(tmp_path):
+    assert set(read_gsv_cities(make_sets.gsv_like(tmp_path), "London").city) == {"London"}
+    assert set(read_msls(make_sets.msls_like(tmp_path), "sf").city) == {"sf"}
+    assert Places.build("a.jpg").path.tolist() == ["a.jpg"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems allow no such names")
+def test_names_that_are_no_text_are_refused_at_reading(tmp_path):
+    make_sets.write_picture(tmp_path / "@1@2@.jpg", 0)
+    strange = os.fsencode(tmp_path) + b"/@1@3@@@@@@@@@@@@M\xfcnchen@.jpg"
+    os.rename(make_sets.write_picture(tmp_path / "a.jpg", 1), strange)
+    for reader in (read_folder, read_unlabelled):
+        with pytest.raises(ValueError, match=r"M\\xfcnchen@\.jpg: this name is not UTF-8 text; rename it"):
+            reader(tmp_path)
+        (sentence,) = reader(tmp_path, on_error="skip").left_out
+        assert sentence.encode()
+    with pytest.raises(ValueError, match="not UTF-8"):
+        Places.build([os.fsdecode(strange)])
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("file,lat,lon\n0.jpg,48,137,11,575\n", "line 2: 5 values under 3 columns"),
+        ("file,lat,lon\n0.jpg,48,11\n\n1.jpg,48,11,5\n", "line 4: 4 values under 3 columns"),
+        (
+            'file,lat,lon\n0.jpg,"48,137",11\n',
+            "line 2, column 'lat': .*'48,137'; write decimals with a point",
+        ),
+        ("file;lat;lon\n0.jpg;48,1;11,5\n", "its columns are file;lat;lon; put commas between columns"),
+        ("file,Lat,lon,LAT\n0.jpg,48,11,48\n", "line 1: the columns 'Lat' and 'LAT' have one name"),
+        ("file,lat,lon\n\n0.jpg,48,11\n , ,\n1.jpg,north,11\n", "line 5, column 'lat'"),
+        ("file,lat,lon,note\n0.jpg,48,11,a\n1.jpg,48,11,M\xfcnchen\n", "line 3: not UTF-8"),
+    ],
+)
+def test_one_rule_for_tables(tmp_path, text, sentence):
+    for i in range(2):
+        make_sets.write_picture(tmp_path / f"{i}.jpg", i)
+    (tmp_path / "photos.csv").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"photos\.csv, {sentence}|photos\.csv, line 1: .*{sentence}"):
+        read_photos(tmp_path)
+
+
+def test_blank_lines_are_nothing_in_any_table(tmp_path):
+    readers = {read_photos: make_sets.photos_like, read_gsv_cities: make_sets.gsv_like}
+    for reader, make in (readers | {read_msls: make_sets.msls_like}).items():
+        folder = make(tmp_path)
+        before = reader(folder).fingerprint()
+        for csv in folder.rglob("*.csv"):
+            lines = csv.read_text().splitlines()
+            csv.write_text("\n".join(["", lines[0], "", *lines[1:], "," * lines[0].count(","), "", ""]))
+        assert reader(folder).fingerprint() == before
+
+
+def test_the_same_name_is_another_photograph_elsewhere(tmp_path):
+    for i, folder in enumerate("abc"):  # another place, or another picture of the same place
+        name = make_sets.at_name(1000.0 * (i // 2), 0, key="0001")
+        make_sets.write_picture(tmp_path / folder / name, i)
+    assert len(read_folder(tmp_path)) == 3
+    for name, zone, note in (
+        ("@1@2@photo_001@.jpg", "", "photo_001"),
+        ("@1@2@0077@day@.jpg", "", "0077 day"),
+        ("@1@2@IMG_3@@@@key@@90@@@@@night@.jpg", "", "IMG_3 night"),
+        ("@1@2@10S@.jpg", "10S", ""),
+        ("@1@2@10@.jpg", "10", ""),
+    ):
+        fields = parse_name(name)
+        assert (fields["east_m"], fields["utm_zone"], fields["note"]) == (1, zone, note)
+
+
+def test_a_note_is_no_city(tmp_path):
+    for note in ("day-sunny", "night-rain", "2015-08-01", "day_front_left", "town1-x"):
+        make_sets.write_picture(
+            tmp_path / "set" / "train" / "database" / make_sets.at_name(1, 2, note=note), 0
+        )
+    make_sets.write_picture(tmp_path / "set" / "train" / "queries" / make_sets.at_name(1, 2, note="dusk"), 1)
+    assert set(open_training_set(tmp_path, "set").city) == {
+        "set"
+    }  # in references and queries, and without a folder "images" too
+
+
+@pytest.mark.parametrize(("below", "name"), [("images", "s/images"), ("flat", "s")])
+def test_a_set_knows_its_split(tmp_path, below, name):
+    for side in ("database", "queries"):
+        make_sets.write_picture(tmp_path / below / name / "val" / side / "@1@2@.jpg", 0)
+    opened = open_set(tmp_path / below, "s", "val")
+    assert (opened.split, opened.database.city[0], opened.queries.city[0]) == ("val", "s", "s")
+
+
+def test_msls_as_released(tmp_path):
+    root = make_sets.msls_like(tmp_path, ("zurich",))
+    folder = root / "train_val" / "zurich" / "query"
+    (folder / "images" / "zurich-q_2.jpg").write_bytes(b"")
+    places = read_msls(root, part="query")
+    assert places.key.tolist() == [f"zurich-q_{i}" for i in (0, 3, 4, 5)]
+    assert "empty files, left out: 1, such as zurich-q_2.jpg" in places.left_out[0]
+    for name in ("raw.csv", "postprocessed.csv", "subtask_index.csv"):
+        text = (folder / name).read_text()
+        (folder / name).write_text(text.replace("True", "1").replace("False", "0"))
+    assert read_msls(root, part="query").fingerprint() == places.fingerprint()
+    assert read_msls(root, part="query", subtask="all").key.tolist() == ["zurich-q_0", "zurich-q_4"]
+    (folder / "raw.csv").write_text((folder / "raw.csv").read_text().replace(",0\n", ",perhaps\n", 1))
+    with pytest.raises(
+        ValueError, match=r"raw\.csv, line 2, column 'pano': expected true or false, 1 or 0, got"
+    ):
+        read_msls(root)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Sets of one's own, and sets to train on
+# ---------------------------------------------------------------------------------------------------
+
+
+def test_a_csv_is_found_as_it_stands_and_in_the_folder(tmp_path, monkeypatch):
+    folder = make_sets.photos_like(tmp_path)
+    (folder / "photos.csv").rename(folder / "positions.csv")
+    monkeypatch.chdir(tmp_path)
+    for csv in ("holiday/positions.csv", "positions.csv", folder / "positions.csv", None):
+        assert len(read_photos("holiday", csv)) == 4
+    with pytest.raises(
+        FileNotFoundError, match=r"spring\.csv: there is no such file, nor is there one in holiday"
+    ):
+        read_photos("holiday", "spring.csv")
+    (tmp_path / "positions.csv").write_text("file,lat,lon\n")
+    with pytest.raises(ValueError, match=r"holiday/positions\.csv and positions\.csv are both there"):
+        read_photos("holiday", "positions.csv")
+
+
+def test_photographs_and_a_csv_are_a_set(tmp_path):
+    folder = make_sets.photos_like(tmp_path, n=6)
+    opened = open_set(tmp_path, "holiday")
+    assert (len(opened.database), len(opened.queries)) == (3, 3) and all(len(p) for p in opened.positives())
+    assert len(open_training_set(tmp_path, "holiday")) == 6
+    with pytest.raises(ValueError, match=r"photos\.csv: no photograph is for val/database"):
+        open_set(tmp_path, "holiday", "val")
+    lines = (folder / "photos.csv").read_text().splitlines()
+    parts = ["part", "train", "train", "val/database", "val/queries", "database", "test/queries"]
+    (folder / "spring.csv").write_text("\n".join(f"{a},{b}" for a, b in zip(lines, parts, strict=True)))
+    assert len(open_training_set(tmp_path, "holiday/spring.csv")) == 2
+    for split, i in (("val", 2), ("test", 4)):
+        opened = open_set(tmp_path, "holiday/spring.csv", split)
+        names = [os.path.basename(path) for path in (*opened.database.path, *opened.queries.path)]
+        assert names == [f"IMG_{i}.jpg", f"IMG_{i + 1}.jpg"]
+    (folder / "spring.csv").write_text((folder / "spring.csv").read_text().replace("val/", "valid/"))
+    with pytest.raises(ValueError, match=r"spring\.csv, line 4, column 'part': .* got 'valid/database'"):
+        open_set(tmp_path, "holiday/spring.csv")
+
+
+def test_every_format_is_a_training_set(tmp_path):
+    make_sets.papers_training_data(tmp_path)
+    assert set(open_training_set(tmp_path, "msls").city) == {"zurich", "london"}
+    assert set(open_training_set(tmp_path, "gsv-cities").labels()) == set(range(8))
+    assert set(open_set(tmp_path, "msls", "val").database.city) == {"cph", "sf"}
+    make_sets.pitts_like(tmp_path, "street", "train")
+    assert len(open_training_set(tmp_path, "street")) == 18
+    next((tmp_path / "gsv-cities" / "Images" / "London").iterdir()).unlink()
+    with pytest.raises(ValueError, match="is not there; get it, or leave out what is not there"):
+        open_training_set(tmp_path, "gsv-cities")
+    assert len(open_training_set(tmp_path, "gsv-cities", on_error="skip")) == 31
+    with pytest.raises(FileNotFoundError, match="nowhere is no set with a training part"):
+        open_training_set(tmp_path, "nowhere")
 
 
 # ---------------------------------------------------------------------------------------------------

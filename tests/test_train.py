@@ -23,7 +23,7 @@ from sagelib import runs
 from sagelib import train as training
 from sagelib.images import TrainTransform, Views
 from sagelib.model import SAGE
-from sagelib.places import Places, open_set, read_gsv_cities, read_msls
+from sagelib.places import Places, open_set, open_training_set, read_gsv_cities, read_msls
 from sagelib.sampler import CliqueSampler
 from sagelib.tokens import open_tokens
 from sagelib.town import write_town
@@ -37,7 +37,6 @@ from sagelib.train import (
     plateau_value,
     rate_factor,
     train,
-    training_places,
 )
 
 TINY = {
@@ -85,7 +84,7 @@ def town(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def mined(town) -> Places:
-    return training_places(town)
+    return open_training_set(town.parent, town.name)
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,9 @@ import torch
 from timm.models import register_model
 from timm.models.vision_transformer import VisionTransformer
 
+from sagelib.places import open_training_set
 from sagelib.town import write_town
-from sagelib.train import TrainConfig, open_run, train, training_places
+from sagelib.train import TrainConfig, open_run, train
 
 WANTED = {12: 1.6, 24: 2.5}  # times faster, by the backbone's blocks
 WANTED_SHARE = 0.05
@@ -25,17 +26,16 @@ WANTED_SHARE = 0.05
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench") / "town"
-    return training_places(
-        write_town(
-            folder,
-            train_seeds=(1000, 1001),
-            val_seeds=(),
-            test_seeds=(),
-            images_per_town=96,
-            size=126,
-            progress=False,
-        )
+    write_town(
+        folder,
+        train_seeds=(1000, 1001),
+        val_seeds=(),
+        test_seeds=(),
+        images_per_town=96,
+        size=126,
+        progress=False,
     )
+    return open_training_set(folder.parent, folder.name)
 
 
 @pytest.fixture(scope="module", autouse=True)
