@@ -841,7 +841,13 @@ def open_model(spec: str, roots: Iterable = ()) -> Callable:
         backbone, _, weights = rest.partition(":")
         source = {"pretrained": False} if weights == "random" else {"weights": weights or None}
         pool = "gem" if pooling.startswith("gem") else pooling
-        return build_model(backbone, aggregator=pool, aggregator_options=POOLINGS[pooling], **source).eval()
+        try:
+            return build_model(backbone, aggregator=pool, aggregator_options=POOLINGS[pooling], **source).eval()
+        except (ValueError, OSError) as error:
+            if weights or "hub" not in str(error):
+                raise
+            raise ValueError(f"{error}; or name a file of weights here: {pooling}:{backbone}:FILE") from None
+    roots = list(roots)
     folder = _model_folder(spec, roots)
     if folder is not None and (folder / "manifest.json").is_file():
         return load_trained(runs.load_run(folder))
@@ -849,9 +855,12 @@ def open_model(spec: str, roots: Iterable = ()) -> Callable:
         return build_model(folder).eval()
     if Path(spec).is_file():
         return load_authors_checkpoint(spec)
+    searched = [Path(root) / "train" for root in roots]
+    found = sorted({path.parent.name for folder in searched for path in folder.glob("*/manifest.json")})
     raise ValueError(
-        f"there is no model {spec!r}: give pixels, gem:BACKBONE (or gem2x2, mean, cls), a finished training run, a folder "
-        "written by save_pretrained, or a released checkpoint's file"
+        f"there is no model {spec!r}: give pixels, gem:BACKBONE or gem:BACKBONE:FILE (or gem2x2, mean, cls), a finished training "
+        f"run, a folder written by save_pretrained, or a released checkpoint's file. Runs found: {', '.join(found) or 'none'}; "
+        f"searched: {', '.join(str(f.absolute()) for f in (Path(), *searched))}"
     )
 
 
