@@ -78,8 +78,14 @@ def measure_and_keep(models: dict, sets: list, values: dict, folder: Path, name:
         evaluate.write_table(table, folder / f"{name}.{ending}")
     print(evaluate.to_markdown(table))
     frozen = {r.dataset: r for r in results if r.model == FROZEN[-1]}
+    # Queries of one place are found or missed together.
+    places = {test.name: test.queries.with_clusters(test.rule.radius_m or 25.0).place for test in sets}
     against = [
-        {"dataset": r.dataset, "method": r.model, **asdict(evaluate.compare(frozen[r.dataset], r, k=1))}
+        {
+            "dataset": r.dataset,
+            "method": r.model,
+            **asdict(evaluate.compare(frozen[r.dataset], r, k=1, groups=places[r.dataset])),
+        }
         for r in results
         if r.model != FROZEN[-1]
     ]

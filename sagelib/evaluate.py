@@ -842,7 +842,9 @@ def open_model(spec: str, roots: Iterable = ()) -> Callable:
         source = {"pretrained": False} if weights == "random" else {"weights": weights or None}
         pool = "gem" if pooling.startswith("gem") else pooling
         try:
-            return build_model(backbone, aggregator=pool, aggregator_options=POOLINGS[pooling], **source).eval()
+            return build_model(
+                backbone, aggregator=pool, aggregator_options=POOLINGS[pooling], **source
+            ).eval()
         except (ValueError, OSError) as error:
             if weights or "hub" not in str(error):
                 raise
