@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy.stats import hypergeom
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
@@ -1088,6 +1089,21 @@ def _with_label(rows):
     backbone = rows["backbone"].fillna("").str.replace("DINOv2 ", "")
     label = (rows["method"] + " " + backbone).str.strip() + ", " + rows["context"]
     return rows.assign(label=label)
+
+
+def chance_recall(n_database: int, positives: Sequence, k: int) -> float:
+    """R@k that a random ranking reaches on average, in percent: the mean over queries of ``1 - C(n - p, k) / C(n, k)``.
+
+    Parameters
+    ----------
+    n_database : int
+        n, the references.
+    positives : sequence of arrays
+        Rows of the references that answer each query; p of them.
+    k : int
+    """
+    drawn = min(k, n_database)
+    return 100 * float(np.mean([1 - hypergeom.pmf(0, n_database, len(rows), drawn) for rows in positives]))
 
 
 def recall_arrays(

@@ -14,6 +14,7 @@ from sagelib import runs
 from sagelib.describe import GreyPixels, baseline_pixels, choose_anchors, describe
 from sagelib.evaluate import (
     audit_contexts,
+    chance_recall,
     compare,
     evaluate,
     evaluate_many,
@@ -525,3 +526,7 @@ def test_a_misspelt_model_is_told_the_runs_found_and_where(tmp_path):
     runs.Run.open(tmp_path, "train", "sage", {})
     with pytest.raises(ValueError, match=f"Runs found: sage; searched: .*{tmp_path / 'train'}"):
         open_model("sgae", iter([tmp_path]))
+
+
+def test_chance_is_counted_over_all_rankings():
+    assert np.isclose(chance_recall(4, [[0], [0, 1], []], 2), 100 * (1 / 2 + 5 / 6 + 0) / 3)
