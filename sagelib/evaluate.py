@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.stats import hypergeom
 import torch
 from PIL import Image
+from scipy.stats import hypergeom
 from tqdm.auto import tqdm
 
 from sagelib import places as places_module
