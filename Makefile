@@ -12,7 +12,7 @@ export JUPYTER_PLATFORM_DIRS := 1
 export PYTHONWARNINGS ?= ignore::DeprecationWarning
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install reproduce test test-unit test-notebooks test-browser lab bench lint results notebooks clean
+.PHONY: help install reproduce test test-unit test-notebooks test-processors test-browser lab bench lint results notebooks clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -36,18 +36,27 @@ reproduce: $(STAMP)  ## run the ordered notebooks headlessly on the town, from r
 test: test-unit test-notebooks  ## every test, then every notebook against its stored outputs
 
 # Two test processes, one thread each: on small tensors, threads that fight for cores cost more than they give.
-test-unit: export OMP_NUM_THREADS = 1
+test-unit: export OMP_NUM_THREADS ?= 1
 test-unit: $(STAMP)
 	runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && SAGE_RUNS="$$runs" \
 	    $(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-notebooks: export OMP_NUM_THREADS = 1
+test-notebooks: export OMP_NUM_THREADS ?= 1
 test-notebooks: $(STAMP)
 	runs=$$(mktemp -d) || exit 1; trap 'rm -rf "$$runs"' EXIT; export SAGE_RUNS="$$runs"; failed=0; \
 	    $(BIN)/python -m pytest -p no:cacheprovider --nbval --nbval-cell-timeout=240 --nbval-sanitize-with tests/nbval_sanitize.cfg \
 	        -n 2 --dist loadfile $(NOTEBOOKS) || failed=1; \
 	    $(BIN)/python notebooks/expected.py compare "$$runs" $(NOTEBOOKS) || failed=1; \
 	    exit $$failed
+
+# numpy stops at the name of a feature that this machine does not have, so only those found are switched off.
+test-processors: $(STAMP)  ## every test as on other processors: fewer vector instructions, one thread and two
+	@vectors=$$($(BIN)/python -c 'from numpy._core._multiarray_umath import __cpu_dispatch__ as known, __cpu_features__ as has; \
+	    print(*(name for name in known if has[name] and (name == "X86_V4" or name.startswith("AVX512"))))'); failed=0; \
+	for setting in ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=SSE41 \
+	        OMP_NUM_THREADS=1 OMP_NUM_THREADS=2 "NPY_DISABLE_CPU_FEATURES=$$vectors"; do \
+	    env "$$setting" $(MAKE) test > /dev/null 2>&1 && echo "passed  $$setting" || { echo "FAILED  $$setting"; failed=1; }; \
+	done; exit $$failed
 
 test-browser: $(STAMP)  ## open every notebook in JupyterLab in a real browser
 	SAGE_BROWSER=all $(BIN)/python -m pytest -m browser tests

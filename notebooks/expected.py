@@ -33,7 +33,7 @@ TOLERANCES = (
     ("04", "*/ratio", 0.005),
     ("04", "*/nearest_is_same", 0.05),  # a share: 2 of 48 photographs
     ("05", "*/score", 0.005),  # a cosine
-    ("05", "*", 0.003),  # shares of the pictures
+    ("05", "*", 0.012),  # shares of the pictures: twice the 0.006 measured with and without numpy's AVX512
     ("06", "*R@*", 2.5),  # points: 3 of 120 queries
     ("06", "*", 0.05),
     ("07", "*/points", 0.05),

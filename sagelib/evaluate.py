@@ -14,6 +14,7 @@ import torch
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
+from scipy.stats import hypergeom
 from tqdm.auto import tqdm
 
 from sagelib import places as places_module
@@ -906,7 +907,15 @@ def open_model(spec: str, roots: Iterable = ()) -> Callable:
         backbone, _, weights = rest.partition(":")
         source = {"pretrained": False} if weights == "random" else {"weights": weights or None}
         pool = "gem" if pooling.startswith("gem") else pooling
-        return build_model(backbone, aggregator=pool, aggregator_options=POOLINGS[pooling], **source).eval()
+        try:
+            return build_model(
+                backbone, aggregator=pool, aggregator_options=POOLINGS[pooling], **source
+            ).eval()
+        except (ValueError, OSError) as error:
+            if weights or "hub" not in str(error):
+                raise
+            raise ValueError(f"{error}; or name a file of weights here: {pooling}:{backbone}:FILE") from None
+    roots = list(roots)
     folder = _model_folder(spec, roots)
     if folder is not None and (folder / "manifest.json").is_file():
         return load_trained(runs.load_run(folder))
@@ -914,9 +923,12 @@ def open_model(spec: str, roots: Iterable = ()) -> Callable:
         return build_model(folder).eval()
     if Path(spec).is_file():
         return load_authors_checkpoint(spec)
+    searched = [Path(root) / "train" for root in roots]
+    found = sorted({path.parent.name for folder in searched for path in folder.glob("*/manifest.json")})
     raise ValueError(
-        f"there is no model {spec!r}: give pixels, gem:BACKBONE (or gem2x2, mean, cls), a finished training run, a folder "
-        "written by save_pretrained, or a released checkpoint's file"
+        f"there is no model {spec!r}: give pixels, gem:BACKBONE or gem:BACKBONE:FILE (or gem2x2, mean, cls), a finished training "
+        f"run, a folder written by save_pretrained, or a released checkpoint's file. Runs found: {', '.join(found) or 'none'}; "
+        f"searched: {', '.join(str(f.absolute()) for f in (Path(), *searched))}"
     )
 
 
@@ -1142,6 +1154,21 @@ def _with_label(rows):
     backbone = rows["backbone"].fillna("").str.replace("DINOv2 ", "")
     label = (rows["method"] + " " + backbone).str.strip() + ", " + rows["context"]
     return rows.assign(label=label)
+
+
+def chance_recall(n_database: int, positives: Sequence, k: int) -> float:
+    """R@k that a random ranking reaches on average, in percent: the mean over queries of ``1 - C(n - p, k) / C(n, k)``.
+
+    Parameters
+    ----------
+    n_database : int
+        n, the references.
+    positives : sequence of arrays
+        Rows of the references that answer each query; p of them.
+    k : int
+    """
+    drawn = min(k, n_database)
+    return 100 * float(np.mean([1 - hypergeom.pmf(0, n_database, len(rows), drawn) for rows in positives]))
 
 
 def recall_arrays(

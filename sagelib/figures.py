@@ -1854,7 +1854,7 @@ def thumbnail_page(figure, images: Sequence, *, size_px: int = 160) -> str:
     Returns
     -------
     str
-        HTML that loads plotly.js from its public address.
+        HTML with plotly.js in it (some 5 MB), which needs no network.
     """
     import json
 
@@ -1875,7 +1875,7 @@ plot.on('plotly_hover', function (event) {
 });
 plot.on('plotly_unhover', function () { card.style.display = 'none'; });
 """.replace("PICTURES", json.dumps(encoded))
-    return figure.to_html(include_plotlyjs="cdn", post_script=script)
+    return figure.to_html(include_plotlyjs=True, post_script=script)
 
 
 @_styled

@@ -76,6 +76,7 @@ class InteractHead(nn.Module):
                 f"descriptors of width {width} cannot be cut into segments of {segment_width}: {width} = "
                 f"{width // max(segment_width, 1)} x {segment_width} + {width % max(segment_width, 1)}"
                 + (f"; segment_width could be {', '.join(map(str, near))}" if near else "")
+                + "; or set interact: false"
             )
         if heads < 1 or segment_width % heads:
             raise ValueError(

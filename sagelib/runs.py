@@ -18,6 +18,7 @@ import json
 import operator
 import os
 import platform
+import re
 import secrets
 import shutil
 import subprocess
@@ -49,6 +50,7 @@ __all__ = [
     "rng",
     "runs_root",
     "save_array",
+    "start_page",
     "torch_seed",
     "write_json",
     "write_text",
@@ -592,8 +594,8 @@ class Run:
                 written.append(base.with_name(name + suffix))
         elif hasattr(figure, "write_html"):
             with atomic_path(base.with_name(name + ".html")) as temporary:
-                # plotly.js is written once beside the pages, so that they open without a network.
-                figure.write_html(temporary, include_plotlyjs="directory")
+                # plotly.js is written into the page, so that it opens anywhere without a network.
+                figure.write_html(temporary, include_plotlyjs=True)
             written.append(base.with_name(name + ".html"))
             # A still picture needs a browser that plotly can drive; the page is there without it.
             with contextlib.suppress(Exception):
@@ -676,6 +678,38 @@ def open_notebook_run(folder: str | os.PathLike, notebook: str, subject: str, **
     run.manifest = {**run.manifest, **again}
     write_json(run.dir / MANIFEST, run.manifest)
     return run
+
+
+NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
+
+
+def start_page(namespace: Mapping[str, Any], **allowed: float | Sequence) -> None:
+    """Begin a notebook: its paths start at the checkout's ``notebooks``, and its parameters are checked.
+
+    Wherever a page is started from, a relative path means the same: ``notebooks`` becomes the working directory.
+
+    Parameters
+    ----------
+    namespace, **allowed
+        As for `check_parameters`.
+
+    Raises
+    ------
+    ValueError
+        As `check_parameters`, and where papermill was given a name that the page does not declare.
+    """
+    if NOTEBOOKS.is_dir():
+        os.chdir(NOTEBOOKS)
+    known = list(namespace.get("__annotations__", {}))
+    # papermill sets what it is given in a cell of its own, which begins with this comment.
+    given = [cell for cell in namespace.get("In", []) if cell.startswith("# Parameters\n")][-1:]
+    unknown = [name for cell in given for name in re.findall(r"^(\w+) = ", cell, re.M) if name not in known]
+    if unknown:
+        raise ValueError(
+            f"this page has no parameter {', '.join(unknown)}; it has {', '.join(known)} (of a file for several "
+            "pages, notebooks/reproduce.py gives each page its own)"
+        )
+    check_parameters(namespace, **allowed)
 
 
 _KINDS = {

@@ -2148,8 +2148,15 @@ def ensure_town(
         As for :func:`write_town`.
     workers : int, optional
         Processes that render; None takes every core.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no folder `data_folder`: a town is never rendered into a misspelt one.
     """
     folder = Path(data_folder) / name
+    if not folder.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder.parent.absolute()} to find or render {name} in")
     if name.startswith("town"):
         write_town(
             folder,

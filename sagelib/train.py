@@ -81,8 +81,8 @@ _KINDS = {  # of a field's value, by its annotation
     "float": ((int, float), "a number"),
     "dict": (Mapping, "a mapping of names to values"),
 }
-PAPERS_LOSS = {"alpha": 1, "beta": 50, "base": 0}
-PAPERS_MINER = {"epsilon": 0.1}
+ANCESTORS_LOSS = {"alpha": 1, "beta": 50, "base": 0}
+ANCESTORS_MINER = {"epsilon": 0.1}
 # Parameters that are off as None and whose 0, which would make no sense, is read as off.
 OFF = (
     "augment",
@@ -446,7 +446,7 @@ def build_loss(name: str, options: Mapping | None = None) -> nn.Module:
     from pytorch_metric_learning import losses
 
     if options is None:
-        options = PAPERS_LOSS if name == "MultiSimilarityLoss" else {}
+        options = ANCESTORS_LOSS if name == "MultiSimilarityLoss" else {}
     loss = _by_name(losses, "loss", name, options)
     if any(True for _ in loss.parameters()):
         raise ValueError(
@@ -474,7 +474,7 @@ def build_miner(name: str | None, options: Mapping | None = None) -> nn.Module |
     if name is None:
         return None
     if options is None:
-        options = PAPERS_MINER if name == "MultiSimilarityMiner" else {}
+        options = ANCESTORS_MINER if name == "MultiSimilarityMiner" else {}
     return _by_name(miners, "miner", name, options)
 
 
@@ -501,7 +501,7 @@ def plateau_value(
 
     With P places of K images each anchor has K - 1 positives and P K - K negatives, all of similarity 0, and the miner
     keeps every one, so the loss is ``log(1 + (K - 1) exp(alpha base)) / alpha + log(1 + (P K - K) exp(-beta base)) / beta``; with the
-    paper's numbers ``log K + log(P K - K + 1) / 50``.
+    ancestors' numbers ``log K + log(P K - K + 1) / 50``.
 
     Parameters
     ----------
@@ -1318,7 +1318,7 @@ class _Loop:
         config = self.config
         if config.loss != "MultiSimilarityLoss":
             return None
-        options = config.loss_options if config.loss_options is not None else PAPERS_LOSS
+        options = config.loss_options if config.loss_options is not None else ANCESTORS_LOSS
         known = {key: options[key] for key in ("alpha", "beta", "base") if key in options}
         value = len(self.sources) * plateau_value(config.places_per_batch, config.images_per_place, **known)
         loss, gap = np.mean(self.state.tail, axis=0).tolist()

@@ -196,3 +196,23 @@ def test_rooms_that_must_not_know_each_other(room, forbidden):
         if isinstance(node, ast.ImportFrom) and node.module
     }
     assert not (imports_of(path) | top) & forbidden
+
+
+def test_the_commands_of_the_readme_exist():
+    """Targets of make, modules, files of the checkout, and the parameters that papermill is given."""
+    readme, makefile = (ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\w[\w-]*)|`make (\w[\w-]*)`", readme, re.M):
+        assert re.search(rf"^{''.join(target)}:", makefile, re.M), target
+    for name in re.findall(r"-m sagelib\.(\w+)", readme):
+        assert "__main__" in (ROOT / "sagelib" / f"{name}.py").read_text(), name
+    for name in re.findall(
+        r"\b(?:notebooks|sagelib|tests|data/results)/[\w./-]*\.(?:ipynb|py|yaml|json|cfg|jpg)\b", readme
+    ):
+        assert (ROOT / name).exists(), name
+    for notebook, options in re.findall(
+        r"papermill (notebooks/\S+) (out\.ipynb(?:[^\n]*\\\n)*[^\n]*)", readme
+    ):
+        cells = json.loads((ROOT / notebook).read_text())["cells"]
+        source = next("".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", []))
+        for name in re.findall(r"-[pr] (\w+)", options):
+            assert re.search(rf"^{name}: ", source, re.M), f"{notebook} has no parameter {name}"

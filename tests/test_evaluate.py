@@ -14,6 +14,7 @@ from sagelib import runs
 from sagelib.describe import GreyPixels, baseline_pixels, choose_anchors, describe
 from sagelib.evaluate import (
     audit_contexts,
+    chance_recall,
     compare,
     evaluate,
     evaluate_many,
@@ -519,3 +520,13 @@ def test_models_are_opened_by_name(tmp_path):
     shutil.copytree(tmp_path / "kept", tmp_path / "other" / "kept")
     with pytest.raises(ValueError, match="two models are called kept: rename"):
         open_models([str(tmp_path / "kept"), str(tmp_path / "other" / "kept")])
+
+
+def test_a_misspelt_model_is_told_the_runs_found_and_where(tmp_path):
+    runs.Run.open(tmp_path, "train", "sage", {})
+    with pytest.raises(ValueError, match=f"Runs found: sage; searched: .*{tmp_path / 'train'}"):
+        open_model("sgae", iter([tmp_path]))
+
+
+def test_chance_is_counted_over_all_rankings():
+    assert np.isclose(chance_recall(4, [[0], [0, 1], []], 2), 100 * (1 / 2 + 5 / 6 + 0) / 3)

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sagelib.runs import (
+    NOTEBOOKS,
     Run,
     RunConflict,
     atomic_path,
@@ -25,6 +26,7 @@ from sagelib.runs import (
     read_json,
     rng,
     save_array,
+    start_page,
     torch_seed,
     write_json,
     write_text,
@@ -348,3 +350,12 @@ def test_plotly_figures_are_pages(tmp_path):
     run = Run.open(tmp_path, "train", "a", {})
     assert [p.name for p in run.save_figure(Page(), "graph")] == ["graph.html"]
     assert [p.name for p in (run.dir / "figures").iterdir()] == ["graph.html"]
+
+
+def test_a_page_starts_in_the_checkout_and_stops_at_an_unknown_parameter(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = {"__annotations__": {"epochs": int}, "epochs": 1}
+    start_page(page | {"In": ["", "epochs: int = 1", "# Parameters\nepochs = 1\n"]})
+    assert Path.cwd() == NOTEBOOKS and (NOTEBOOKS / "01_data_exploration.ipynb").is_file()
+    with pytest.raises(ValueError, match="this page has no parameter epoch; it has epochs"):
+        start_page(page | {"In": ["", "epochs: int = 1", "# Parameters\nepoch = 1\nepochs = 1\n"]})

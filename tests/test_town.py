@@ -23,6 +23,7 @@ from sagelib.town import (
     _stations,
     city_of,
     condition_of,
+    ensure_town,
     plan_shots,
     write_town,
 )
@@ -451,3 +452,11 @@ def test_bad_arguments_elsewhere(town, shots):
         plan_shots(town, "test/databse")
     with pytest.raises(ValueError, match="fov_deg must lie between"):
         Pose(east_m=0, north_m=0, heading_deg=0, fov_deg=180)
+
+
+def test_no_town_is_rendered_into_a_misspelt_folder(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match="there is no folder .*misspelt to find or render town-small in"
+    ):
+        ensure_town(tmp_path / "misspelt", "town-small", images=4)
+    assert not list(tmp_path.iterdir())
