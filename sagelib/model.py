@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sagelib.aggregators import NetVLAD
-from sagelib.backbone import PLAIN_DINOV2, ConvBackbone, build_backbone
+from sagelib.backbone import PLAIN_DINOV2, ConvBackbone, build_backbone, read_checkpoint
 from sagelib.interact import AnchorStates, InteractHead
 from sagelib.runs import atomic_path, write_json
 from sagelib.softp import SoftProbing
@@ -345,18 +345,17 @@ class SAGE(
         if (path := find(WEIGHTS)) is not None:
             model = cls(**{**model_kwargs, "pretrained": False, "weights": None})
             model._hub_mixin_config = {**model.config, "pretrained": model_kwargs.get("pretrained", True)}
-            with safe_open(path, "pt") as file:
-                model.load_state_dict({k: file.get_tensor(k) for k in file.keys()}, strict=strict)
+            model.load_state_dict(read_checkpoint(path), strict=strict)
         elif (path := find(TRAINABLE)) is not None:
-            model = cls(**model_kwargs)
+            state, model = read_checkpoint(path), cls(**model_kwargs)
             with safe_open(path, "pt") as file:
                 expected = (file.metadata() or {}).get("backbone_fingerprint")
-                if expected != model.backbone.frozen_fingerprint():
-                    raise ValueError(
-                        f"{path} was trained on another backbone than {model.backbone.name} with these weights: "
-                        "give weights=<the file it was trained with>"
-                    )
-                model.load_trainable_state_dict({k: file.get_tensor(k) for k in file.keys()})
+            if expected != model.backbone.frozen_fingerprint():
+                raise ValueError(
+                    f"{path} was trained on another backbone than {model.backbone.name} with these weights: "
+                    "give weights=<the file it was trained with>"
+                )
+            model.load_trainable_state_dict(state)
         else:
             raise FileNotFoundError(
                 f"{model_id} holds neither {WEIGHTS} nor {TRAINABLE}: it is no saved model"

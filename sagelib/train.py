@@ -37,12 +37,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import yaml
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
 from sagelib import runs
+from sagelib.backbone import read_checkpoint as read_weights
 from sagelib.describe import pick_device
 from sagelib.graph import GeoVisualGraph
 from sagelib.images import Preprocess, TrainTransform, Views, loader
@@ -658,7 +658,7 @@ def load_trained(run: Run, which: str = "best") -> SAGE:
         )
     config = TrainConfig.from_mapping({k: v for k, v in run.config.items() if k in TrainConfig.field_names()})
     model = build_model_of(config)
-    model.load_trainable_state_dict(load_file(folder / "trainable.safetensors"))
+    model.load_trainable_state_dict(read_weights(folder / "trainable.safetensors"))
     return model.eval()
 
 
@@ -1310,7 +1310,7 @@ class _Loop:
         self.processes.wait()
         if not self.processes.main:
             self.run = runs.load_run(self.run.dir)
-        self.model.load_trainable_state_dict(load_file(self.run.dir / "best" / "trainable.safetensors"))
+        self.model.load_trainable_state_dict(read_weights(self.run.dir / "best" / "trainable.safetensors"))
         return Result(self.run, self.model.eval(), self.run.metrics)
 
     def _plateau(self) -> dict | None:

