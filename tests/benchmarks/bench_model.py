@@ -198,8 +198,13 @@ def test_speed_beside_the_plain_modules(benchmark):
 def test_memory_of_a_training_step(benchmark):
     row = benchmark.pedantic(memory, args=("B", 224, 16), rounds=1)
     benchmark.extra_info.update(row)
-        show("convolutional", convolutional(side // 16 * 16, given.batch, given.rounds))
     show("peak memory of a training step", row)
+
+
+def test_convolutional_prefix_beside_timm(benchmark):
+    row = benchmark.pedantic(convolutional, args=(224, 4, 5), rounds=1)
+    benchmark.extra_info.update(row)
+    show("convolutional", row)
 
 
 def convolutional(side: int, batch: int, rounds: int) -> dict:
