@@ -739,12 +739,9 @@ def _build_network(name: str, *, pretrained: bool, weights: str | Path | None) -
         )
     options = {}
     try:
-        cached = try_to_load_from_cache(repository, "model.safetensors")
+        cached = reach_hub(repository, "model.safetensors")
         if isinstance(cached, str):
             options["pretrained_cfg_overlay"] = {"file": cached}
-        elif not any(key.lower() == "https_proxy" for key in os.environ):
-            # Without a network the hub's client would try again and again, for most of a minute.
-            socket.getaddrinfo(urlsplit(huggingface_hub.constants.ENDPOINT).hostname, 443)
         return _create(name, pretrained=True, **options)
     except (OSError, RuntimeError) as error:
         raise OSError(
@@ -753,6 +750,17 @@ def _build_network(name: str, *, pretrained: bool, weights: str | Path | None) -
             f"DINOv2's format>, in a notebook or command as in gem:{name}:FILE, or pretrained=False (there "
             f"gem:{name}:random) for random weights"
         ) from error
+
+
+def reach_hub(repository: str, file: str) -> str | None:
+    """The path of a file of the hub in the local cache, or None where the hub may be asked; OSError if it cannot."""
+    cached = try_to_load_from_cache(repository, file)
+    if isinstance(cached, str):
+        return cached
+    if not any(key.lower() == "https_proxy" for key in os.environ):
+        # Without a network the hub's client would try again and again, for most of a minute.
+        socket.getaddrinfo(urlsplit(huggingface_hub.constants.ENDPOINT).hostname, 443)
+    return None
 
 
 def _create(name: str, **options) -> nn.Module:
