@@ -39,7 +39,6 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
 
-
 __all__ = [
     "ADAPTERS",
     "EMBEDDED",

@@ -229,6 +229,7 @@ def learned(tmp_path_factory, mined, validation):
         backbone="tf_efficientnet_lite2",
         pretrained=True,
         image_size=64,
+        validation_size=64,
         epochs=4,
         batches_per_epoch=10,
         dropout=0.0,
