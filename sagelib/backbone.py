@@ -17,6 +17,7 @@ import pathlib
 import re
 import socket
 import sys
+import warnings
 import zipfile
 from collections.abc import Iterable, Sequence
 from importlib import resources
@@ -30,13 +31,13 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import try_to_load_from_cache
 from safetensors.torch import load_file
+from timm.data.constants import IMAGENET_DEFAULT_MEAN as IMAGENET_MEAN
+from timm.data.constants import IMAGENET_DEFAULT_STD as IMAGENET_STD
 from timm.layers import DropPath, resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
-
-from sagelib.images import IMAGENET_MEAN, IMAGENET_STD
 
 __all__ = [
     "ADAPTERS",
@@ -636,14 +637,13 @@ def _keep_and_fold(network: nn.Module, modules: dict, names: list[str], name: st
                 inner = f"{path}.{key}".lstrip(".")
                 if not any(f"{n}.".startswith(f"{inner}.") or inner.startswith(f"{n}.") for n in names):
                     delattr(module, key)
-        for module in network.modules():
-            before = None
-            for key, child in list(module.named_children()):
-                if isinstance(child, nn.BatchNorm2d) and isinstance(before, nn.Conv2d):
-                    folded = fuse_conv_bn_eval(before, child)
-                    before.weight, before.bias = folded.weight, folded.bias
-                    setattr(module, key, getattr(child, "act", nn.Identity()))
-                before = child
+        before = None
+        for path, module in list(network.named_modules()):
+            if isinstance(module, nn.BatchNorm2d) and isinstance(before, nn.Conv2d):
+                folded = fuse_conv_bn_eval(before, module)
+                before.weight, before.bias = folded.weight, folded.bias
+                network.set_submodule(path, getattr(module, "act", nn.Identity()))
+            before = before if next(module.children(), None) is not None else module
         network.requires_grad_(False)
         for n in names:
             x = network.get_submodule(n)(x)
@@ -739,12 +739,9 @@ def _build_network(name: str, *, pretrained: bool, weights: str | Path | None) -
         )
     options = {}
     try:
-        cached = try_to_load_from_cache(repository, "model.safetensors")
+        cached = reach_hub(repository, "model.safetensors")
         if isinstance(cached, str):
             options["pretrained_cfg_overlay"] = {"file": cached}
-        elif not any(key.lower() == "https_proxy" for key in os.environ):
-            # Without a network the hub's client would try again and again, for most of a minute.
-            socket.getaddrinfo(urlsplit(huggingface_hub.constants.ENDPOINT).hostname, 443)
         return _create(name, pretrained=True, **options)
     except (OSError, RuntimeError) as error:
         raise OSError(
@@ -753,6 +750,17 @@ def _build_network(name: str, *, pretrained: bool, weights: str | Path | None) -
             f"DINOv2's format>, in a notebook or command as in gem:{name}:FILE, or pretrained=False (there "
             f"gem:{name}:random) for random weights"
         ) from error
+
+
+def reach_hub(repository: str, file: str) -> str | None:
+    """The path of a file of the hub in the local cache, or None where the hub may be asked; OSError if it cannot."""
+    cached = try_to_load_from_cache(repository, file)
+    if isinstance(cached, str):
+        return cached
+    if not any(key.lower() == "https_proxy" for key in os.environ):
+        # Without a network the hub's client would try again and again, for most of a minute.
+        socket.getaddrinfo(urlsplit(huggingface_hub.constants.ENDPOINT).hostname, 443)
+    return None
 
 
 def _create(name: str, **options) -> nn.Module:
@@ -826,7 +834,6 @@ _HARMLESS = [
     pathlib.PosixPath,
     pathlib.PurePosixPath,
     collections.OrderedDict,
-    collections.defaultdict,
 ]
 
 
@@ -848,7 +855,7 @@ def read_checkpoint(path: str | Path) -> object:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        with torch.serialization.safe_globals(_HARMLESS):
+        with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"{path} cannot be read: {_what_it_seems(path, error)}") from error
@@ -880,6 +887,8 @@ def _what_it_seems(path: Path, error: Exception) -> str:
             f"it holds a {found[1]}, which would be run as code: save its state_dict alone, "
             'as in torch.save({"model_state_dict": model.state_dict()}, FILE)'
         )
+    if "Unpickler" in str(error) and start.startswith(b"PK"):
+        return "it holds more than weights beside plain values: save its state_dict alone"
     if start[:2] == b"\x1f\x8b" or start[257:262] == b"ustar":
         return "it is an archive: unpack it, and give the checkpoint inside"
     return "it is no checkpoint that torch.save wrote, or only part of one; download it again"

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sagelib.aggregators import NetVLAD
-from sagelib.backbone import PLAIN_DINOV2, ConvBackbone, build_backbone, read_checkpoint
+from sagelib.backbone import PLAIN_DINOV2, ConvBackbone, build_backbone, reach_hub, read_checkpoint
 from sagelib.interact import AnchorStates, InteractHead
 from sagelib.runs import atomic_path, write_json
 from sagelib.softp import SoftProbing
@@ -300,6 +300,29 @@ class SAGE(
         write_json(Path(save_directory) / CONFIG, {**self.config, "weights": None})
 
     @classmethod
+    def from_pretrained(cls, name: str | Path, **options) -> "SAGE":
+        """A model from a folder written by ``save_pretrained`` or :meth:`save_trainable`, or from the hub.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no such folder, and no hub's repository of this name can be had.
+        """
+        if not Path(name).is_dir():
+            missing = f"there is no folder {name} of a saved model"
+            if Path(name).is_file():
+                raise FileNotFoundError(f"{missing}: it is a file; give the folder in which it lies")
+            if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)):
+                raise FileNotFoundError(f"{missing}, and a repository of the hub is called OWNER/NAME")
+            try:
+                reach_hub(str(name), CONFIG)
+            except OSError as error:
+                raise FileNotFoundError(
+                    f"{missing}, and the Hugging Face hub cannot be reached to look for a repository of that name"
+                ) from error
+        return super().from_pretrained(name, **options)
+
+    @classmethod
     def _from_pretrained(
         cls,
         *,
@@ -314,11 +337,6 @@ class SAGE(
         **model_kwargs,
     ):
         """Whole weights where the folder or repository has them, else the trained part on its own backbone."""
-
-        if not Path(model_id).is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(model_id)):
-            raise FileNotFoundError(
-                f"there is no folder {model_id} of a saved model, and a hub's repository is called OWNER/NAME"
-            )
 
         def find(name: str) -> Path | None:
             if Path(model_id).is_dir():

@@ -113,7 +113,7 @@ class TrainConfig:
 
     Parameters
     ----------
-    backbone, pretrained, weights, adapter, adapter_blocks, adapter_options, aggregator, aggregator_options, interact, interact_options
+    backbone, pretrained, weights, stages, adapter, adapter_blocks, adapter_options, aggregator, aggregator_options, interact, interact_options
         Of `sagelib.model.SAGE`.
     dropout : float, optional
         One probability for every dropout of the trained parts; None keeps each part's own (0.3 in the two branches of Soft Probing, 0.1 elsewhere,
@@ -212,6 +212,7 @@ class TrainConfig:
     backbone: str = "vit_large_patch14_dinov2"
     pretrained: bool = True
     weights: str | None = None
+    stages: list | None = None
     adapter: str = "dpn"
     adapter_blocks: int = 4
     adapter_options: dict = field(default_factory=dict)
@@ -570,6 +571,7 @@ def build_model_of(config: TrainConfig) -> SAGE:
                 config.backbone,
                 pretrained=config.pretrained,
                 weights=config.weights,
+                stages=config.stages,
                 adapter=config.adapter,
                 adapter_blocks=config.adapter_blocks,
                 adapter_options=config.adapter_options,

@@ -508,10 +508,10 @@ def test_pixels_on_real_photographs_agree_with_the_slow_script(sage_data, tmp_pa
 def test_models_are_opened_by_name(tmp_path):
     assert open_model("pixels") is baseline_pixels
     frozen = open_model("gem2x2:tf_efficientnet_lite2:random")
-    assert frozen.width == 4 * 192 and not frozen.has_head and not frozen.training
+    assert frozen.width == 4 * 680 and not frozen.has_head and not frozen.training
     frozen.save_pretrained(tmp_path / "kept")
     again = open_model(str(tmp_path / "kept"))
-    images = torch.randn(2, 3, 56, 56)
+    images = torch.randn(2, 3, 64, 64)
     assert torch.equal(again(images), frozen(images))
     with pytest.raises(ValueError, match="there is no model 'nothing'"):
         open_model("nothing", [tmp_path])

@@ -316,6 +316,7 @@ def test_it_is_read_from_the_hub_by_name(tmp_path, monkeypatch, off):
         return str(tmp_path / filename)
 
     monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", lambda **kw: download(**kw))
+    monkeypatch.setattr("sagelib.model.reach_hub", lambda *_: None)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *a, **kw: download(*a, **kw))
     assert torch.equal(SAGE.from_pretrained("someone/model")(images()), off(images()))
 
@@ -334,3 +335,27 @@ def test_build_model(tmp_path, off):
     torch.save({}, tmp_path / "checkpoint.pth")
     with pytest.raises(ValueError, match="load_authors_checkpoint"):
         build_model(tmp_path / "checkpoint.pth")
+
+
+@pytest.mark.parametrize("name", ["nowhere/at/all", "./nowhere", "someone/model"])
+def test_a_folder_that_is_not_there_is_said_at_once(monkeypatch, name):
+    def no_network(*_):
+        raise OSError("no network")
+
+    monkeypatch.setattr("sagelib.model.reach_hub", no_network)
+    with pytest.raises(FileNotFoundError, match=f"there is no folder {name} of a saved model"):
+        SAGE.from_pretrained(name)
+
+
+def test_a_convolutional_model_is_saved_and_read_again(tmp_path):
+    options = {"pretrained": False, "stages": ["blocks.3", "blocks.4"], "interact": False}
+    torch.manual_seed(0)
+    model = SAGE("test_efficientnet", aggregator_options={"channels": 4, "probes": 3}, **options).eval()
+    x = torch.randn(3, 3, 64, 96)
+    before = model.backbone.norm.mean.clone()
+    model.initialise_from([x])
+    assert not torch.equal(model.backbone.norm.mean, before)
+    model.save_pretrained(tmp_path / "m")
+    again = SAGE.from_pretrained(tmp_path / "m")
+    assert again.backbone.stages == ("blocks.3", "blocks.4") and torch.equal(again(x), model(x))
+    assert model.parameter_report()["final ChannelNorm"][0] == 2 * model.backbone.width

@@ -226,7 +226,10 @@ def test_losses_by_name_and_those_that_cannot_work():
 def learned(tmp_path_factory, mined, validation):
     root = tmp_path_factory.mktemp("learned")
     config = tiny(
+        backbone="tf_efficientnet_lite2",
         pretrained=True,
+        image_size=64,
+        validation_size=64,
         epochs=4,
         batches_per_epoch=10,
         dropout=0.0,

@@ -10,6 +10,7 @@ process of its own that makes one training step (forward, loss, backward, AdamW)
 """
 
 import argparse
+import copy
 import json
 import os
 import resource
@@ -17,10 +18,12 @@ import subprocess
 import sys
 import time
 
+import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sagelib.backbone import EMBEDDED, ConvBackbone
 from sagelib.model import SAGE
 
 NAMES = {"S": "vit_small_patch14_dinov2", "B": "vit_base_patch14_dinov2", "L": "vit_large_patch14_dinov2"}
@@ -198,6 +201,30 @@ def test_memory_of_a_training_step(benchmark):
     show("peak memory of a training step", row)
 
 
+def test_convolutional_prefix_beside_timm(benchmark):
+    row = benchmark.pedantic(convolutional, args=(224, 4, 5), rounds=1)
+    benchmark.extra_info.update(row)
+    show("convolutional", row)
+
+
+def convolutional(side: int, batch: int, rounds: int) -> dict:
+    """Milliseconds an image of EfficientNet-Lite2's last three stages: timm's network as it is, and ours."""
+    network = timm.create_model(EMBEDDED, num_classes=0).eval()
+    model = ConvBackbone(copy.deepcopy(network), EMBEDDED, adapter="none").eval()
+    images = torch.randn(batch, 3, side, side)
+    variants = {"timm": lambda: network.forward_intermediates(images, 2, intermediates_only=True)}
+    variants["folded, channels last"] = lambda: model.prefix(images)
+    times = {name: [] for name in variants}
+    with torch.no_grad():
+        for _ in range(rounds + 1):
+            for name, call in variants.items():
+                start = time.perf_counter()
+                call()
+                times[name].append(time.perf_counter() - start)
+    best = {name: 1000 * min(values[1:]) / batch for name, values in times.items()}
+    return {"side": side, **{f"{name} ms": round(value, 1) for name, value in best.items()}}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=NAMES, default="B")
@@ -212,6 +239,7 @@ def main() -> None:
         return
     for side in given.sides:
         show("speed", speed(given.model, side, given.batch, given.rounds))
+        show("convolutional", convolutional(side // 16 * 16, given.batch, given.rounds))
     show("peak memory of a training step", memory(given.model, 224, given.step_batch))
 
 
