@@ -10,20 +10,22 @@ places, joined within `radius_m`, form a graph; its first clique of at least `mi
 of one training place by greedy weighted choice. Those and their neighbours leave the graph and the search goes on;
 when no clique is left, the next draw follows, until the batch has P places.
 
-What is static is done once: the neighbours of every image within the radius are one CSR array for all epochs, and a
-draw's graph is a few slices of it. What can be done together is: the draws of a thousand batches are planned ahead,
-so that distances to a city's places are one matrix product. Every draw has a random stream of its own, named by
+A draw's graph is made from the positions of its images, so neither memory nor time depends on how many images of the
+whole set lie within the radius of each other. What can be done together is: the draws of a thousand batches are planned
+ahead, so that distances to a city's places are one matrix product. Every draw has a random stream of its own, named by
 (seed, epoch, batch, draw), so a batch depends on nothing but these and the descriptors: not on workers, ranks, or the
 batch at which iteration began.
 """
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.spatial import cKDTree
 
 from sagelib.graph import (
     PREFERENCES,
@@ -41,10 +43,8 @@ from sagelib.graph import (
     geographic_distances,
     headings_within,
     largest_clique,
-    neighbour_lists,
     nodes_of,
     prune,
-    radius_pairs,
     visual_distances,
 )
 from sagelib.places import same_grid
@@ -61,6 +61,7 @@ FALLBACKS = ("draw", "step", None)
 
 _CHUNK = 1024  # batches whose draws are planned together
 _SWEEPS = 3  # passes over all places before a batch is given up
+_NEAR = 1 << 17  # pairs of images whose distances are computed at once
 _ROWS, _COLUMNS = 256, 4096  # rows and columns of one matrix product of cluster descriptors
 
 
@@ -228,11 +229,9 @@ class CliqueSampler:
         self.epoch = 0
 
         self._order_images(east_m, north_m, utm_zone, city, cluster, heading_deg)
-        self._find_neighbours()
-        n = len(self._east)
-        self._blocked = np.zeros(n, dtype=np.int64)  # the number of the batch that an image has left
-        self._local = np.full(n, -1, dtype=np.int32)  # an image's number within the current draw
-        self._batch_number = 0
+        self._left: list[
+            np.ndarray
+        ] = []  # images that have left the current batch, and their neighbours with them
         self._clusters: _ClusterDescriptors | None = None
         self._images: np.ndarray | _DescribedImages | None = None
         self._refreshed: int | None = None
@@ -312,20 +311,19 @@ class CliqueSampler:
         self._plane = plane
         self.city_names = city_names
 
-    def _find_neighbours(self) -> None:
-        pairs = []
+    def _planes(self) -> Iterator[tuple[np.ndarray, cKDTree]]:
+        """The images of each plane, and a tree of their positions."""
         order = np.argsort(self._plane, kind="stable")
-        for ids in np.split(order, np.flatnonzero(np.diff(self._plane[order])) + 1):
-            found = radius_pairs(self._east[ids], self._north[ids], self.radius_m)
-            pairs.append(ids.astype(np.int32)[found])
-        pairs = np.concatenate(pairs)
-        self._indptr, self._indices = neighbour_lists(len(self._east), pairs)
-        self._graph_indptr, self._graph_indices = self._indptr, self._indices
-        if self._heading is not None:
-            same_way = headings_within(
-                self._heading[pairs[:, 0]], self._heading[pairs[:, 1]], self.max_heading_deg
-            )
-            self._graph_indptr, self._graph_indices = neighbour_lists(len(self._east), pairs[same_way])
+        for images in np.split(order, np.flatnonzero(np.diff(self._plane[order])) + 1):
+            yield images, cKDTree(np.column_stack([self._east[images], self._north[images]]))
+
+    @functools.cached_property
+    def _pairs(self) -> int:
+        """How many pairs of images lie within the radius: counted, not listed."""
+        return sum(
+            (int(tree.count_neighbors(tree, self.radius_m)) - len(images)) // 2
+            for images, tree in self._planes()
+        )
 
     @property
     def n_images(self) -> int:
@@ -471,7 +469,10 @@ class CliqueSampler:
         place of each batch, and in practice nearly all in the first.
         """
         if self.schedule == "static":
-            enough = np.diff(self._graph_indptr) >= self.images_per_place - 1
+            enough = np.zeros(self.n_images, dtype=bool)
+            for images, tree in self._planes():
+                farthest, _ = tree.query(tree.data, [self.images_per_place])
+                enough[images] = farthest[:, 0] <= self.radius_m * (1 + 1e-9)
             images = np.setdiff1d(self._order[enough], self._images.known())
             if len(images):
                 self._images.add(images, self._describe(describe, images))
@@ -555,6 +556,7 @@ class CliqueSampler:
     def report(self) -> dict:
         """What the last refresh described and what the batches made since then, or in the last pass, are like.
 
+        ``geographic_edges`` are the pairs of images within the radius, however they face.
         Counts of one pass over the epoch: ``batches``, ``draws``, ``places``, ``cliques_found``, ``mean_clique_size``,
         ``fallback_places`` (from cliques under `min_clique`), ``cliques_dropped`` (no K images left connected by the
         pruning), ``zero_weight_decisions`` (greedy decisions won at W = 0), ``uniform_draws`` (all places equally
@@ -571,7 +573,7 @@ class CliqueSampler:
             "images": self.n_images,
             "clusters": self.n_clusters,
             "cities": len(self.city_names),
-            "geographic_edges": len(self._graph_indices) // 2,
+            "geographic_edges": self._pairs,
             "seconds_graph": self._seconds_graph,
             **self._refresh_report,
             **self._counts.report(),
@@ -588,7 +590,7 @@ class CliqueSampler:
         started = time.perf_counter()
         self._open_chunk(epoch, i // _CHUNK)
         places: list[np.ndarray] = []
-        self._batch_number += 1
+        self._left = []
         most = 0
         for draw in range(self.max_draws):
             clusters, generator = self._chunk.draw(i, draw)
@@ -602,8 +604,7 @@ class CliqueSampler:
                 if len(places) == self.places_per_batch:
                     break
                 most = max(most, len(places))
-                places = []
-                self._batch_number += 1
+                places, self._left = [], []
             else:
                 raise RuntimeError(
                     f"batch {i} of epoch {epoch} needs {self.places_per_batch} places of {self.images_per_place} "
@@ -642,12 +643,16 @@ class CliqueSampler:
             return
         # Node numbers are a random permutation: which clique is first, and which of equal images, is the stream's.
         images = images[generator.permutation(n)]
-        free = self._blocked[images] != self._batch_number
-        local = self._local
-        local[images] = np.arange(n, dtype=np.int32)
-        adjacency = self._adjacency(images, self._graph_indptr, self._graph_indices)
-        nearby = adjacency if self._heading is None else self._adjacency(images, self._indptr, self._indices)
-        local[images] = -1
+        free = np.ones(n, dtype=bool)
+        if self._left:
+            free = ~self._near(images, np.concatenate(self._left)).any(axis=1)
+        near = self._near(images, images)
+        np.fill_diagonal(near, False)
+        adjacency = nearby = adjacency_bits(near)
+        if self._heading is not None:
+            heading = self._heading[images]
+            near &= headings_within(heading[:, None], heading, self.max_heading_deg)
+            adjacency = adjacency_bits(near)
         usable, budget = bits_of(free), SearchBudget(self.search_steps)
         alive, large, found_large = usable, True, False
         while len(places) < self.places_per_batch:
@@ -676,7 +681,7 @@ class CliqueSampler:
                 leaving = nodes[chosen] if self.remove == "chosen" else nodes
                 for node in leaving.tolist():
                     usable &= ~(nearby[node] | 1 << node)
-                self._block(images[leaving])
+                self._left.append(images[leaving])
             alive &= usable
         counts.search_steps += budget.spent
         counts.searches_cut += budget.cut
@@ -692,25 +697,19 @@ class CliqueSampler:
             parts.append(part)
         return np.concatenate(parts)
 
-    def _adjacency(self, images, indptr, indices) -> list[int]:
-        """Bit sets of the neighbours of the draw's images within the draw; `_local` numbers them."""
-        n = len(images)
-        starts = indptr[images]
-        counts = indptr[images + 1] - starts
-        ends = np.cumsum(counts)
-        flat = np.arange(ends[-1]) + np.repeat(starts - ends + counts, counts)
-        columns = self._local[indices[flat]]
-        rows = np.repeat(np.arange(n), counts)
-        inside = columns >= 0
-        matrix = np.zeros((n, n), dtype=bool)
-        matrix[rows[inside], columns[inside]] = True
-        return adjacency_bits(matrix)
-
-    def _block(self, images) -> None:
-        """Images chosen and their neighbours within the radius leave the batch, whatever draw they come in."""
-        self._blocked[images] = self._batch_number
-        for start, stop in zip(self._indptr[images].tolist(), self._indptr[images + 1].tolist(), strict=True):
-            self._blocked[self._indices[start:stop]] = self._batch_number
+    def _near(self, rows, columns) -> np.ndarray:
+        """Which images lie within the radius of which, (len(rows), len(columns)) bool."""
+        near = np.zeros((len(rows), len(columns)), dtype=bool)
+        east, north, plane = self._east[columns], self._north[columns], self._plane[columns]
+        step = max(1, _NEAR // len(columns))
+        for start in range(0, len(rows), step):
+            part = rows[start : start + step, None]
+            squared = np.square(self._east[part] - east)
+            squared += np.square(self._north[part] - north)
+            near[start : start + step] = np.sqrt(squared, out=squared) <= self.radius_m
+            if len(self.city_names) > 1:
+                near[start : start + step] &= self._plane[part] == plane
+        return near
 
     def _choose(self, images, missing: list | None) -> np.ndarray | None:
         """The K of a clique's `images` (sorted numbering) that make a place, as positions among them."""
@@ -772,7 +771,7 @@ class CliqueSampler:
         most = 0
         for attempt in range(8):
             places: list[np.ndarray] = []
-            self._batch_number += 1
+            self._left = []
             self._sweep(rng(self.seed, "sampler", "room", attempt), places, None)
             most = max(most, len(places))
             if most == self.places_per_batch or 2 * most < self.places_per_batch:

@@ -1,6 +1,7 @@
 """Batches of the clique sampler: their promises on random towns, its options, its errors, and its repeatability."""
 
 import itertools
+import tracemalloc
 
 import numpy as np
 import oracles_graph as oracle
@@ -62,9 +63,7 @@ class Watched(CliqueSampler):
     def _choose(self, images, missing):
         chosen = super()._choose(images, missing)
         self.met = getattr(self, "met", [])
-        self.met.append(
-            (self._order[images], None if chosen is None else self._order[images[chosen]], self._batch_number)
-        )
+        self.met.append((self._order[images], None if chosen is None else self._order[images[chosen]]))
         return chosen
 
 
@@ -132,7 +131,7 @@ def test_every_batch_keeps_its_promises(data):
     joined = oracle.all_pairs(east, north, RADIUS, heading, most)
     for batch in batches:
         check_batch(batch, east, north, made.places_per_batch, made.images_per_place)
-    for clique, chosen, _ in made.met:
+    for clique, chosen in made.met:
         clique = clique.tolist()
         assert all(tuple(sorted(pair)) in joined for pair in itertools.combinations(clique, 2))
         weight = {
@@ -164,7 +163,7 @@ def test_cliques_are_maximal_and_large_before_the_fallback_serves():
     made.met = []
     made.refresh(0, descriptors)
     assert len(list(made)) == 10
-    sizes = [len(clique) for clique, _, _ in made.met]
+    sizes = [len(clique) for clique, _ in made.met]
     assert min(sizes) >= 6 and made.report["fallback_places"] == 0
     assert made.report["mean_clique_size"] == pytest.approx(np.mean(sizes))
 
@@ -205,7 +204,7 @@ def test_chosen_images_or_their_whole_clique_leave():
             )
             made.refresh(0, town[3])
             places: list = []
-            made._batch_number += 1
+            made._left = []
             made.places_per_batch = 9
             made._harvest(np.array([0]), np.random.default_rng(seed), places, None)
             found.add(len(places))
@@ -286,6 +285,20 @@ def test_a_crowded_place_lends_a_random_part():
     made = make_sampler(town, max_place_images=8)
     assert len(list(made)) == 5
     assert made.report["thinned_places"] > 0 and made.report["mean_clique_size"] <= 8
+
+
+def test_a_camera_that_stands_still_costs_no_more_than_its_draws():
+    generator = np.random.default_rng(0)
+    spots = 1000.0 * np.arange(1, 21).repeat(6)
+    east = np.concatenate([generator.normal(0, 1, 20_000), spots])
+    tracemalloc.start()
+    made = CliqueSampler(east, np.zeros(len(east)), places_per_batch=4, batches_per_epoch=3, schedule="none")
+    batches = list(made)
+    pairs = made.report["geographic_edges"]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(batches) == 3 and pairs == 20_000 * 19_999 // 2 + 20 * 15
+    assert peak < 100e6  # the pairs alone would take more than a gigabyte
 
 
 def test_the_default_clusters_are_squares_of_the_radius():

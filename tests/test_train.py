@@ -405,8 +405,8 @@ def test_accumulated_batches_are_the_mean_of_their_gradients(tmp_path, mined):
 WATCHED = """
 import os, sys, time
 from sagelib import sampler, train
-build, read = sampler.CliqueSampler._find_neighbours, train.read_checkpoint
-sampler.CliqueSampler._find_neighbours = lambda self: (print("a graph is built"), build(self))[1]
+build, read = sampler.CliqueSampler._check_room, train.read_checkpoint
+sampler.CliqueSampler._check_room = lambda self: (print("a graph is built"), build(self))[1]
 train.read_checkpoint = lambda *given: (time.sleep(1.0 * int(os.environ["RANK"])), read(*given))[1]
 sys.exit(train.main(sys.argv[1:]))
 """
