@@ -37,14 +37,14 @@ from sagelib.train import TrainConfig, build_model_of
 
 GRIDS = sorted((Path(__file__).parent.parent / "notebooks" / "params" / "ablations").glob("*.yaml"))
 BASE = {
-    "backbone": "vit_test_patch14",
+    "backbone": "test_vit",
     "pretrained": False,
     "adapter_blocks": 1,
     "aggregator_options": {"channels": 16, "probes": 8, "token_dim": 32, "hidden": 32},
     "interact": False,
     "interact_options": {"segment_width": 32, "heads": 4, "layers": 1, "ffn": 32},
-    "image_size": 56,
-    "validation_size": 56,
+    "image_size": 64,
+    "validation_size": 64,
     "augment": 0,
     "dropout": 0.0,
     "cache_limit_gb": 1.0,
@@ -329,7 +329,7 @@ def test_measured_as_a_full_pass_through_the_model_would_be(done, data, town):
             model,
             test,
             root / "direct",
-            preprocess=Preprocess(56, "paper"),
+            preprocess=Preprocess(64, "paper"),
             context=run.config["context"],
             model_name=name.replace(", ", "-"),
             dtype="float32",
@@ -367,13 +367,13 @@ def test_other_data_under_the_same_name_are_refused_before_any_training(done, da
 
 def test_exchanged_weights_are_another_training(data, tmp_path):
     """The same name of a backbone, another file: runs of both must not be averaged."""
-    first = ablate._foundation("vit_test_patch14", False, None)
-    assert first == ablate._foundation("vit_test_patch14", False, None) == "random"
+    first = ablate._foundation("test_vit", False, None)
+    assert first == ablate._foundation("test_vit", False, None) == "random"
     names = []
     for seed in (0, 1):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            vit = build_backbone("vit_test_patch14", pretrained=False, adapter="none").vit
+            vit = build_backbone("test_vit", pretrained=False, adapter="none").vit
         file = tmp_path / f"{seed}" / "weights.safetensors"
         file.parent.mkdir()
         save_file(vit.state_dict(), file)
@@ -622,7 +622,7 @@ def test_audits_are_exported(data, tmp_path):
         tmp_path / "runs",
         contexts=("none", "solo", "sorted-4", "shuffled-4"),
         shuffles=2,
-        preprocess=Preprocess(56),
+        preprocess=Preprocess(64),
         device="cpu",
         progress=False,
     )
@@ -657,7 +657,7 @@ def test_the_audit_command_makes_the_small_tables_and_finds_what_is_finished(don
     assert leak.groupby("model")["n"].apply(list).tolist() == [[2, 4, 8, 16, 32]] * 2
     kept = runs.read_json(tmp_path / "audit" / "manifests.json")
     assert set(kept["trainings"]) == {"trained", "random"} and len(kept["audits"]) == 2
-    assert all("56" in m["config"]["preprocess"] for m in kept["audits"].values()), "as in training"
+    assert all("64" in m["config"]["preprocess"] for m in kept["audits"].values()), "as in training"
     made = {p: p.stat().st_mtime_ns for p in (root / "audit").rglob("audit.csv")}
     assert ablate.main(command) == 0
     assert made == {p: p.stat().st_mtime_ns for p in (root / "audit").rglob("audit.csv")}
