@@ -47,7 +47,15 @@ from sagelib.describe import (
     pick_device,
     rerank_in_context,
 )
-from sagelib.evaluate import AUDIT_CONTEXTS, Audit, audit_contexts, open_model, published, training_run
+from sagelib.evaluate import (
+    AUDIT_CONTEXTS,
+    Audit,
+    _data_fingerprint,
+    audit_contexts,
+    open_model,
+    published,
+    training_run,
+)
 from sagelib.images import Preprocess
 from sagelib.interact import InteractHead
 from sagelib.places import Places, TestSet, open_set, open_training_set
@@ -549,7 +557,7 @@ def _open_measurement(grid: Grid, configuration: str, job: _Job, test_set: TestS
             **grid.measurement(configuration),
         },
         seed=job.config.seed,
-        data_fingerprint=test_set.fingerprint(),
+        data_fingerprint=_data_fingerprint(test_set),
     )
 
 

@@ -150,7 +150,12 @@ def load_results(root) -> list[Result]:
 
 
 def read_results(
-    root, datasets: Iterable[str], models: Iterable[str], *, context: str | Context, preprocess: Callable
+    root,
+    datasets: Iterable[str] | str,
+    models: Iterable[str] | str,
+    *,
+    context: str | Context,
+    preprocess: Callable,
 ) -> list[Result]:
     """The finished evaluations of these models on these sets, made in this way; what was not run is left out.
 
@@ -158,7 +163,7 @@ def read_results(
     ----------
     root : path
         A folder of runs.
-    datasets, models : iterable of str
+    datasets, models : iterable of str, or str
         Names as tables give them.
     context : str or Context
         As for `evaluate`.
@@ -173,6 +178,7 @@ def read_results(
     found = {
         (r.model, r.dataset, r.context, r.preprocess): r for r in (load_result(run.dir) for run in latest)
     }
+    datasets, models = ([names] if isinstance(names, str) else list(names) for names in (datasets, models))
     how = describe_callable(preprocess)
     keys = [(m, d, str(_resolve_context(context, d)), how) for m in models for d in datasets]
     return [found[key] for key in keys if key in found]
@@ -453,7 +459,7 @@ class Evaluations:
 def evaluate_many(
     model: Callable,
     data_root,
-    names: Iterable[str] | None,
+    names: Iterable[str] | str | None,
     root,
     *,
     split: str | None = None,
@@ -466,8 +472,8 @@ def evaluate_many(
     ----------
     model : SAGE or callable
     data_root : path
-    names : iterable of str, or None
-        Benchmarks or folders; None: every set that `sagelib.places.available` finds. One that is not there is reported,
+    names : iterable of str, str, or None
+        Benchmarks or folders, or one of them; None: every set that `sagelib.places.available` finds. One that is not there is reported,
         with the sentence of `open_set`, or one that cannot be evaluated, with its error, and the others are evaluated.
     root : path
         A folder of runs.
@@ -484,6 +490,7 @@ def evaluate_many(
     if names is None:
         found = places_module.available(data_root)
         names = list(found.loc[found["present"], "name"])
+    names = [names] if isinstance(names, str) else names
     results, missing, failed = [], {}, None
     for name in names:
         try:
@@ -1180,13 +1187,24 @@ def recall_arrays(
     -------
     recall, low, high : arrays (len(models), len(datasets))
         Percents; NaN where there is no result.
+
+    Raises
+    ------
+    ValueError
+        If a model has two results on one set, as under two contexts.
     """
-    by_name = {(r.model, r.dataset): r.recall for r in results}
+    by_name = {}
+    for result in results:
+        other = by_name.setdefault((result.model, result.dataset), result)
+        if other.path != result.path:
+            raise ValueError(
+                f"{result.model} on {result.dataset} has two results, {other.path.name} and {result.path.name}: give one of them"
+            )
     arrays = np.full((3, len(models), len(datasets)), np.nan)
     for i, model in enumerate(models):
         for j, dataset in enumerate(datasets):
             if (model, dataset) in by_name:
-                counted = by_name[model, dataset]
+                counted = by_name[model, dataset].recall
                 arrays[:, i, j] = counted.percent(k), *counted.interval(k)
     return tuple(arrays)
 

@@ -784,8 +784,9 @@ def _jpeg(image, size_px: int) -> str:
 
     from PIL import Image
 
-    picture = image if isinstance(image, Image.Image) else Image.fromarray(_uint8(image))
-    picture = picture.convert("RGB")
+    from sagelib.images import load_image
+
+    picture = load_image(image if isinstance(image, Image.Image) else Image.fromarray(_uint8(image)))
     picture.thumbnail((size_px, size_px))
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=80)

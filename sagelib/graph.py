@@ -42,6 +42,7 @@ __all__ = [
 ]
 
 PREFERENCES = ("affine", "hard", "uniform")
+MEND = "mend the model that gave it (its weights may have diverged; try without autocast)"
 _DENSE = 2048  # nodes up to which a sparse weight is made dense for the greedy choice
 
 
@@ -202,9 +203,7 @@ def edge_affinities(pairs, east_m, north_m, descriptors, *, min_distance_m: floa
     if not np.isfinite(d_vis).all():
         for node in np.unique(pairs[~np.isfinite(d_vis)]):
             if not np.isfinite(descriptors[node]).all():
-                raise ValueError(
-                    f"the descriptor of image {node} holds a NaN or an infinity: describe that image again"
-                )
+                raise ValueError(f"the descriptor of image {node} holds a NaN or an infinity: {MEND}")
         raise ValueError("a distance between descriptors overflows float64: scale the descriptors down")
     return d_geo, d_vis, affinity(d_geo, d_vis, min_distance_m=min_distance_m)
 

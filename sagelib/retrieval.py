@@ -1,6 +1,7 @@
 """Exact search, recall with its uncertainty, the file of rankings, and PCA: arrays in, numbers out."""
 
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -230,6 +231,13 @@ def recall(indices, positives, ks: Sequence[int] = KS, *, n_references: int | No
         raise ValueError(f"{len(indices)} queries were searched but positives are given for {len(lists)}")
     if not len(ks) or min(ks) < 1 or max(ks) > indices.shape[1]:
         raise ValueError(f"ks are {tuple(ks)}; each must be from 1 to the depth searched, {indices.shape[1]}")
+    named = np.concatenate(lists)
+    if n_references is None and len(named) and named.min() > indices.max():
+        warnings.warn(
+            f"no query found anything: all positives are rows from {named.min()} on, and no row above {indices.max()} was found; "
+            "give n_references, so that rows that do not exist are refused",
+            stacklevel=2,
+        )
     hit = _hits(indices, lists, n_references)
     ranks = np.where(hit.any(axis=1), hit.argmax(axis=1) + 1, 0)
     return Recall.from_ranks(ranks, sum(len(p) == 0 for p in lists), ks)
@@ -389,12 +397,14 @@ def paired_bootstrap(
     Raises
     ------
     ValueError
-        If the numbers of queries differ or an argument is out of range.
+        If the numbers of queries, or of those without a positive, differ or an argument is out of range.
     """
-    if recall_a.n_queries != recall_b.n_queries:
-        raise ValueError(
-            f"a has {recall_a.n_queries} queries and b {recall_b.n_queries}: a paired comparison needs the same"
-        )
+    for what in ("n_queries", "n_without_positive"):
+        mine, theirs = getattr(recall_a, what), getattr(recall_b, what)
+        if mine != theirs:
+            raise ValueError(
+                f"{what} is {mine} for a and {theirs} for b: a paired comparison needs the same queries"
+            )
     if draws < 1:
         raise ValueError(f"draws is {draws}; it must be at least 1")
     _check_fraction("level", level)

@@ -28,6 +28,7 @@ import numpy as np
 from scipy.spatial import cKDTree
 
 from sagelib.graph import (
+    MEND,
     PREFERENCES,
     SearchBudget,
     _greedy,
@@ -761,9 +762,7 @@ class CliqueSampler:
         d_vis = visual_distances(self._images[original])
         if not np.isfinite(d_vis).all():
             bad = [int(i) for i in original if not np.isfinite(self._images[np.array([i])]).all()]
-            raise ValueError(
-                f"the descriptor of image {bad[0]} holds a NaN or an infinity: describe that image again"
-            )
+            raise ValueError(f"the descriptor of image {bad[0]} holds a NaN or an infinity: {MEND}")
         return d_vis
 
     def _check_room(self) -> None:
@@ -864,7 +863,7 @@ class _ClusterDescriptors:
             what = "is zero" if norms[bad[0]] == 0 else "holds a NaN or an infinity"
             where = f"cluster {bad[0]}" if images is None else f"image {images[bad[0]]}"
             raise ValueError(
-                f"the descriptor of {where} {what} ({len(bad)} of {len(norms)} clusters): describe these images again"
+                f"the descriptor of {where} {what} ({len(bad)} of {len(norms)} clusters): {MEND}"
             )
         self.inverse_norm = (1.0 / norms).astype(np.float32)
 
@@ -1241,5 +1240,5 @@ def _check_finite(values, images: np.ndarray | None) -> None:
             first = f"row {bad[0]}" if images is None else f"image {images[bad[0]]}"
             raise ValueError(
                 f"the descriptor of {first} holds a NaN or an infinity ({len(bad)} such rows of the first "
-                f"{min(start + step, len(values))}): describe these images again"
+                f"{min(start + step, len(values))}): {MEND}"
             )

@@ -176,11 +176,14 @@ def _build(store, model, places, shape, preprocess, batch_size, workers, autocas
         rows = [list(range(i, min(i + batch_size, shape[0]))) for i in range(start, shape[0], batch_size)]
         for images, _ in loader(places, preprocess, workers=workers, batches=rows):
             with torch.no_grad(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-                tokens = model.backbone.prefix(images.to(device)).half()
-            if not torch.isfinite(tokens).all():
-                bad = int((~torch.isfinite(tokens)).flatten(1).any(1).nonzero()[0])
+                exact = model.backbone.prefix(images.to(device)).float()
+            tokens = exact.half()
+            lost = torch.linalg.vector_norm((exact - tokens).flatten(1), dim=1)
+            kept = lost <= 0.01 * torch.linalg.vector_norm(exact.flatten(1), dim=1)  # False for a NaN
+            if not kept.all():
                 raise ValueError(
-                    f"{places.path[done + bad]}: its tokens do not fit into float16 (above 65504): switch the cache off with cache_limit_gb = None"
+                    f"{places.path[done + int(kept.int().argmin())]}: its tokens do not fit into float16 (too large, too small "
+                    "or not finite): switch the cache off with cache_limit_gb = None"
                 )
             values[done : done + len(tokens)] = tokens.cpu().numpy()
             done += len(tokens)

@@ -671,7 +671,7 @@ def tsne_browser(figure, paths: Sequence[str], *, load: Callable = load_image, s
     box.picture, box.text, box.chart = picture, text, chart
 
     def show(index: int) -> None:
-        image = load(paths[index]).convert("RGB")
+        image = load_image(load(paths[index]))
         image.thumbnail((size_px, size_px))
         buffer = io.BytesIO()
         image.save(buffer, "PNG")
