@@ -4,7 +4,6 @@
 that is added to it.
 """
 
-import math
 from collections.abc import Iterable
 
 import torch
@@ -28,24 +27,28 @@ class SoftWeighting(nn.Module):
         The largest weight that can be added; positive.
     hidden : int
         Width of the predictor's hidden layer.
-    rms : bool
-        Not in the paper: divide ``s_i`` by the square root of the patch's width. Lengths grow with the width
-        (26 for 680 standardised channels), and so long an input saturates the sigmoid from the first step:
-        all patches then weigh the same.
+    standardise : bool
+        Not in the paper: feed the predictor ``(s_i - mean) / std``, with the mean and standard deviation of the
+        lengths in training images, which :meth:`SoftProbing.initialise_from` stores. A raw length is a large
+        number that varies little (26 on average for 680 standardised channels), so large that it saturates the
+        sigmoid, and then all patches weigh the same.
     """
 
-    def __init__(self, alpha: float = 0.5, *, hidden: int = 128, rms: bool = False):
+    def __init__(self, alpha: float = 0.5, *, hidden: int = 128, standardise: bool = False):
         super().__init__()
         if not alpha > 0:
             raise ValueError(f"alpha must be positive, or None to switch the weighting off; got {alpha}")
-        self.alpha, self.rms = alpha, rms
+        self.alpha, self.standardise = alpha, standardise
         self.predictor = nn.Sequential(nn.Linear(1, hidden), nn.ReLU(), nn.Linear(hidden, 1))
+        if standardise:
+            self.register_buffer("mean", torch.zeros(()))
+            self.register_buffer("std", torch.ones(()))
 
     def forward(self, patches: Tensor) -> Tensor:
         """The weights beta (B, N) of ``patches`` (B, N, M)."""
         strength = patches.norm(dim=-1, keepdim=True) + 1e-6
-        if self.rms:
-            strength = strength / math.sqrt(patches.shape[-1])
+        if self.standardise:
+            strength = (strength - self.mean) / self.std
         return self.alpha * torch.sigmoid(self.predictor(strength)).squeeze(-1)
 
 
@@ -88,7 +91,7 @@ class SoftProbing(nn.Module):
         Not in the paper, which forgets where a patch lies: cut the grid into ``cells x cells`` parts and make a
         G of each (softmax, power norm and lengths within the cell). 2 x 2 cells of 16 probes are as wide as
         the paper's 64.
-    rms : bool
+    standardise : bool
         Not in the paper: see :class:`SoftWeighting`.
 
     Attributes
@@ -109,7 +112,7 @@ class SoftProbing(nn.Module):
         hidden: int = 512,
         norm_dropout: float = 0.1,
         cells: int = 1,
-        rms: bool = False,
+        standardise: bool = False,
     ):
         super().__init__()
         for name, value in (
@@ -121,7 +124,7 @@ class SoftProbing(nn.Module):
             raise ValueError(f"dropout must be in [0, 1); got {dropout}")
         self.channels, self.probes, self.token_dim, self.cells = channels, probes, token_dim, cells
         self.out_dim = token_dim + channels * probes * cells**2
-        self.weighting = None if alpha is None else SoftWeighting(alpha, rms=rms)
+        self.weighting = None if alpha is None else SoftWeighting(alpha, standardise=standardise)
         self.token = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, token_dim))
         # 1x1 convolutions over a map are linear layers over its positions.
         self.reduction = _branch(width, hidden, channels, dropout)
@@ -208,6 +211,11 @@ class SoftProbing(nn.Module):
         """
         was_training = self.training
         self.eval()
+        if self.weighting is not None and self.weighting.standardise:
+            patches = list(patches)
+            lengths = torch.cat([batch.norm(dim=-1).flatten() for batch in patches])
+            self.weighting.mean.copy_(lengths.mean())
+            self.weighting.std.copy_(lengths.std())
         moments = {branch: [0, 0.0, 0.0] for branch in (self.reduction, self.probe)}
         for batch in patches:
             weighted = self._weighted(batch)

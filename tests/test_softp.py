@@ -140,21 +140,25 @@ def test_a_cell_is_the_method_on_its_own_patches():
         model(cls, patches)
 
 
-def test_rms_keeps_the_gate_open_where_plain_lengths_saturate_it():
+def test_standardised_lengths_keep_the_gate_open_where_plain_ones_saturate_it():
     patches = torch.randn(4, 50, 680, generator=torch.Generator().manual_seed(0))
     patches *= torch.linspace(0.6, 1.4, 50)[:, None]
     spread = {}
-    for rms in (False, True):
-        gate = SoftWeighting(0.5, rms=rms)
-        with torch.no_grad():  # predictor(s) = s
+    for standardise in (False, True):
+        model = SoftProbing(680, channels=4, probes=3, token_dim=2, standardise=standardise)
+        gate = model.weighting
+        with torch.no_grad():  # predictor(s) = relu(s)
             for layer, value in ((gate.predictor[0], 1.0), (gate.predictor[2], 1 / 128)):
                 layer.weight.fill_(value)
                 layer.bias.zero_()
-        low, high = gate(patches).detach().aminmax()
-        spread[rms] = high - low
-    strength = patches.norm(dim=-1) / 680**0.5
-    torch.testing.assert_close(gate(patches), 0.5 * strength.sigmoid())
-    assert spread[False] < 1e-6 < 0.05 < spread[True]
+        model.initialise_from(iter(patches.split(1)))
+        low, high = model.patch_weights(patches).detach().aminmax()
+        spread[standardise] = high - low
+    lengths = patches.norm(dim=-1)
+    standard = (lengths - lengths.mean()) / lengths.std()
+    torch.testing.assert_close(gate(patches), 0.5 * standard.relu().sigmoid(), rtol=1e-4, atol=1e-4)
+    assert spread[False] < 1e-5 < 0.1 < spread[True]
+    assert [n for n, _ in SoftWeighting(0.5).named_buffers()] == []
 
 
 @pytest.mark.parametrize("cells", [1, 2])
