@@ -1925,7 +1925,7 @@ def heatmap_overlay(
     *,
     captions: Sequence[str] | None = None,
     label: str = "weight of the patch",
-    shared_scale: bool = True,
+    scale: str | tuple[float, float] = "shared",
     columns: int = 4,
     alpha: float = 0.62,
     smooth: bool = False,
@@ -1940,8 +1940,9 @@ def heatmap_overlay(
         One value a patch.
     captions : sequence of n str, optional
         Numbers under each pair, for instance the entropy and the share of mass on the sky.
-    shared_scale : bool
-        One colour scale for all pictures, or one each.
+    scale : {"shared", "own"} or (low, high)
+        One colour scale for all pictures, from the least to the greatest weight or between two given values, or
+        a scale of each picture's own.
     smooth : bool
         Interpolate between the patches for print; off shows what the model has.
     """
@@ -1956,16 +1957,18 @@ def heatmap_overlay(
     figure, axes = _panels(
         rows, 2 * across, size=(2 * across * tile + 1.1, rows * height + (0.5 if title else 0.1))
     )
-    low, high = min(m.min() for m in maps), max(m.max() for m in maps)
+    low, high = (
+        (min(m.min() for m in maps), max(m.max() for m in maps)) if scale in ("shared", "own") else scale
+    )
     for axis in axes.flat:
         axis.set_axis_off()
     picture = None
     for i, (image, values) in enumerate(zip(images, maps, strict=True)):
         left, right = axes[i // across, 2 * (i % across) : 2 * (i % across) + 2]
         _photograph(left, image, None if captions is None else captions[i])
-        norm = Normalize(low, high) if shared_scale else Normalize(values.min(), values.max())
+        norm = Normalize(values.min(), values.max()) if scale == "own" else Normalize(low, high)
         picture = _overlay(right, image, values, HEAT, norm, alpha, smooth)
-    if shared_scale:
+    if scale != "own":
         figure.colorbar(picture, ax=axes, label=label, shrink=0.85, alpha=1.0)
     if title:
         figure.suptitle(title)

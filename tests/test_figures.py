@@ -171,7 +171,7 @@ GALLERY = {
         IMAGES[:3], [RNG.random((4, 4))] * 3, captions=["entropy 0.9"] * 3, title="Weights"
     ),
     "heatmap_overlay, own scales": lambda: figures.heatmap_overlay(
-        IMAGES[:1], [np.ones((4, 4))], shared_scale=False, smooth=True
+        IMAGES[:1], [np.ones((4, 4))], scale="own", smooth=True
     ),
     "contributions_pair": lambda: figures.contributions_pair(
         IMAGES[0],
