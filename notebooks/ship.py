@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pandas
 import yaml
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from sagelib import evaluate, runs
 from sagelib.images import Preprocess
@@ -23,19 +25,21 @@ from sagelib.train import TrainConfig, open_run, train
 HERE = Path(__file__).resolve().parent
 DATA, RUNS, RESULTS = HERE.parent / "data", runs.runs_root(), HERE.parent / "data" / "results"
 
-PROBES = {"channels": 64, "probes": 32, "token_dim": 256}
+CELLS = {"channels": 128, "probes": 16, "token_dim": 256, "hidden": 512, "cells": 2}
 METHODS = {
     "sage": {},
-    "cfp": {"aggregator_options": {**PROBES, "alpha": None}},
+    "sage-one-cell": {"aggregator_options": {**CELLS, "probes": 64, "cells": 1, "standardise": True}},
+    "cfp": {"aggregator_options": {**CELLS, "alpha": None}},
     "salad": {
         "aggregator": "salad",
-        "aggregator_options": {"clusters": 32, "channels": 64, "token_dim": 256},
+        "aggregator_options": {"clusters": 64, "channels": 128, "token_dim": 256},
         "data_init": None,
     },
     "sage-static": {"schedule": "static"},
 }
-TIMED_ONLY = ("sage-static",)  # kept for its log
-FROZEN = ("pixels", "gem2x2:sage_vit_tiny:random", "gem2x2:sage_vit_tiny")
+WITHOUT_WEIGHTS = ("sage-one-cell", "sage-static")  # kept for their results and logs
+SMALL = "tf_efficientnet_lite2"
+FROZEN = ("pixels", f"gem2x2:{SMALL}:random", f"gem:{SMALL}", f"gem2x2:{SMALL}")
 
 
 def keep(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
@@ -51,13 +55,22 @@ def keep(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
 
 
 def train_and_keep(name: str, values: dict, folder: Path, data: Path, *, weights: bool):
-    """Train `values` on the set `data` unless that is done, keep what is small in `folder`, return the model."""
+    """Train `values` on the set `data` unless that is done, keep what is small in `folder`, return the model.
+
+    Weights that are kept are kept in half precision, and the model that is returned has these.
+    """
     config = TrainConfig.from_mapping({k: v for k, v in values.items() if k in TrainConfig.field_names()})
     mined = open_training_set(data.parent, data.name)
     validation = open_set(data.parent, data.name, split="val")
     run = open_run(RUNS, name, config, mined=mined, validation=validation)
     model = train(config, run, mined=mined, validation=validation).model
     keep(run.dir, folder / "train" / name, ("manifest.json", "log.jsonl", *(["best/*"] if weights else [])))
+    if weights:
+        path = folder / "train" / name / "best" / "trainable.safetensors"
+        with safe_open(path, "pt") as file:
+            half = {key: file.get_tensor(key).half() for key in file.keys()}
+            save_file(half, path, metadata=file.metadata())
+        model.load_trainable_state_dict(half)
     return model
 
 
@@ -74,7 +87,7 @@ def measure_and_keep(models: dict, sets: list, values: dict, folder: Path, name:
         keep(
             result.path, folder / "evaluate" / result.path.name, ("manifest.json", "result.json", "ranks.npy")
         )
-    table = evaluate.results_table(results, published=False)
+    table = evaluate.results_table(results, published=False, chance=True)
     for ending in ("md", "csv"):
         evaluate.write_table(table, folder / f"{name}.{ending}")
     print(evaluate.to_markdown(table))
@@ -99,9 +112,8 @@ def ship_town() -> None:
     values = yaml.safe_load((HERE / "params" / "town.yaml").read_text())
     models = evaluate.open_models(FROZEN)
     for name, changes in METHODS.items():
-        model = train_and_keep(name, {**values, **changes}, RESULTS, town, weights=name not in TIMED_ONLY)
-        if name not in TIMED_ONLY:
-            models[name] = model
+        weights = name not in WITHOUT_WEIGHTS
+        models[name] = train_and_keep(name, {**values, **changes}, RESULTS, town, weights=weights)
     measure_and_keep(models, [open_set(DATA, "town")], values, RESULTS, "town")
 
 
@@ -113,7 +125,7 @@ def ship_streets(data: Path) -> None:
     others = sorted(
         p.name for p in data.iterdir() if (p / "images" / "test").is_dir() and p.name != "sf-streets"
     )
-    models = evaluate.open_models(("pixels", FROZEN[-1], "sage"), [RESULTS])
+    models = evaluate.open_models(("pixels", *FROZEN[-2:], "sage"), [RESULTS])
     folder = RESULTS / "photographs"
     models["sf-streets"] = train_and_keep("sf-streets", values, folder, data / "sf-streets", weights=False)
     sets = [open_set(data, name) for name in ("sf-streets", *others)]
