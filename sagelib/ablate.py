@@ -1123,7 +1123,7 @@ def audit(
     root : path
         Folder of runs: trained models are looked for here, and audits are written here.
     size, mode : int, str, optional
-        Of `sagelib.images.Preprocess`. Default: those of a model's training (at the size of its validation), or 126 and antialias for a model
+        Of `sagelib.images.Preprocess`. Default: those of a model's training (at the size of its validation), or 224 and antialias for a model
         that was not trained here.
     shuffles, seed, device, progress
         As for `audit_contexts`. A head that has anchors of its own is measured over them, too.
@@ -1141,7 +1141,7 @@ def audit(
         if run is not None:
             trainings[label] = run
         look = Preprocess(
-            size or theirs.get("validation_size", 126), mode or theirs.get("preprocess", "antialias")
+            size or theirs.get("validation_size", 224), mode or theirs.get("preprocess", "antialias")
         )
         anchors = ("anchors",) if own_anchors(model) is not None else ()
         audits += [
@@ -1186,7 +1186,7 @@ def _audit_command(arguments: list[str]) -> int:
     parser.add_argument("--runs", type=Path, default=Path("data/runs"), help="folder of runs")
     parser.add_argument("--export", type=Path, help="folder for small tables, as in data/results/audit")
     parser.add_argument("--shuffles", type=int, default=5, help="permutations of each shuffled-n")
-    parser.add_argument("--size", type=int, help="pixels a side (default: of a model's training, else 126)")
+    parser.add_argument("--size", type=int, help="pixels a side (default: of a model's training, else 224)")
     parser.add_argument(
         "--preprocess", help="mode of preprocessing (default: of a model's training, else antialias)"
     )

@@ -83,8 +83,9 @@ _KINDS = {  # of a field's value, by its annotation
 }
 ANCESTORS_LOSS = {"alpha": 1, "beta": 50, "base": 0}
 ANCESTORS_MINER = {"epsilon": 0.1}
-# Parameters that are off as None and whose 0, which would make no sense, is read as off.
+# Where 0 or an empty text is meaningless, it means None.
 OFF = (
+    "weights",
     "augment",
     "crop",
     "views",
@@ -377,7 +378,7 @@ class TrainConfig:
                 f"a training has no parameter named {unknown[0]!r}"
                 + (f": did you mean {near[0]!r}?" if near else "")
             )
-        values = {key: None if key in OFF and value == 0 else value for key, value in values.items()}
+        values = {key: None if key in OFF and value in (0, "") else value for key, value in values.items()}
         for key, value in values.items():
             if isinstance(value, str) and kinds[key].startswith("float"):
                 try:

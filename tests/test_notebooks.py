@@ -14,6 +14,7 @@ import numpy as np
 import pandas
 import papermill
 import pytest
+import timm
 import torch
 import yaml
 
@@ -98,6 +99,27 @@ def test_the_last_page_takes_every_file_of_parameters(path, tmp_path, monkeypatc
     )
     assert "not run" not in page["dataset"] and len(page["summary"]) > 1
     assert list(tmp_path.glob("notebooks/07-*/figures/ablation.png"))
+
+
+def test_the_papers_setting_runs_on_dinov2_from_a_file(tmp_path, monkeypatch):
+    """params/dinov2.yaml on random weights of ViT-B/14's layout, with the paper's sizes of all parts, made small in data alone."""
+    monkeypatch.chdir(ROOT / "notebooks")
+    torch.manual_seed(0)
+    network = timm.create_model("vit_base_patch14_dinov2", num_classes=0, img_size=518)
+    torch.save({k: v.half() for k, v in network.state_dict().items()}, tmp_path / "random.pth")
+    values = yaml.safe_load((ROOT / "notebooks" / "params" / "dinov2.yaml").read_text())
+    values |= dict(places_per_batch=2, images_per_place=2, similar_places=2, min_clique=2, epochs=1)
+    values |= dict(image_size=28, validation_size=28, batches_per_epoch=1, log_every=1, device="cpu")
+    values |= dict(weights=str(tmp_path / "random.pth"), runs_folder=str(tmp_path / "runs"))
+    values |= dict(data_folder=str(make_sets.papers_training_data(tmp_path / "data")))
+    page = executed(
+        next(p for p in NOTEBOOKS if "training" in p.name),
+        lambda page: page.update({name: value for name, value in values.items() if name in page}),
+    )
+    model = page["result"].model
+    live = model.parameter_report()["trained, head off"][0]
+    assert live == 1_464_326 and model.has_head and model.width == 8448
+    assert page["result"].metrics["steps"] == 1
 
 
 def test_the_papers_data_train_on_the_page_and_by_the_command(tmp_path, monkeypatch):
