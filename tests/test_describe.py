@@ -628,6 +628,21 @@ def test_a_full_disk_is_one_sentence(tmp_path):
     assert "the disk has no room for 0.004 GB" in done.stderr and done.stdout == ""
 
 
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")]
+)
+def test_too_little_memory_says_what_to_lower(places, tmp_path, error):
+    def greedy(images):
+        raise error
+
+    with pytest.raises(
+        MemoryError, match="not enough memory to describe 4 pictures at a time on cpu: lower batch_size"
+    ):
+        describe(
+            greedy, places, tmp_path, preprocess=GreyPixels(8), batch_size=4, device="cpu", progress=False
+        )
+
+
 def test_a_picture_replaced_by_one_of_equal_size_and_time_is_another(places):
     path, before = places.path[0], describe_module.pictures_fingerprint(places)
     stat, data = os.stat(path), bytearray(open(path, "rb").read())

@@ -28,6 +28,7 @@ from sagelib.evaluate import (
     published_by_parameters,
     published_by_size,
     published_recalls,
+    query_places,
     read_list,
     read_results,
     recall_arrays,
@@ -43,7 +44,7 @@ from sagelib.evaluate import (
 from sagelib.images import Preprocess
 from sagelib.interact import InteractHead
 from sagelib.model import build_model
-from sagelib.places import BENCHMARKS, PositiveRule, TestSet, open_set
+from sagelib.places import BENCHMARKS, Places, PositiveRule, TestSet, open_set
 from sagelib.retrieval import PCA, read_rankings
 
 spec = importlib.util.spec_from_file_location("slow_recall", Path(__file__).with_name("slow_recall.py"))
@@ -254,6 +255,41 @@ def test_evaluate_many_reports_what_is_missing(data, tmp_path):
 
 
 # -------------------------------------------------------------------------------------------- context audit
+def test_one_broken_set_does_not_stop_the_others(tmp_path):
+    for name in "abc":
+        write_set(tmp_path, name, n=3)
+    next((tmp_path / "b" / "images" / "test" / "database").rglob("*.png")).write_bytes(b"")
+    done = evaluate_many(Noisy(), tmp_path, ["a", "b", "c"], tmp_path / "runs", progress=False)
+    assert [r.dataset for r in done.results] == ["a", "c"]
+    assert list(done.missing) == ["b"] and "does not decode" in done.missing["b"]
+    alone = evaluate_many(Noisy(), tmp_path, "c", tmp_path / "runs", progress=False)
+    assert [r.dataset for r in alone.results] == ["c"] and not alone.missing
+    with pytest.raises(ValueError, match="does not decode"):
+        evaluate_many(Noisy(), tmp_path, ["b"], tmp_path / "runs", progress=False)
+
+
+def test_queries_that_lie_in_the_data_base_are_counted(tmp_path):
+    write_set(tmp_path, "s", n=4)
+    part = tmp_path / "s" / "images" / "test"
+    shutil.copy(min((part / "database").rglob("*.png")), min((part / "queries").rglob("*.png")))
+    result = evaluate(Noisy(), open_set(tmp_path, "s"), tmp_path / "runs", progress=False)
+    assert result.n_in_database == 1 and "1 of 4 queries lie in the data base" in result.warning
+
+
+def test_places_of_queries_are_labels_or_chains_of_steps():
+    east = np.array([0.0, 20.0, 40.0, 500.0, 0.0])
+    queries = Places.build(
+        [f"{i}.jpg" for i in range(5)],
+        east_m=east,
+        north_m=np.zeros(5),
+        utm_zone=np.array(["31N"] * 4 + ["32N"]),
+    )
+    found = query_places(queries)
+    assert len(set(found[:3])) == 1 and len(set(found)) == 3
+    labelled = queries.replace(place=np.array([0, 0, 1, 1, 1]), city=np.array(["a", "a", "a", "a", "b"]))
+    np.testing.assert_array_equal(query_places(labelled), [0, 0, 1, 1, 2])
+
+
 def test_the_audit_shows_the_ordering_leak_where_there_is_one_and_only_there(data, tmp_path):
     model = Noisy()
     contexts = ("none", "solo", "sorted-2", "shuffled-2", "sorted-8", "shuffled-8")
@@ -462,6 +498,9 @@ def test_finished_results_are_read_by_what_they_are(data, tmp_path):
     recalls, low, high = recall_arrays(found, ["random", "other"], ["aligned", "sped"])
     assert recalls[0, 0] == done[0].recall.percent(1) and np.isnan(recalls).sum() == 3
     assert low[0, 0] < recalls[0, 0] < high[0, 0]
+    with pytest.raises(ValueError, match="random on aligned has two results, .*: give one of them"):
+        recall_arrays(load_results(tmp_path), ["random"], ["aligned"])
+    assert read_results(tmp_path, "aligned", "random", **how)[0].path == done[0].path
     assert sets_with_results(found, ["sped", "aligned"]) == ["aligned"]
     with pytest.raises(ValueError, match="nothing to show: it is not here; nor this"):
         sets_with_results([], ["a", "b"], {"a": "it is not here", "b": "nor this"})

@@ -127,6 +127,13 @@ def test_recall_refuses_ranks_that_were_not_searched():
         recall([[0, 1]], [[0]], ks=(1, 2)).percent(3)
 
 
+def test_positives_beyond_everything_found_are_warned_of():
+    with pytest.warns(UserWarning, match="all positives are rows from 99 on, and no row above 1 was found"):
+        assert recall([[0], [1]], [[99], [99]], ks=(1,)).hits == {1: 0}
+    with pytest.raises(ValueError, match="query 0 has the positive 99: references are numbered from 0 to 1"):
+        recall([[0], [1]], [[99], [99]], ks=(1,), n_references=2)
+
+
 def test_wilson_interval():
     # Newcombe (1998), table I: 81 of 263 gives 0.2553 to 0.3662; 0 of 20 gives 0 to 0.1611.
     np.testing.assert_allclose(wilson_interval(81, 263), (25.53, 36.62), atol=0.005)
@@ -188,6 +195,8 @@ def test_bootstrap_of_groups_is_wider_where_queries_depend_on_each_other():
 def test_bootstrap_refuses_different_queries():
     with pytest.raises(ValueError, match="a has 2 queries and b 3"):
         paired_bootstrap(from_hits([1, 0]), from_hits([1, 0, 0]))
+    with pytest.raises(ValueError, match="n_without_positive is 0 for a and 1 for b"):
+        paired_bootstrap(from_hits([1, 0]), Recall.from_ranks([1, 0], 1))
     with pytest.raises(ValueError, match=r"groups must have shape \(2,\)"):
         paired_bootstrap(from_hits([1, 0]), from_hits([1, 0]), groups=[1])
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import errno
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from sagelib.runs import (
     NOTEBOOKS,
     Run,
     RunConflict,
+    alone,
     atomic_path,
     check_parameters,
     compare_runs,
@@ -116,6 +118,17 @@ def test_arrays_are_saved_under_their_name(tmp_path):
 # ---------------------------------------------------------------------------------------------------
 # Streams and fingerprints
 # ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no lock on a directory")
+def test_without_locks_the_work_goes_on_with_a_warning(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.warns(UserWarning, match="gives no locks .No locks available."), alone(tmp_path):
+        worked = True
+    assert worked
 
 
 def test_streams_depend_on_seed_and_names_alone():

@@ -646,6 +646,16 @@ def test_stored_tokens_give_the_same_descriptors(tmp_path, small_model, mined):
     assert float((stored - fresh).abs().max()) > 0, "the store is expected to round"
 
 
+@pytest.mark.parametrize("scale", [1e-9, 1e9])
+def test_tokens_that_float16_would_lose_are_refused(tmp_path, small_model, mined, monkeypatch, scale):
+    prefix = small_model.backbone.prefix
+    monkeypatch.setattr(small_model.backbone, "prefix", lambda images: scale * prefix(images))
+    with pytest.raises(ValueError, match="its tokens do not fit into float16 .too large, too small"):
+        open_tokens(
+            tmp_path, small_model, mined, preprocess=training.Preprocess(56), limit_gb=1, progress=False
+        )
+
+
 def test_a_warm_store_never_runs_the_prefix(tmp_path, small_model, mined, validation, monkeypatch):
     """Training, the graph and validation all read the stored tokens."""
     config = tiny(cache_limit_gb=1.0, data_init=8, seed=3)
