@@ -721,7 +721,7 @@ _KINDS = {
 }
 
 
-def check_parameters(namespace: Mapping[str, Any], **allowed: float | Sequence) -> None:
+def check_parameters(namespace: Mapping[str, Any], **allowed: float | Sequence | None) -> None:
     """Check a notebook's parameters: each against the type that it is declared with, some against what is allowed.
 
     A command line or a file may give anything; a sentence at the top of a page is worth more than an error below it.
@@ -731,7 +731,7 @@ def check_parameters(namespace: Mapping[str, Any], **allowed: float | Sequence) 
     namespace : mapping
         The page's ``globals()``; its annotated names are the parameters.
     **allowed
-        Of some of them the least value, or all values.
+        Of some of them the least value, or all values; None for those that may be None.
 
     Raises
     ------
@@ -746,6 +746,8 @@ def check_parameters(namespace: Mapping[str, Any], **allowed: float | Sequence) 
     """
     for name, kind in namespace.get("__annotations__", {}).items():
         value = namespace.get(name)
+        if value is None and name in allowed and allowed[name] is None:
+            continue
         accepted = (int, float) if kind is float else kind
         if kind in _KINDS and (
             not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool)
