@@ -35,7 +35,7 @@ METHODS = {
     "sage-static": {"schedule": "static"},
 }
 TIMED_ONLY = ("sage-static",)  # kept for its log
-FROZEN = ("pixels", "gem2x2:sage_vit_tiny:random", "gem2x2:sage_vit_tiny")
+FROZEN = ("pixels", "gem2x2:tf_efficientnet_lite2:random", "gem2x2:tf_efficientnet_lite2")
 
 
 def keep(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
@@ -74,7 +74,7 @@ def measure_and_keep(models: dict, sets: list, values: dict, folder: Path, name:
         keep(
             result.path, folder / "evaluate" / result.path.name, ("manifest.json", "result.json", "ranks.npy")
         )
-    table = evaluate.results_table(results, published=False)
+    table = evaluate.results_table(results, published=False, chance=True)
     for ending in ("md", "csv"):
         evaluate.write_table(table, folder / f"{name}.{ending}")
     print(evaluate.to_markdown(table))
