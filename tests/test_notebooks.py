@@ -302,6 +302,16 @@ def test_papermill_stops_with_the_sentence_and_the_place(tmp_path, monkeypatch, 
     )
 
 
+def test_reproduce_stops_at_a_name_that_no_page_has(tmp_path, capsys):
+    """Each page is given its own of a file for several pages, and a slip of the pen must not run on defaults."""
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text("dataset: town-small\nradius: 10.0\n")
+    with pytest.raises(SystemExit):
+        module("reproduce").main(["--parameters", str(wrong), "--out", str(tmp_path / "out"), "--only", "01"])
+    assert "no notebook has a parameter named radius" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_released_checkpoint_on_pitts30k_stands_above_what_was_published(tmp_path, monkeypatch):
     """The page of tables on a folder of that layout and a checkpoint of that layout, both made here."""
     monkeypatch.setenv("SAGE_RUNS", str(tmp_path / "runs"))
