@@ -6,6 +6,10 @@ STAMP := $(VENV)/.installed
 NOTEBOOKS := $(wildcard notebooks/[0-9]*.ipynb)
 PARAMS ?= notebooks/params/town.yaml
 OUT ?= data/runs/reproduce
+TESTS ?=
+# numpy stops at the name of a feature that this machine does not have, so only those found are switched off.
+AVX512 = $$($(BIN)/python -c 'from numpy._core._multiarray_umath import __cpu_dispatch__ as known, __cpu_features__ as has; \
+    print(*(name for name in known if has[name] and (name == "X86_V4" or name.startswith("AVX512"))))')
 
 export MPLBACKEND := Agg
 export JUPYTER_PLATFORM_DIRS := 1
@@ -39,7 +43,7 @@ test: test-unit test-notebooks  ## every test, then every notebook against its s
 test-unit: export OMP_NUM_THREADS ?= 1
 test-unit: $(STAMP)
 	runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && SAGE_RUNS="$$runs" \
-	    $(BIN)/python -m pytest -n 2 --dist loadfile
+	    $(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
 
 test-notebooks: export OMP_NUM_THREADS ?= 1
 test-notebooks: $(STAMP)
@@ -49,13 +53,14 @@ test-notebooks: $(STAMP)
 	    $(BIN)/python notebooks/expected.py compare "$$runs" $(NOTEBOOKS) || failed=1; \
 	    exit $$failed
 
-# numpy stops at the name of a feature that this machine does not have, so only those found are switched off.
+# For a part of it: make test-processors TESTS=tests/test_retrieval.py NOTEBOOKS=notebooks/01_data_exploration.ipynb
 test-processors: $(STAMP)  ## every test as on other processors: fewer vector instructions, one thread and two
-	@vectors=$$($(BIN)/python -c 'from numpy._core._multiarray_umath import __cpu_dispatch__ as known, __cpu_features__ as has; \
-	    print(*(name for name in known if has[name] and (name == "X86_V4" or name.startswith("AVX512"))))'); failed=0; \
+	@vectors="$(AVX512)"; failed=0; \
 	for setting in ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=SSE41 \
 	        OMP_NUM_THREADS=1 OMP_NUM_THREADS=2 "NPY_DISABLE_CPU_FEATURES=$$vectors"; do \
-	    env "$$setting" $(MAKE) test > /dev/null 2>&1 && echo "passed  $$setting" || { echo "FAILED  $$setting"; failed=1; }; \
+	    log=$$(mktemp); \
+	    if env "$$setting" $(MAKE) test > "$$log" 2>&1; then echo "passed  $$setting"; rm "$$log"; \
+	    else echo "FAILED  $$setting; its whole output is in $$log, which ends:"; tail -n 20 "$$log"; failed=1; fi; \
 	done; exit $$failed
 
 test-browser: $(STAMP)  ## open every notebook in JupyterLab in a real browser
@@ -74,14 +79,17 @@ lint: $(STAMP)  ## ruff on the modules, the tests and the notebooks
 results: $(STAMP)  ## train and evaluate the small runs that come with the workbench (data/results)
 	$(BIN)/python notebooks/ship.py
 
+# The pages run twice more as on other processors; how far their numbers then lie apart says how far they may be off in a test.
 notebooks: export OMP_NUM_THREADS = 1
 notebooks: $(STAMP)  ## run the notebooks in place, keep their outputs and record their key numbers
-	runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && export SAGE_RUNS="$$runs" && \
+	runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && vectors="$(AVX512)" && \
+	    execute="$(BIN)/python -m jupyter nbconvert --to notebook --execute --ExecutePreprocessor.record_timing=False" && \
 	    for notebook in $(NOTEBOOKS); do \
-	        $(BIN)/python -m jupyter nbconvert --to notebook --execute --inplace \
-            --ExecutePreprocessor.record_timing=False $$notebook || exit 1; \
+	        SAGE_RUNS="$$runs/here" $$execute --inplace $$notebook || exit 1; \
+	        ATEN_CPU_CAPABILITY=default SAGE_RUNS="$$runs/torch" $$execute --output-dir "$$runs/pages" $$notebook || exit 1; \
+	        NPY_DISABLE_CPU_FEATURES="$$vectors" SAGE_RUNS="$$runs/numpy" $$execute --output-dir "$$runs/pages" $$notebook || exit 1; \
 	    done && \
-	    $(BIN)/python notebooks/expected.py record "$$runs" $(NOTEBOOKS)
+	    $(BIN)/python notebooks/expected.py record "$$runs/here" "$$runs/torch" "$$runs/numpy" $(NOTEBOOKS)
 
 clean:  ## remove .venv and caches (never data)
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -43,15 +43,15 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(f"--data: there is no folder {options.data}")
         values["data_folder"] = str(options.data.resolve())
     notebooks = sorted(HERE.glob("[0-9][0-9]_*.ipynb"))
+    declared = {n: set(papermill.inspect_notebook(str(n))) for n in notebooks}
+    unknown = set(values) - set().union(*declared.values())
+    if unknown:
+        parser.error(f"{options.parameters}: no notebook has a parameter named {', '.join(sorted(unknown))}")
     if options.only is not None:
         missing = set(options.only) - {n.name.split("_")[0] for n in notebooks}
         if missing or not options.only:
             parser.error(f"--only: no notebook starts with {', '.join(sorted(missing)) or 'nothing'}")
         notebooks = [n for n in notebooks if n.name.split("_")[0] in options.only]
-    declared = {n: set(papermill.inspect_notebook(str(n))) for n in notebooks}
-    unknown = set(values) - set().union(*declared.values())
-    if unknown and options.only is None:
-        parser.error(f"{options.parameters}: no notebook has a parameter named {', '.join(sorted(unknown))}")
 
     os.environ.setdefault("MPLBACKEND", "Agg")
     options.out.mkdir(parents=True, exist_ok=True)
@@ -91,7 +91,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"recall table        {table.with_suffix('.md')}\n")
         measured = pandas.read_csv(table).dropna(subset=["queries"])
         told = ["dataset", "method", "context", "R@1", "R@1 95 %", "R@5", "R@10", "queries"]
-        print(measured[told].astype({"queries": int}).to_string(index=False, float_format="{:.1f}".format))
+        print(
+            measured[told]
+            .astype({"queries": int})
+            .to_string(index=False, na_rep="", float_format="{:.1f}".format)
+        )
     return 0
 
 

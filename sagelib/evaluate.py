@@ -44,6 +44,7 @@ from sagelib.retrieval import (
     bootstrap_mean,
     paired_bootstrap,
     positive_lists,
+    read_rankings,
     recall,
     search,
     wilson_interval,
@@ -906,6 +907,8 @@ def open_model(spec: str, roots: Iterable = ()) -> Callable:
     ------
     ValueError
         If it is none of these.
+    OSError
+        If the weights of a backbone cannot be had.
     """
     if spec == "pixels":
         return baseline_pixels
@@ -914,14 +917,7 @@ def open_model(spec: str, roots: Iterable = ()) -> Callable:
         backbone, _, weights = rest.partition(":")
         source = {"pretrained": False} if weights == "random" else {"weights": weights or None}
         pool = "gem" if pooling.startswith("gem") else pooling
-        try:
-            return build_model(
-                backbone, aggregator=pool, aggregator_options=POOLINGS[pooling], **source
-            ).eval()
-        except (ValueError, OSError) as error:
-            if weights or "hub" not in str(error):
-                raise
-            raise ValueError(f"{error}; or name a file of weights here: {pooling}:{backbone}:FILE") from None
+        return build_model(backbone, aggregator=pool, aggregator_options=POOLINGS[pooling], **source).eval()
     roots = list(roots)
     folder = _model_folder(spec, roots)
     if folder is not None and (folder / "manifest.json").is_file():
@@ -1233,6 +1229,7 @@ def results_table(
     results: Iterable[Result],
     *,
     published: bool = True,
+    chance: bool = False,
     ks: Sequence[int] = (1, 5, 10),
     missing: Mapping[str, str] | None = None,
 ) -> pd.DataFrame:
@@ -1243,6 +1240,8 @@ def results_table(
     results : iterable of Result
     published : bool
         Add what was published on the data sets among `results` and `missing`.
+    chance : bool
+        Begin each set with what a random ranking reaches on average (`chance_recall`).
     ks : sequence of int
     missing : mapping of str to str, optional
         Set to the sentence that says why it was not run (as `Evaluations` has it): a row "not run" each.
@@ -1254,7 +1253,8 @@ def results_table(
         interval as text) and ``hits@k``; queries, references, without positive, preprocess, source. What a published row does
         not tell is missing.
     """
-    rows = []
+    results = list(results)
+    rows = [_chance_row(one, ks) for one in {r.dataset: r for r in results}.values()] if chance else []
     for result in results:
         counted = result.recall
         rows.append(
@@ -1292,6 +1292,20 @@ def results_table(
         table[f"R@{k}"] = table[f"R@{k}"].astype(float)
     order = {name: i for i, name in enumerate(dict.fromkeys(table["dataset"]))}
     return table.sort_values("dataset", key=lambda names: names.map(order), kind="stable", ignore_index=True)
+
+
+def _chance_row(result, ks):
+    ranking = read_rankings(result.path / "rankings.csv").groupby("query")["n_positives"].first()
+    positives = [range(n) for n in ranking]
+    return {
+        "dataset": result.dataset,
+        "method": "chance",
+        **{f"R@{k}": chance_recall(result.n_database, positives, k) for k in ks},
+        "queries": result.n_queries,
+        "references": result.n_database,
+        "without positive": result.n_without_positive,
+        "source": "what a random ranking reaches on average",
+    }
 
 
 def to_markdown(table: pd.DataFrame) -> str:

@@ -1,6 +1,7 @@
 """One source of versions, a light import, and rooms that import only from above their line."""
 
 import ast
+import functools
 import json
 import re
 import subprocess
@@ -9,10 +10,13 @@ import tomllib
 from importlib.metadata import version
 from pathlib import Path
 
+import make_sets
 import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
+
+from sagelib import model
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -216,3 +220,41 @@ def test_the_commands_of_the_readme_exist():
         source = next("".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", []))
         for name in re.findall(r"-[pr] (\w+)", options):
             assert re.search(rf"^{name}: ", source, re.M), f"{notebook} has no parameter {name}"
+
+
+def test_the_code_of_the_readme_runs(tmp_path, monkeypatch, capsys):
+    """As it stands, in a folder that holds what it names; only the backbone is a small one of random weights."""
+    for i in range(4):
+        make_sets.write_picture(tmp_path / "holiday" / f"{i}.jpg", i)
+    header, rows = ["file", "lat", "lon"], [[f"{i}.jpg", 48.137 + i / 1000, 11.575] for i in range(4)]
+    make_sets.write_csv(tmp_path / "holiday" / "positions.csv", header, rows)
+    make_sets.write_picture(tmp_path / "unknown.jpg", 2)
+    small = functools.partial(model.build_model, "vit_small_patch14_dinov2", pretrained=False)
+    monkeypatch.setattr(model, "build_model", lambda name, **options: small(**options))
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    assert blocks
+    for block in blocks:
+        exec(block, {})
+    assert re.search(r"^0 +1 .*2\.jpg", capsys.readouterr().out, re.M), "the photograph itself comes first"
+
+
+def test_the_commands_of_the_readme_have_the_options_that_it_names():
+    readme = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    named = re.findall(r"python (-m [\w.]+(?: audit)?|notebooks/\w+\.py)([^\n`]*)", readme)
+    named += [("-m accelerate.commands.launch", o) for o in re.findall(r"accelerate launch (.*?) -m", readme)]
+    options = {command: set() for command, _ in named}
+    for command, given in named:
+        options[command] |= set(re.findall(r" (--[\w-]+)", given.split("  #")[0]))
+    assert {"-m sagelib.train", "-m sagelib.ablate audit", "notebooks/reproduce.py"} <= set(options)
+    started = {
+        command: subprocess.Popen(
+            [sys.executable, *command.split(), "--help"], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
+        for command in options
+    }
+    for command, process in started.items():
+        said = process.communicate()[0]
+        assert process.returncode == 0, command
+        missing = [option for option in options[command] if option not in said]
+        assert not missing, f"{command} has no option {missing}"

@@ -2,6 +2,7 @@
 
 import importlib.util
 import shutil
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -419,6 +420,18 @@ def test_published_points_for_figures():
         published_by_size("sped", method="nobody")
 
 
+def test_without_a_hub_the_sentence_says_what_to_type(monkeypatch):
+    def no_network(*_, **__):
+        raise socket.gaierror("no network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    monkeypatch.setattr("sagelib.backbone.try_to_load_from_cache", lambda *_: None)
+    for name in ("HTTPS_PROXY", "https_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(OSError, match="could not be had.*gem:resnet18:FILE.*gem:resnet18:random"):
+        open_model("gem2x2:resnet18")
+
+
 def test_tables_put_published_numbers_beside_results(data, tmp_path):
     test_set = open_set(data, "aligned")
     sped = TestSet(name="sped", database=test_set.database, queries=test_set.queries, spec=BENCHMARKS["sped"])
@@ -434,7 +447,11 @@ def test_tables_put_published_numbers_beside_results(data, tmp_path):
     theirs = table.iloc[2:]
     assert theirs["hits@1"].isna().all() and theirs["context"].notna().all()
     assert len(results_table(results, published=False)) == 2
-    assert len(results_table([])) == 0
+    chance = results_table(results[:1], published=False, chance=True).iloc[0]
+    level = [chance_recall(len(test_set.database), test_set.positives(), k) for k in (1, 5, 10)]
+    assert chance["method"] == "chance" and np.allclose([chance[f"R@{k}"] for k in (1, 5, 10)], level)
+    assert chance[["R@1 95 %", "hits@1", "context"]].isna().all()
+    assert len(results_table([], chance=True)) == 0
     absent = results_table(results[:1], missing={"tokyo247": "it is not here"})
     row = absent.iloc[1]
     assert (row["dataset"], row["method"], row["source"]) == ("tokyo247", "not run", "it is not here")

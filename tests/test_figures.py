@@ -647,6 +647,7 @@ def test_a_page_holds_a_thumbnail_for_every_point():
     sizes = [Image.open(io.BytesIO(base64.b64decode(e))).size for e in encoded]
     assert sizes == [(16, 16)] * 6
     assert "{plot_id}" not in page and "plotly_hover" in page
+    assert not re.search(r"<(script|link)[^>]*\b(src|href)=", page), "the page is read without a network"
 
 
 def test_the_map_of_places_holds_query_and_found():

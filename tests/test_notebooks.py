@@ -128,7 +128,7 @@ def test_the_papers_data_train_on_the_page_and_by_the_command(tmp_path, monkeypa
     data = make_sets.papers_training_data(tmp_path / "data")
     values = dict(places_per_batch=2, images_per_place=2, similar_places=2, min_clique=2, epochs=1)
     values |= dict(
-        image_size=28, validation_size=28, data_init=0, batches_per_epoch=2, log_every=1, device="cpu"
+        image_size=32, validation_size=32, data_init=0, batches_per_epoch=2, log_every=1, device="cpu"
     )
     sets = dict(
         data_folder=str(data), dataset="msls", labelled_dataset="gsv-cities", runs_folder=str(tmp_path)
@@ -259,14 +259,14 @@ WRONG = (
     ("01", "radius_m", -1.0, "radius_m must be at least 0, got -1.0"),
     ("01", "radius_m", "wide", "radius_m must be a number, got 'wide'"),
     ("02", "backbone", "nosuch", "timm has no model named 'nosuch'"),
-    ("02", "image_size", 127, "cannot be cut into patches of 14"),
+    ("02", "image_size", 127, "cannot be cut into patches of 16"),
     ("02", "places_per_batch", 1, "places_per_batch must be at least 2, got 1"),
     ("02", "top_k", 2.5, "top_k must be a whole number, got 2.5"),
     ("03", "adapter", "nosuch", "adapter must be one of dpn, none, lora"),
     ("03", "aggregator", "nosuch", "there is no aggregator 'nosuch'"),
     ("03", "compare_with", "nosuch", "nosuch holds no run"),
     ("03", "epochs", 0, "epochs must be an integer >= 1, got 0"),
-    ("03", "image_size", 127, "cannot be cut into patches of 14"),
+    ("03", "image_size", 127, "cannot be cut into patches of 16"),
     ("03", "interact", "yes", "interact must be true or false, got 'yes'"),
     ("03", "max_heading_deg", -1.0, "max_heading_deg must be None or in [0, 180], got -1.0"),
     ("03", "places_per_batch", 500, "lower places_per_batch by"),
@@ -322,6 +322,16 @@ def test_papermill_stops_with_the_sentence_and_the_place(tmp_path, monkeypatch, 
     assert len(errors[0]["traceback"]) == 1, (
         "the page shows a sentence, and not where in the package it was said"
     )
+
+
+def test_reproduce_stops_at_a_name_that_no_page_has(tmp_path, capsys):
+    """Each page is given its own of a file for several pages, and a slip of the pen must not run on defaults."""
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text("dataset: town-small\nradius: 10.0\n")
+    with pytest.raises(SystemExit):
+        module("reproduce").main(["--parameters", str(wrong), "--out", str(tmp_path / "out"), "--only", "01"])
+    assert "no notebook has a parameter named radius" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_released_checkpoint_on_pitts30k_stands_above_what_was_published(tmp_path, monkeypatch):
@@ -417,3 +427,20 @@ class TestExpected:
         (tmp_path / "expected.json").write_text(json.dumps(known))
         assert EXPECTED.main(["compare", str(tmp_path), "notebooks/03_training.ipynb"]) == 1
         assert "03: steps is 36; 40 was recorded, and 0 may be off" in capsys.readouterr().err
+
+    def test_tolerances_come_from_the_spread_of_several_passes(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr(EXPECTED, "RECORDED", tmp_path / "expected.json")
+        passes = [tmp_path / name for name in "ab"]
+        for folder, loss, steps in zip(passes, (1.0, 1.1), (36, 36), strict=True):
+            self.runs(folder, **{"loss last epoch": loss, "steps": steps})
+        command = [*map(str, passes), "notebooks/03_training.ipynb"]
+        assert EXPECTED.main(["record", *command]) == 0
+        known = json.loads((tmp_path / "expected.json").read_text())["03"]
+        assert known["numbers"]["loss last epoch"] == 1.0 and known["tolerances"]["steps"] == 0
+        assert np.isclose(known["tolerances"]["loss last epoch"], 0.3)
+        self.runs(tmp_path / "c", **{"loss last epoch": 1.29})
+        assert EXPECTED.main(["compare", str(tmp_path / "c"), command[-1]]) == 0
+        self.runs(tmp_path / "d", **{"loss last epoch": 1.31})
+        assert EXPECTED.main(["compare", str(tmp_path / "d"), command[-1]]) == 1
+        assert "and 0.3 may be off" in capsys.readouterr().err
+        assert EXPECTED.main(["compare", *command]) == 2

@@ -193,7 +193,7 @@ def test_bootstrap_of_groups_is_wider_where_queries_depend_on_each_other():
 
 
 def test_bootstrap_refuses_different_queries():
-    with pytest.raises(ValueError, match="a has 2 queries and b 3"):
+    with pytest.raises(ValueError, match="n_queries is 2 for a and 3 for b"):
         paired_bootstrap(from_hits([1, 0]), from_hits([1, 0, 0]))
     with pytest.raises(ValueError, match="n_without_positive is 0 for a and 1 for b"):
         paired_bootstrap(from_hits([1, 0]), Recall.from_ranks([1, 0], 1))

@@ -354,6 +354,7 @@ def test_figures_are_saved_with_their_numbers(tmp_path):
 def test_plotly_figures_are_pages(tmp_path):
     class Page:  # plotly's two methods; a machine without its browser fails at the second
         def write_html(self, path, include_plotlyjs):
+            assert include_plotlyjs is True  # the page is read without a network
             Path(path).write_text("<html>")
 
         def write_image(self, path, scale):
