@@ -328,12 +328,6 @@ def _finished(directory, identity, overwrite):
         raise ValueError(
             f"{directory} holds descriptors of other settings ({'; '.join(changed)}): choose another folder, or "
             "give overwrite=True"
-            + (
-                "; a model or preprocess is recognised again if it has an attribute fingerprint, a text that changes whenever its "
-                "results would"
-                if any("without a fingerprint" in str(identity.get(key)) for key in ("model", "preprocess"))
-                else ""
-            )
         )
     (directory / _MANIFEST).unlink()
     return None
@@ -818,7 +812,11 @@ def model_fingerprint(model, *, head: bool = True) -> str:
 
 
 def _never_again(thing) -> str:
-    return f"{getattr(thing, '__qualname__', None) or type(thing).__qualname__} without a fingerprint, {secrets.token_hex(4)}"
+    name = getattr(thing, "__qualname__", None) or type(thing).__qualname__
+    return (
+        f"{name} without a fingerprint, {secrets.token_hex(4)} (it is recognised again only by an attribute "
+        "fingerprint, a text that changes whenever its results would)"
+    )
 
 
 def _of_package(kind, *packages):

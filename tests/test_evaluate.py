@@ -75,6 +75,7 @@ class Noisy(torch.nn.Module):
 
     preprocess = Preprocess(14)
     name = "random"
+    fingerprint = "random 1"
     has_head = True
 
     def __init__(self):
