@@ -45,7 +45,7 @@ from sagelib import runs
 from sagelib.backbone import read_checkpoint as read_weights
 from sagelib.describe import pick_device
 from sagelib.graph import GeoVisualGraph
-from sagelib.images import Preprocess, TrainTransform, Views, loader
+from sagelib.images import MODES, Preprocess, TrainTransform, Views, loader
 from sagelib.model import SAGE
 from sagelib.places import (
     Places,
@@ -333,6 +333,7 @@ class TrainConfig:
             if value is not None and not low <= value <= high:
                 raise ValueError(f"{name} must lie in [{low}, {high}], got {value!r}")
         for name, choices in (
+            ("preprocess", MODES),
             ("lr_schedule", ("linear", "cosine", "constant")),
             ("precision", tuple(PRECISIONS)),
             ("train_context", CONTEXTS),

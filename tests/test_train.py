@@ -157,6 +157,7 @@ def test_the_defaults_of_the_graph_are_the_samplers():
         ({"train_context": "sorted"}, "train_context must be one of batch, half, solo, anchors"),
         ({"crop": 1.5}, r"crop must lie in \[0, 1\], got 1.5"),
         ({"precision": "int8"}, "precision must be one of"),
+        ({"preprocess": "foo"}, "preprocess must be one of paper, antialias, autocontrast, got 'foo'"),
         ({"graph_context": "anchors"}, "'anchors' needs train_context 'anchors', got 'batch'"),
         ({"epochs": "three"}, "epochs must be a whole number, got 'three'"),
         ({"epochs": True}, "epochs must be a whole number, got True"),
