@@ -288,7 +288,8 @@ def test_a_run_tells_what_happened(learned, validation):
 
 def test_the_best_weights_come_back(learned, mined):
     result = learned[2]
-    images = torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    size = result.run.config["image_size"]
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     again = load_trained(result.run)
     with torch.no_grad():
         torch.testing.assert_close(again(images), result.model(images), rtol=0, atol=0)
@@ -405,6 +406,7 @@ def test_accumulated_batches_are_the_mean_of_their_gradients(tmp_path, mined):
 # Says when a graph is built, and makes the second process come late to the checkpoints.
 WATCHED = """
 import os, sys, time
+import conftest  # it names the small transformer of the tests
 from sagelib import sampler, train
 build, read = sampler.CliqueSampler._check_room, train.read_checkpoint
 sampler.CliqueSampler._check_room = lambda self: (print("a graph is built"), build(self))[1]
@@ -424,6 +426,7 @@ def start_two(arguments: list[str]) -> list[subprocess.Popen]:
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": "2",
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
             "MASTER_ADDR": "127.0.0.1",
         }
         started.append(
