@@ -11,9 +11,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
-from scipy.spatial import cKDTree
 from scipy.stats import hypergeom
 from tqdm.auto import tqdm
 
@@ -205,34 +202,23 @@ def compare(a: Result, b: Result, k: int = 1, seed: int = 0, **options) -> Diffe
 
 
 def query_places(queries, radius_m: float = 25.0) -> np.ndarray:
-    """The place of each query, for resampling by places: its label, or else what chains of steps within `radius_m` connect.
+    """The place of each query, for resampling by places: its label, or else its cluster by geography.
 
     Parameters
     ----------
     queries : Places
     radius_m : float
-        Metres.
+        Of `Places.with_clusters`, in metres. A query without a position is a place of its own.
 
     Returns
     -------
     array (n,), int64
     """
-    place, city = np.asarray(queries.place), np.asarray(queries.city).astype(str)
-    if (place >= 0).all():
-        return np.unique(np.char.add(np.char.add(city, " "), place.astype(str)), return_inverse=True)[
-            1
-        ].reshape(-1)
-    zone = np.unique(places_module.same_grid(queries.utm_zone).astype(str), return_inverse=True)[1]
-    links = []
-    for number in range(zone.max() + 1):
-        rows = np.flatnonzero((zone == number) & np.isfinite(queries.east_m) & np.isfinite(queries.north_m))
-        tree = cKDTree(np.column_stack([queries.east_m[rows], queries.north_m[rows]]))
-        links.append(rows[tree.query_pairs(radius_m, output_type="ndarray")])
-    first, second = np.concatenate(links).T
-    n = len(queries)
-    return connected_components(
-        coo_array((np.ones(len(first)), (first, second)), shape=(n, n)), directed=False
-    )[1]
+    places = queries if (queries.place >= 0).all() else queries.with_clusters(radius_m)
+    labels = places.labels() if places is queries else places.place.copy()
+    alone = labels < 0
+    labels[alone] = labels.max(initial=0) + 1 + np.arange(alone.sum())
+    return labels
 
 
 # ------------------------------------------------------------------------------------------------- evaluation
@@ -917,7 +903,10 @@ def open_model(spec: str, roots: Iterable = ()) -> Callable:
         backbone, _, weights = rest.partition(":")
         source = {"pretrained": False} if weights == "random" else {"weights": weights or None}
         pool = "gem" if pooling.startswith("gem") else pooling
-        return build_model(backbone, aggregator=pool, aggregator_options=POOLINGS[pooling], **source).eval()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # random weights are the same each time
+            model = build_model(backbone, aggregator=pool, aggregator_options=POOLINGS[pooling], **source)
+        return model.eval()
     roots = list(roots)
     folder = _model_folder(spec, roots)
     if folder is not None and (folder / "manifest.json").is_file():
