@@ -52,8 +52,7 @@ CONDITIONS = ("day", "dusk", "night", "rain", "fog", "snow")
 """Light and weather that :meth:`Town.render` knows."""
 
 SEED_RANGES = {
-    "pretrain": range(0, 1000),
-    "train": range(1000, 1100),
+    "train": range(0, 1100),
     "val": range(1100, 1110),
     "test": range(1110, 1130),
 }
@@ -1976,7 +1975,7 @@ def write_town(
     ----------
     folder : path
     train_seeds, val_seeds, test_seeds : iterable of int
-        Towns of each split, from :data:`SEED_RANGES` (train also takes the range ``pretrain``); may be empty.
+        Towns of each split, from :data:`SEED_RANGES`; may be empty.
     images_per_town : int, optional
         References (or training pictures), and as many queries, of each town: the first so many along the streets;
         None takes every pose, about 500 a training town and 200 + 200 a test town.
@@ -2008,10 +2007,9 @@ def write_town(
     for split, given in seeds.items():
         seeds[split] = [int(s) for s in given]
         for s in seeds[split]:
-            ranges = [SEED_RANGES[split]] + ([SEED_RANGES["pretrain"]] if split == "train" else [])
-            if not any(s in r for r in ranges):
-                allowed = " or ".join(f"{r.start} to {r.stop - 1}" for r in ranges)
-                raise ValueError(f"{split}_seeds must lie in {allowed}, got {s}")
+            allowed = SEED_RANGES[split]
+            if s not in allowed:
+                raise ValueError(f"{split}_seeds must lie in {allowed.start} to {allowed.stop - 1}, got {s}")
         if len(set(seeds[split])) < len(seeds[split]):
             raise ValueError(f"{split}_seeds names a town twice: {seeds[split]}")
     for name, value, low, high in (
@@ -2085,9 +2083,6 @@ def _render_in_processes(folder: Path, settings: dict, workers: int, bar) -> Non
     """Plain processes rather than a pool: these work from scripts, notebooks and standard input alike."""
     command = [sys.executable, "-c", "from sagelib.town import _worker; _worker()"]
     where = {
-        # glibc: memory of one picture is kept for the next, a fifth of the processor time less
-        "MALLOC_MMAP_THRESHOLD_": str(1 << 25),
-        "MALLOC_TRIM_THRESHOLD_": str(1 << 28),
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
     }
