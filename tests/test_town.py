@@ -416,7 +416,7 @@ def test_other_settings_are_refused_by_name(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"train_seeds": (1110,)}, "train_seeds must lie in 1000 to 1099 or 0 to 999, got 1110"),
+        ({"train_seeds": (1110,)}, "train_seeds must lie in 0 to 1099, got 1110"),
         ({"test_seeds": (3,)}, "test_seeds must lie in 1110 to 1129, got 3"),
         ({"train_seeds": (5, 5)}, "twice"),
         ({"images_per_town": 0}, "images_per_town must be at least 1"),
