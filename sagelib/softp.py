@@ -29,9 +29,9 @@ class SoftWeighting(nn.Module):
         Width of the predictor's hidden layer.
     standardise : bool
         Not in the paper: feed the predictor ``(s_i - mean) / std``, with the mean and standard deviation of the
-        lengths in training images, which :meth:`SoftProbing.initialise_from` stores. A raw length is a large
-        number that varies little (26 on average for 680 standardised channels), so large that it saturates the
-        sigmoid, and then all patches weigh the same.
+        lengths in training images, which :meth:`SoftProbing.initialise_from` stores (0 and 1
+        before). A raw length is a large number that varies little (26 on average for 680 standardised channels),
+        so large that it saturates the sigmoid, and then all patches weigh the same.
     """
 
     def __init__(self, alpha: float = 0.5, *, hidden: int = 128, standardise: bool = False):
@@ -151,7 +151,7 @@ class SoftProbing(nn.Module):
         return patches.new_zeros(patches.shape[:2]) if self.weighting is None else self.weighting(patches)
 
     def probe_maps(self, patches: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """Where each probe looks: (B, K, N), or (B, K, rows, columns) with ``grid``; 1 in sum in each cell."""
+        """Where each probe looks: (B, K, N), or (B, K, rows, columns) with ``grid``; sums to 1 in each cell."""
         maps = patches.new_zeros(*patches.shape[:2], self.probes)
         for rows, _, _, part in self._bilinear(patches, grid):
             maps[:, rows] = part.to(maps.dtype)
@@ -242,7 +242,7 @@ class SoftProbing(nn.Module):
     def _bilinear(
         self, patches: Tensor, grid: tuple[int, int] | None
     ) -> list[tuple[Tensor | slice, Tensor, Tensor, Tensor]]:
-        """Of each cell its n patches' numbers, G (B, D, K), features (B, n, D) and probe maps (B, n, K).
+        """For each cell: the indices of its n patches, G (B, D, K), features (B, n, D), probe maps (B, n, K).
 
         Not below float32.
         """
@@ -257,7 +257,7 @@ class SoftProbing(nn.Module):
             return parts
 
     def _cells(self, grid: tuple[int, int] | None, device: torch.device) -> list[Tensor | slice]:
-        """The numbers of the patches in each cell, row by row."""
+        """The indices of the patches in each cell, row by row."""
         if self.cells == 1:
             return [slice(None)]
         if grid is None or min(grid) < self.cells:

@@ -194,7 +194,7 @@ class TrainConfig:
         Images at a time where nothing is learned.
     cache_limit_gb : float, optional
         Keep the frozen prefix's tokens on disk, up to so many gigabytes for each set of images: those of validation and the graph, and of training too if
-        nothing is augmented. None is off.
+        nothing is augmented or `views` is set. None is off.
     workers : int
         Processes that load images.
     log_every : int
