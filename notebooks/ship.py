@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from sagelib import evaluate, runs
 from sagelib.images import Preprocess
 from sagelib.places import open_set, open_training_set
-from sagelib.town import ensure_town
 from sagelib.train import TrainConfig, open_run, train
+from townscape.folder import ensure_town
 
 HERE = Path(__file__).resolve().parent
 DATA, RUNS, RESULTS = HERE.parent / "data", runs.runs_root(), HERE.parent / "data" / "results"

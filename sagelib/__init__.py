@@ -2,9 +2,8 @@
 
 One noun a file, read top-down:
 
-    runs  places  town  images  backbone  softp  interact  aggregators
+    runs  places  images  backbone  softp  interact  aggregators
     model  weights  graph  sampler  describe  retrieval  train  evaluate
-    ablate  analysis  figures  widgets
 
 Nothing is imported here and nothing happens at import: ``from sagelib.model import SAGE``.
 """

@@ -1095,7 +1095,7 @@ _read_published = published  # `results_table` has an argument of that name
 
 
 def published_recalls(datasets: Sequence[str], *, k: int = 1, method: str = "SAGE") -> dict[str, np.ndarray]:
-    """What was published of a method on these sets, for `sagelib.figures.recall_bars`.
+    """What was published of a method on these sets, for `workbench.figures.recall_bars`.
 
     Returns
     -------

@@ -58,7 +58,6 @@ from sagelib.retrieval import recall, search
 from sagelib.runs import Run
 from sagelib.sampler import CliqueSampler, PlaceSampler
 from sagelib.tokens import TokenStore, open_tokens
-from sagelib.town import ensure_town
 
 __all__ = [
     "Result",
@@ -1766,7 +1765,7 @@ def main(arguments: list[str] | None = None) -> int:
         type=Path,
         metavar="SET",
         help="mined by position, its val part validates: a folder with images/train, MSLS, GSV-Cities, or photographs "
-        "with a positions.csv; a town... that is not there is rendered",
+        "with a positions.csv",
     )
     data.add_argument(
         "--msls", type=Path, metavar="FOLDER", help="MSLS, mined; its validation cities are left out"
@@ -1805,8 +1804,6 @@ def main(arguments: list[str] | None = None) -> int:
         if passed_over and first:
             print(f"{options.parameters}: passed over {', '.join(passed_over)} (no fields of a training)")
         config = TrainConfig.from_mapping(values)
-        if os.environ.get("WORLD_SIZE", "1") == "1" and _is_unfinished_town(options.data):
-            ensure_town(options.data.parent, options.data.name, progress=True)
         mined, labelled = (
             [open_training_set(f.parent, f.name, on_error=options.on_error) for f in folders if f]
             for folders in ([options.data, options.msls], [options.gsv])
@@ -1836,15 +1833,6 @@ def main(arguments: list[str] | None = None) -> int:
     if first:
         print(runs.describe_run(result.run))
     return 0
-
-
-def _is_unfinished_town(folder: Path | None) -> bool:
-    """A folder named ``town...`` that is not there, or whose rendering was interrupted."""
-    if folder is None or not folder.name.startswith("town"):
-        return False
-    return not folder.exists() or (
-        (folder / "settings.json").exists() and not (folder / "manifest.json").exists()
-    )
 
 
 def _fields_of(path: Path | None, pairs: list[str]) -> tuple[dict[str, Any], list[str]]:

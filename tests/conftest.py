@@ -34,7 +34,7 @@ def sage_data() -> Path:
 @pytest.fixture(scope="session")
 def small_town(tmp_path_factory) -> Path:
     """A town of a few streets in the folder layout of the field, rendered once a session at 56 x 56 pixels."""
-    from sagelib.town import write_town
+    from townscape.folder import write_town
 
     return write_town(
         tmp_path_factory.mktemp("town") / "small",

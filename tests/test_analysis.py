@@ -9,12 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sagelib import analysis
 from sagelib.aggregators import CLS, SALAD, BoQ, GeM, Mean, MixVPR, NetVLAD
 from sagelib.evaluate import published
 from sagelib.graph import explain_greedy
 from sagelib.places import Places
 from sagelib.retrieval import read_rankings, write_rankings
+from workbench import analysis
 
 
 def clusters(seed=0, places=6, images=5, dim=20, spread=0.1):
@@ -347,7 +347,7 @@ def test_labels_of_written_pictures_fit_their_pixels(small_town):
     from PIL import Image
 
     from sagelib.places import open_set
-    from sagelib.town import LABELS
+    from townscape.folder import LABELS
 
     test = open_set(small_town.parent, small_town.name)
     paths = [*test.database.path[:4], test.queries.path[5]]

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from sagelib import figures
-from sagelib.figures import PALETTE, RIGHT, WRONG
+from workbench import figures
+from workbench.figures import PALETTE, RIGHT, WRONG
 
 RNG = np.random.default_rng(0)
 EAST = 551_000 + RNG.uniform(0, 300, 80)

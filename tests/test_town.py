@@ -13,7 +13,7 @@ from PIL import Image
 from scipy.spatial import cKDTree
 
 from sagelib import places
-from sagelib.town import (
+from townscape.folder import (
     CONDITIONS,
     LABELS,
     SEED_RANGES,
@@ -77,7 +77,7 @@ def test_another_processor_differs_by_one_grey_level_at_most(tmp_path):
     if not units:
         pytest.skip("numpy uses no vector unit here that could be switched off")
     code = (
-        "import sys, numpy as np; from sagelib.town import Town, plan_shots; t = Town(1110);"
+        "import sys, numpy as np; from townscape.folder import Town, plan_shots; t = Town(1110);"
         "np.save(sys.argv[1], [t.render(s.pose, s.condition, 48, year=s.year, visit=s.visit)"
         " for s in plan_shots(t, 'test/queries')[::17]])"
     )
@@ -382,7 +382,7 @@ def test_a_killed_run_is_unfinished_and_resumes_to_equal_bytes(tmp_path):
     whole = _files(_write(tmp_path / "whole", images_per_town=40))
     folder = tmp_path / "killed"
     code = (
-        "from sagelib.town import write_town; write_town("
+        "from townscape.folder import write_town; write_town("
         f"{str(folder)!r}, train_seeds=(1000,), val_seeds=(), test_seeds=(1110,), images_per_town=40, size=32, progress=False)"
     )
     process = subprocess.Popen([sys.executable, "-c", code])

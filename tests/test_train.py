@@ -26,7 +26,6 @@ from sagelib.model import SAGE
 from sagelib.places import Places, open_set, open_training_set, read_gsv_cities, read_msls
 from sagelib.sampler import CliqueSampler
 from sagelib.tokens import open_tokens
-from sagelib.town import write_town
 from sagelib.train import (
     TrainConfig,
     build_loss,
@@ -38,6 +37,7 @@ from sagelib.train import (
     rate_factor,
     train,
 )
+from townscape.folder import write_town
 
 TINY = {
     "backbone": "vit_test_patch14",

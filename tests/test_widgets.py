@@ -10,10 +10,10 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from sagelib import analysis, figures, widgets
 from sagelib.graph import GeoVisualGraph
 from sagelib.places import Places, TestSet
 from sagelib.retrieval import read_rankings, write_rankings
+from workbench import analysis, figures, widgets
 
 PNG = b"\x89PNG"
 CHROMIUM = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)

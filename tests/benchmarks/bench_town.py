@@ -2,7 +2,7 @@
 
 import pytest
 
-from sagelib.town import CONDITIONS, Town, plan_shots
+from townscape.folder import CONDITIONS, Town, plan_shots
 
 
 @pytest.fixture(scope="module")

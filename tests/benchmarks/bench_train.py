@@ -16,8 +16,8 @@ from timm.models import register_model
 from timm.models.vision_transformer import VisionTransformer
 
 from sagelib.places import open_training_set
-from sagelib.town import write_town
 from sagelib.train import TrainConfig, open_run, train
+from townscape.folder import write_town
 
 WANTED = {12: 1.6, 24: 2.5}  # times faster, by the backbone's blocks
 WANTED_SHARE = 0.05

@@ -1,7 +1,7 @@
 """Numbers for figures: arrays in, arrays out.
 
 What t-SNE maps, intra-class distances, heatmaps, contributions of patches and lists of failures show, apart from the
-drawing of it (`sagelib.figures`).
+drawing of it (`workbench.figures`).
 """
 
 import math
@@ -487,7 +487,7 @@ def label_preference(
 
 
 def town_labels(folder, paths: Iterable) -> np.ndarray:
-    """Label of each pixel of pictures that `sagelib.town.write_town` wrote, from the renderer.
+    """Label of each pixel of pictures that `townscape.folder.write_town` wrote, from the renderer.
 
     The poses are planned again from the folder's settings, found by the names of the files, and rendered once more
     for their labels; light and weather change a picture and never its geometry.
@@ -502,12 +502,12 @@ def town_labels(folder, paths: Iterable) -> np.ndarray:
     Returns
     -------
     array (n, H, W) of uint8
-        Indices into `sagelib.town.LABELS`.
+        Indices into `townscape.folder.LABELS`.
     """
     from pathlib import Path
 
     from sagelib.runs import read_json
-    from sagelib.town import Town, TownConfig, images_of, plan_shots
+    from townscape.folder import Town, TownConfig, images_of, plan_shots
 
     settings = read_json(Path(folder) / "settings.json")
     config, planned, found = TownConfig(**settings["config"]), {}, []
@@ -675,7 +675,7 @@ def integrated_contributions(describe: Callable, patches, other, *, steps: int =
 
 
 def greedy_arrays(steps: Iterable, n: int) -> tuple[list[list[int]], np.ndarray]:
-    """Turn the steps of `sagelib.graph.explain_greedy` into what `sagelib.figures.greedy_steps` draws.
+    """Turn the steps of `sagelib.graph.explain_greedy` into what `workbench.figures.greedy_steps` draws.
 
     Parameters
     ----------
@@ -818,7 +818,7 @@ def graph_cost_table(
 
 
 def audit_arrays(table, *, k: int = 1) -> dict:
-    """Turn an audit's table into what `sagelib.figures.context_audit` draws for one set.
+    """Turn an audit's table into what `workbench.figures.context_audit` draws for one set.
 
     Parameters
     ----------

@@ -4,8 +4,8 @@ The order of the file is the order of the work: a grid is read (`read_grid`), ev
 measured (`run_grid`), what has finished is read back (`load_grid`) as a tidy table with differences against the full method
 (`Results`), and a small copy is kept (`export_results`).
 
-    python -m sagelib.ablate notebooks/params/ablations/components.yaml --data data/town --runs data/runs --workers 2
-    python -m sagelib.ablate audit --models random-head:gem2x2:tf_efficientnet_lite2 MY-RUN --sets data/town data/gardens-point
+    python -m workbench.grids notebooks/params/ablations/components.yaml --data data/town --runs data/runs --workers 2
+    python -m workbench.grids audit --models random-head:gem2x2:tf_efficientnet_lite2 MY-RUN --sets data/town data/gardens-point
 
 Configurations that share a frozen prefix share its stored tokens; those that are the same training, within a grid or across grids,
 share the run. A descriptor that is measured here depends on its image alone (and on fixed anchors), never on its neighbours in a batch.
@@ -68,8 +68,8 @@ from sagelib.retrieval import (
     search,
 )
 from sagelib.tokens import open_tokens
-from sagelib.town import write_town
 from sagelib.train import PRECISIONS, TrainConfig, open_run, train
+from townscape.folder import write_town
 
 __all__ = [
     "Grid",
@@ -121,7 +121,7 @@ class Grid:
     published : dict of str to str
         Configuration to the name of its row in the published ablation.
     town : dict
-        Arguments of `sagelib.town.write_town`, with which the command renders a data folder named ``town...`` that is not there yet.
+        Arguments of `townscape.folder.write_town`, with which the command renders a data folder named ``town...`` that is not there yet.
     """
 
     name: str
@@ -985,7 +985,7 @@ def load_exported(folder: str | Path) -> Results:
     folder = Path(folder)
     if not (folder / "runs.csv").is_file():
         raise FileNotFoundError(
-            f"{folder} holds no exported grid: there is no runs.csv in it (python -m sagelib.ablate writes one with --export)"
+            f"{folder} holds no exported grid: there is no runs.csv in it (python -m workbench.grids writes one with --export)"
         )
     grid = read_grid(folder / "grid.yaml")
     table = pd.read_csv(folder / "runs.csv", keep_default_na=False, na_values=[""])
@@ -1168,9 +1168,9 @@ def audit(
 
 
 def _audit_command(arguments: list[str]) -> int:
-    """The command ``python -m sagelib.ablate audit``."""
+    """The command ``python -m workbench.grids audit``."""
     parser = argparse.ArgumentParser(
-        prog="python -m sagelib.ablate audit",
+        prog="python -m workbench.grids audit",
         description="Recall of the same weights and pictures in every context: none, solo, sorted-n and shuffled-n.",
     )
     parser.add_argument(
@@ -1217,11 +1217,11 @@ def _audit_command(arguments: list[str]) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command ``python -m sagelib.ablate``; with ``audit`` as its first word, the audit of contexts."""
+    """The command ``python -m workbench.grids``; with ``audit`` as its first word, the audit of contexts."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["audit"]:
         return _audit_command(arguments[1:])
-    parser = argparse.ArgumentParser(prog="python -m sagelib.ablate", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m workbench.grids", description=__doc__.splitlines()[0])
     parser.add_argument("grid", type=Path, help="YAML file of a grid")
     parser.add_argument(
         "--data", type=Path, required=True, help="set with images/train; its test part is measured"

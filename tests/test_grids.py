@@ -14,8 +14,17 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from sagelib import ablate, runs
-from sagelib.ablate import (
+from sagelib import runs
+from sagelib.backbone import build_backbone
+from sagelib.evaluate import audit_contexts, published
+from sagelib.images import Preprocess
+from sagelib.model import SAGE
+from sagelib.places import open_set, open_training_set
+from sagelib.retrieval import PCA, Recall, paired_bootstrap
+from sagelib.train import TrainConfig, build_model_of
+from townscape.folder import write_town
+from workbench import grids
+from workbench.grids import (
     Grid,
     Results,
     export_audits,
@@ -26,14 +35,6 @@ from sagelib.ablate import (
     read_grid,
     run_grid,
 )
-from sagelib.backbone import build_backbone
-from sagelib.evaluate import audit_contexts, published
-from sagelib.images import Preprocess
-from sagelib.model import SAGE
-from sagelib.places import open_set, open_training_set
-from sagelib.retrieval import PCA, Recall, paired_bootstrap
-from sagelib.town import write_town
-from sagelib.train import TrainConfig, build_model_of
 
 GRIDS = sorted((Path(__file__).parent.parent / "notebooks" / "params" / "ablations").glob("*.yaml"))
 BASE = {
@@ -368,8 +369,8 @@ def test_other_data_under_the_same_name_are_refused_before_any_training(done, da
 
 def test_exchanged_weights_are_another_training(data, tmp_path):
     """The same name of a backbone, another file: runs of both must not be averaged."""
-    first = ablate._foundation("test_vit", False, None)
-    assert first == ablate._foundation("test_vit", False, None) == "random"
+    first = grids._foundation("test_vit", False, None)
+    assert first == grids._foundation("test_vit", False, None) == "random"
     names = []
     for seed in (0, 1):
         with torch.random.fork_rng():
@@ -379,7 +380,7 @@ def test_exchanged_weights_are_another_training(data, tmp_path):
         file.parent.mkdir()
         save_file(vit.state_dict(), file)
         grid = grid_of({"full method": {}}, base={**BASE, "weights": str(file)})
-        names.append(ablate._jobs(grid, ablate.Data(data["mined"], None, ()))[0].name)
+        names.append(grids._jobs(grid, grids.Data(data["mined"], None, ()))[0].name)
     assert names[0] != names[1]
 
 
@@ -414,7 +415,7 @@ def test_killed_at_any_moment_it_goes_on(town, tmp_path, capsys):
     grid = {**grid_of(rows, seeds=(0,)).to_dict(), "name": "killed", "seeds": [0]}
     grid["base"] = {**BASE, "epochs": 3}
     path.write_text(yaml.safe_dump(grid))
-    command = [sys.executable, "-m", "sagelib.ablate", str(path), "--data", str(town)]
+    command = [sys.executable, "-m", "workbench.grids", str(path), "--data", str(town)]
     command += ["--runs", str(tmp_path / "runs"), "--device", "cpu", "--workers", "2"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(command, **quiet)
@@ -428,10 +429,10 @@ def test_killed_at_any_moment_it_goes_on(town, tmp_path, capsys):
     while any(map(alive, workers)):
         time.sleep(0.02)
     arguments = [*command[3:-2], "--export", str(tmp_path / "small")]
-    assert ablate.main(arguments) == 0
+    assert grids.main(arguments) == 0
     assert "against full method" in capsys.readouterr().out
     assert (load_exported(tmp_path / "small" / "killed").table["steps"] == 6).all()
-    assert ablate.main([*arguments, "--only-read"]) == 0
+    assert grids.main([*arguments, "--only-read"]) == 0
     assert "uniform" in capsys.readouterr().out
 
 
@@ -446,7 +447,7 @@ def test_killed_at_any_moment_it_goes_on(town, tmp_path, capsys):
 def test_mistakes_at_the_command_are_one_sentence(changes, sentence, tmp_path, capsys):
     path = tmp_path / "g.yaml"
     path.write_text(yaml.safe_dump({**grid_of().to_dict(), **changes}))
-    assert ablate.main([str(path), "--data", "nowhere", "--runs", str(tmp_path)]) == 1
+    assert grids.main([str(path), "--data", "nowhere", "--runs", str(tmp_path)]) == 1
     said = capsys.readouterr().err.strip()
     assert sentence in said and len(said.splitlines()) == 1
 
@@ -541,7 +542,7 @@ def made_up(percents: dict, *, queries: int = 200, stuck: set = frozenset()) -> 
                     "run": "r",
                 }
             )
-    return Results(grid, ablate._tidy(rows), ranks, {"set": np.arange(queries)})
+    return Results(grid, grids._tidy(rows), ranks, {"set": np.arange(queries)})
 
 
 def test_verdicts():
@@ -607,9 +608,9 @@ def test_the_small_copy_gives_the_same_tables(done, tmp_path):
 
 def test_published_rows_stand_beside_and_say_whose_they_are():
     grid = read_grid(next(p for p in GRIDS if p.stem == "components"))
-    table = Results(grid, ablate._tidy([]), {}, {}).published()
+    table = Results(grid, grids._tidy([]), {}, {}).published()
     assert {"sped", "msls-val"} <= set(table.columns) and table["note"].str.contains("second-hand").all()
-    assert Results(grid_of(), ablate._tidy([]), {}, {}).published().empty
+    assert Results(grid_of(), grids._tidy([]), {}, {}).published().empty
 
 
 def test_audits_are_exported(data, tmp_path):
@@ -646,7 +647,7 @@ def test_the_audit_command_makes_the_small_tables_and_finds_what_is_finished(don
     models = [f"trained={training('head, anchors')}", f"random=random-head:{training('full method')}"]
     command = ["audit", "--models", *models, "--sets", str(town), "--runs", str(root), "--device", "cpu"]
     command += ["--shuffles", "2", "--export", str(tmp_path / "audit")]
-    assert ablate.main(command) == 0
+    assert grids.main(command) == 0
     assert "trained on pair" in capsys.readouterr().out
     contexts = pd.read_csv(tmp_path / "audit" / "contexts.csv", keep_default_na=False)
     sizes = [f"{kind}-{n}" for n in (2, 4, 8, 16, 32) for kind in ("sorted", "shuffled")]
@@ -660,7 +661,7 @@ def test_the_audit_command_makes_the_small_tables_and_finds_what_is_finished(don
     assert set(kept["trainings"]) == {"trained", "random"} and len(kept["audits"]) == 2
     assert all("64" in m["config"]["preprocess"] for m in kept["audits"].values()), "as in training"
     made = {p: p.stat().st_mtime_ns for p in (root / "audit").rglob("audit.csv")}
-    assert ablate.main(command) == 0
+    assert grids.main(command) == 0
     assert made == {p: p.stat().st_mtime_ns for p in (root / "audit").rglob("audit.csv")}
 
     for name, sentence in (
@@ -669,5 +670,5 @@ def test_the_audit_command_makes_the_small_tables_and_finds_what_is_finished(don
         ("nobody", "there is no model 'nobody'"),
     ):
         capsys.readouterr()
-        assert ablate.main(["audit", "--models", name, "--sets", str(town), "--runs", str(root)]) == 1
+        assert grids.main(["audit", "--models", name, "--sets", str(town), "--runs", str(root)]) == 1
         assert sentence in capsys.readouterr().err

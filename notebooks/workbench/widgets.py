@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from sagelib import analysis, figures
 from sagelib.graph import GeoVisualGraph, greedy_weighted_clique
 from sagelib.images import load_image
 from sagelib.places import Places, same_grid
 from sagelib.retrieval import read_rankings
 from sagelib.runs import write_text
+from workbench import analysis, figures
 
 __all__ = [
     "LiveCurve",
@@ -126,7 +126,7 @@ def retrieval_rows(
     chosen : sequence of int
         The queries, from above; at least one.
     title, tile
-        Of `sagelib.figures.retrieval_panel`.
+        Of `workbench.figures.retrieval_panel`.
     """
     chosen = np.asarray(chosen, dtype=int)
     if not len(chosen):
@@ -175,7 +175,7 @@ def retrieval_browser(
     Parameters
     ----------
     order : sequence of int, optional
-        Queries in the order of the slider, for instance `sagelib.analysis.sort_failures`; all by default.
+        Queries in the order of the slider, for instance `workbench.analysis.sort_failures`; all by default.
     truth : sequence of Q int or None, optional
         A true reference of each query.
     Others
@@ -250,7 +250,7 @@ def review_view(
     positives : sequence of arrays
         Rows of the references that answer each query.
     case : mapping
-        One of `sagelib.analysis.suspects`.
+        One of `workbench.analysis.suspects`.
     k : int
         How many positives to show: those that look the same way first, then the nearest.
     max_heading_deg : float
@@ -307,7 +307,7 @@ def write_review(
     folder : path
         Of the run that keeps the page.
     count, k
-        As for `sagelib.analysis.suspects`.
+        As for `workbench.analysis.suspects`.
     size_px : int
         Longer side of the photographs in the page; their bytes are what the file weighs.
     load : callable
@@ -641,7 +641,7 @@ def patch_matcher(query, reference, query_patches, reference_patches, grid):
 
 
 def tsne_browser(figure, paths: Sequence[str], *, load: Callable = load_image, size_px: int = 240):
-    """Show the photograph of the point under the mouse beside a `sagelib.figures.tsne_plotly` figure.
+    """Show the photograph of the point under the mouse beside a `workbench.figures.tsne_plotly` figure.
 
     Parameters
     ----------
@@ -707,9 +707,9 @@ def tsne_explorer(
     place : array (n,)
     paths : sequence of n str
     aid, class_aid
-        Of the descriptors, see `sagelib.figures.tsne_plotly`; the sliders do not change them.
+        Of the descriptors, see `workbench.figures.tsne_plotly`; the sliders do not change them.
     perplexity, seed : int
-        Where the sliders start; see `sagelib.analysis.tsne`.
+        Where the sliders start; see `workbench.analysis.tsne`.
     load : callable
         Path -> PIL image.
 

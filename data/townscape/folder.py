@@ -14,6 +14,7 @@ whatever was drawn before it. Arithmetic that decides *which* pixel is add, mult
 same on every machine; only shading uses other functions.
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -2081,10 +2082,12 @@ def write_town(
 
 def _render_in_processes(folder: Path, settings: dict, workers: int, bar) -> None:
     """Plain processes rather than a pool: these work from scripts, notebooks and standard input alike."""
-    command = [sys.executable, "-c", "from sagelib.town import _worker; _worker()"]
+    command = [sys.executable, "-c", "from townscape.folder import _worker; _worker()"]
     where = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join(
+            [str(Path(__file__).parents[1]), str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+        ),
     }
     running = []
     try:
@@ -2162,3 +2165,27 @@ def ensure_town(
             progress=progress,
         )
     return folder
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command ``python -m townscape.folder data/town``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m townscape.folder", description="Render the default set of towns, or go on with it."
+    )
+    parser.add_argument("folder", type=Path, help="its name starts with town")
+    parser.add_argument(
+        "--images", type=int, help="a small set instead: so many pictures of each of four towns"
+    )
+    options = parser.parse_args(arguments)
+    if not options.folder.name.startswith("town"):
+        parser.error(f"the name of the folder must start with town, got {options.folder.name}")
+    folder = Path(os.path.abspath(options.folder))
+    try:
+        ensure_town(folder.parent, folder.name, images=options.images, progress=True)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1751,7 +1751,7 @@ def tsne_plotly(
     """Draw several methods' t-SNE maps side by side, to be hovered over.
 
     Every point names its file, place and method; its ``customdata`` is (image index, file, place), from which a
-    widget shows the photograph (`sagelib.widgets.tsne_browser`) or a stand-alone page does (`thumbnail_page`).
+    widget shows the photograph (`workbench.widgets.tsne_browser`) or a stand-alone page does (`thumbnail_page`).
 
     Parameters
     ----------

@@ -1,0 +1,1 @@
+"""The procedural town: streets, pictures, labels and depth from one seed."""

@@ -1,0 +1,1 @@
+"""What only the pages need: figures, analysis, widgets, grids."""
