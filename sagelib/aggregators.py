@@ -588,7 +588,7 @@ def build_aggregator(name: str, width: int, **options) -> nn.Module:
     if name in _CLASSES:
         make = _CLASSES[name]
     elif name in ("softp", "cfp"):
-        from .softp import SoftProbing as make  # here, so that the comparators stand without it
+        from sagelib.softp import SoftProbing as make  # here, so that the comparators stand without it
 
         fixed = {"alpha": None} if name == "cfp" else {}
     else:

@@ -15,6 +15,7 @@ import errno
 import hashlib
 import importlib.metadata
 import json
+import math
 import operator
 import os
 import platform
@@ -379,6 +380,57 @@ _PACKAGES = (
     "scipy",
     "pillow",
 )
+
+
+def check(name: str, value, low=None, high=None, *, above=None, choices=None, whole=False, none=False):
+    """`value`, if it is in its range.
+
+    Parameters
+    ----------
+    name : str
+        What the sentence calls it.
+    value : number or one of `choices`
+    low, high : number, optional
+        Least and greatest value, inclusive.
+    above : number, optional
+        An exclusive lower end.
+    choices : sequence, optional
+        All values there are.
+    whole : bool
+        Whole numbers only.
+    none : bool
+        None is allowed as well.
+
+    Raises
+    ------
+    ValueError
+        With the name, what is allowed, and the value.
+
+    Examples
+    --------
+    >>> check("top_k", 0, 1, whole=True, none=True)
+    Traceback (most recent call last):
+    ValueError: top_k must be a whole number of at least 1, or None, got 0
+    """
+    if value is None and none:
+        return value
+    if choices is not None:
+        good, words = value in choices, "one of " + ", ".join(map(str, choices))
+    else:
+        kinds = (int, np.integer) if whole else (int, float, np.integer, np.floating)
+        good = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+        good = good and (low is None or value >= low) and (high is None or value <= high)
+        good = good and (above is None or value > above)
+        words = "a whole number" if whole else "a number"
+        if above is not None:
+            words += f" above {above}" + ("" if high is None else f" and at most {high}")
+        elif low is not None and high is not None:
+            words += f" from {low} to {high}"
+        elif low is not None or high is not None:
+            words += f" of at least {low}" if high is None else f" of at most {high}"
+    if not good:
+        raise ValueError(f"{name} must be {words}{', or None' if none else ''}, got {value!r}")
+    return value
 
 
 class RunConflict(ValueError):
