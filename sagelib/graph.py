@@ -21,7 +21,7 @@ import numpy as np
 import scipy.sparse as sp
 from scipy.spatial import cKDTree
 
-from sagelib.places import same_grid
+from sagelib.places import heading_difference, same_grid
 
 __all__ = [
     "GeoVisualGraph",
@@ -32,7 +32,6 @@ __all__ = [
     "first_clique",
     "geographic_distances",
     "greedy_weighted_clique",
-    "headings_within",
     "largest_clique",
     "maximal_cliques",
     "neighbour_lists",
@@ -122,12 +121,6 @@ def neighbour_lists(n: int, pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     matrix = sp.coo_array((np.ones(len(rows), dtype=np.bool_), (rows, columns)), shape=(n, n)).tocsr()
     matrix.sort_indices()
     return matrix.indptr.astype(np.int64), matrix.indices.astype(np.int32, copy=False)
-
-
-def headings_within(first_deg, second_deg, max_heading_deg: float) -> np.ndarray:
-    """Whether two headings differ by at most `max_heading_deg` degrees, the shorter way round."""
-    turn = np.abs(np.asarray(first_deg, np.float64) - np.asarray(second_deg, np.float64)) % 360.0
-    return np.minimum(turn, 360.0 - turn) <= max_heading_deg
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -752,7 +745,7 @@ class GeoVisualGraph:
         check_length("place", place, n)
         pairs = radius_pairs(east, north, radius_m)
         if max_heading_deg is not None:
-            pairs = pairs[headings_within(heading[pairs[:, 0]], heading[pairs[:, 1]], max_heading_deg)]
+            pairs = pairs[heading_difference(heading[pairs[:, 0]], heading[pairs[:, 1]]) <= max_heading_deg]
         indptr, indices = neighbour_lists(n, pairs)
         rows = np.repeat(np.arange(n, dtype=np.int32), np.diff(indptr))
         d_geo = np.sqrt((east[rows] - east[indices]) ** 2 + (north[rows] - north[indices]) ** 2)

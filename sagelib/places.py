@@ -43,6 +43,7 @@ __all__ = [
     "TestSet",
     "available",
     "folder_name",
+    "heading_difference",
     "latlon_to_utm",
     "open_set",
     "open_training_set",
@@ -417,6 +418,18 @@ def pairwise_m(a: Places, b: Places) -> np.ndarray:
     """
     _one_grid(a, b)
     return np.hypot(a.east_m[:, None] - b.east_m[None], a.north_m[:, None] - b.north_m[None])
+
+
+def heading_difference(first_deg: np.ndarray, second_deg: np.ndarray) -> np.ndarray:
+    """Degrees between headings, 0 to 180, the shorter way round; NaN where one is unknown.
+
+    Examples
+    --------
+    >>> float(heading_difference(350, 10))
+    20.0
+    """
+    turn = np.abs(np.asarray(first_deg, np.float64) - np.asarray(second_deg, np.float64)) % 360.0
+    return np.minimum(turn, 360.0 - turn)
 
 
 # --------------------------------------------------------------------------------------------------

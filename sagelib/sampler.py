@@ -42,13 +42,12 @@ from sagelib.graph import (
     check_positions,
     first_clique,
     geographic_distances,
-    headings_within,
     largest_clique,
     nodes_of,
     prune,
     visual_distances,
 )
-from sagelib.places import same_grid
+from sagelib.places import heading_difference, same_grid
 from sagelib.runs import rng
 
 __all__ = ["CliqueSampler", "PlaceSampler", "batch_statistics"]
@@ -652,7 +651,7 @@ class CliqueSampler:
         adjacency = nearby = adjacency_bits(near)
         if self._heading is not None:
             heading = self._heading[images]
-            near &= headings_within(heading[:, None], heading, self.max_heading_deg)
+            near &= heading_difference(heading[:, None], heading) <= self.max_heading_deg
             adjacency = adjacency_bits(near)
         usable, budget = bits_of(free), SearchBudget(self.search_steps)
         alive, large, found_large = usable, True, False

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from sagelib.places import heading_difference
 from sagelib.retrieval import bootstrap_mean
 from sagelib.runs import rng
 
@@ -170,7 +171,7 @@ def split_by_heading(labels, heading_deg, *, max_heading_deg: float = 45.0) -> n
     for place in np.unique(labels[labels >= 0]):
         left = np.flatnonzero(labels == place)
         while len(left):
-            turn = np.abs((heading[left] - heading[left[0]] + 180) % 360 - 180)
+            turn = heading_difference(heading[left], heading[left[0]])
             joins = np.isnan(heading[left]) if np.isnan(heading[left[0]]) else turn <= max_heading_deg
             views[left[joins]] = count
             left, count = left[~joins], count + 1
@@ -329,7 +330,7 @@ def true_references(database, queries, positives, *, max_heading_deg: float | No
     for query, rows in enumerate(positives):
         rows = np.asarray(rows, dtype=np.int64)
         if max_heading_deg is not None:
-            turn = np.abs((database.heading_deg[rows] - queries.heading_deg[query] + 180) % 360 - 180)
+            turn = heading_difference(database.heading_deg[rows], queries.heading_deg[query])
             rows = rows[np.isnan(turn) | (turn <= max_heading_deg)]
         if len(rows):
             away = (

@@ -14,7 +14,7 @@ import numpy as np
 
 from sagelib.graph import GeoVisualGraph, greedy_weighted_clique
 from sagelib.images import load_image
-from sagelib.places import Places, same_grid
+from sagelib.places import Places, heading_difference, same_grid
 from sagelib.retrieval import read_rankings
 from sagelib.runs import write_text
 from workbench import analysis, figures
@@ -264,7 +264,7 @@ def review_view(
     """
     query, rows = case["query"], np.asarray(positives[case["query"]], dtype=int)
     metres = distances_m(database, queries[query : query + 1], rows[None])[0]
-    turn = np.abs((database.heading_deg[rows] - queries.heading_deg[query] + 180) % 360 - 180)
+    turn = heading_difference(database.heading_deg[rows], queries.heading_deg[query])
     near = np.lexsort((metres, turn > max_heading_deg))[:k]
     retrieved = [
         f"#{rank} {'✓' if hit else '✗'}" + (f"  {m:.0f} m" if np.isfinite(m) else "")
