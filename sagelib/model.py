@@ -1,7 +1,7 @@
 """SAGE: backbone, aggregator and, if wanted, the cross-image head, in one module."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,6 +79,10 @@ class SAGE(
         Put an :class:`~sagelib.interact.InteractHead` after the aggregator.
     interact_options : dict, optional
         Arguments of the head.
+    preprocessing : mapping, optional
+        How the model wants its pictures: the fields of :class:`sagelib.images.Preprocess`, such as
+        ``{"image_size": 322, "mode": "paper"}``. Kept as the attribute ``preprocessing``, a dict, and saved with
+        the model.
     **backbone_options
         Passed to :func:`~sagelib.backbone.build_backbone`, such as ``pretrained``, ``weights``, ``adapter``,
         ``adapter_blocks`` or, for a convolutional network, ``stages``.
@@ -98,9 +102,11 @@ class SAGE(
         aggregator_options: dict | None = None,
         interact: bool = True,
         interact_options: dict | None = None,
+        preprocessing: Mapping | None = None,
         **backbone_options,
     ):
         super().__init__()
+        self.preprocessing = None if preprocessing is None else dict(preprocessing)
         weights = backbone_options.get("weights")
         self._hub_mixin_config = {
             **self._hub_mixin_config,
@@ -128,7 +134,7 @@ class SAGE(
     @property
     def config(self) -> dict:
         """The constructor's arguments."""
-        return dict(self._hub_mixin_config)
+        return {**self._hub_mixin_config, "preprocessing": self.preprocessing}
 
     # -- the forward pass ------------------------------------------------------------------------------------
 

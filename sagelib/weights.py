@@ -59,7 +59,8 @@ def load_authors_checkpoint(path: str | Path) -> SAGE:
     """The model of a released checkpoint, in evaluation mode, equal to the authors' own.
 
     Size of the backbone, widths of the aggregator and presence of the head are read off the shapes. The number of
-    attention heads leaves no trace in a checkpoint; it is taken as the released model's, 16.
+    attention heads leaves no trace in a checkpoint; it is taken as the released model's, 16. Its ``preprocessing`` is
+    the released evaluation's: 322 pixels, mode "paper".
 
     Parameters
     ----------
@@ -157,6 +158,7 @@ def _recognise(ours: dict[str, Tensor], path: Path) -> dict:
             "hidden": shape("aggregator.token.0.weight")[0],
         },
         "interact": bool(layers),
+        "preprocessing": {"image_size": 322, "mode": "paper"},
         "interact_options": head or None,
     }
 

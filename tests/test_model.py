@@ -2,11 +2,13 @@
 
 import copy
 import json
+from types import MappingProxyType
 
 import pytest
 import torch
 
 from sagelib.aggregators import aggregator_names
+from sagelib.backbone import EMBEDDED
 from sagelib.model import SAGE, build_model
 
 # Parameters whose gradient softmax cancels: a constant added to all scores changes nothing.
@@ -250,6 +252,21 @@ def test_saved_whole_and_loaded_it_is_the_same(tmp_path):
     read = [json.loads((tmp_path / d / "config.json").read_text()) for d in "mn"]
     assert read[0] == read[1]
     assert read[0]["backbone"] == "vit_test_patch14" and read[0]["interact_options"] == {"stored_anchors": 4}
+    assert model.preprocessing is again.preprocessing is None
+
+
+@pytest.mark.parametrize("save", ["save_pretrained", "save_trainable"])
+def test_the_preprocessing_is_saved_with_the_model(tmp_path, monkeypatch, save):
+    given = {"image_size": 322, "mode": "paper"}
+    model = SAGE(EMBEDDED, interact=False, preprocessing=MappingProxyType(given))
+    assert model.preprocessing == given
+    getattr(model, save)(tmp_path / "m")
+    assert SAGE.from_pretrained(tmp_path / "m").preprocessing == given
+    other = build_model(tmp_path / "m", preprocessing={"image_size": 224, "mode": "antialias"})
+    assert other.preprocessing["image_size"] == 224
+    other.preprocessing = {"image_size": [192, 256], "mode": "antialias"}
+    getattr(other, save)(tmp_path / "n")
+    assert SAGE.from_pretrained(tmp_path / "n").preprocessing == other.preprocessing
 
 
 @pytest.mark.parametrize("adapter", ["dpn", "lora", "oft", "unfreeze", "none"])

@@ -29,6 +29,7 @@ def small():
 def test_descriptors_equal_the_released_models(size, batch, prefix, tmp_path):
     state = authors_layout.random_checkpoint(size, head=True)
     model = load_authors_checkpoint(write(tmp_path / "sage.pth", state, prefix))
+    assert model.preprocessing == {"image_size": 322, "mode": "paper"}
     (tmp_path / "sage.pth").unlink()
     assert model.backbone.name == {"B": "vit_base_patch14_dinov2", "L": "vit_large_patch14_dinov2"}[size]
     assert model.has_head and model.width == 8448 and not model.training
