@@ -1649,7 +1649,7 @@ class _State:
     bad_validations: int = 0
 
     def facts(self) -> dict:
-        return runs._plain({key: value for key, value in vars(self).items() if key not in ("plan", "edges")})
+        return runs.plain({key: value for key, value in vars(self).items() if key not in ("plan", "edges")})
 
     def take(self, facts: dict) -> None:
         for key, value in facts.items():
@@ -1831,7 +1831,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{parser.prog}: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     if first:
-        print(runs.describe_run(result.run))
+        print(yaml.safe_dump({"run": f"train/{result.run.name} finished", **result.metrics}, sort_keys=False))
     return 0
 
 

@@ -150,7 +150,7 @@ def test_descriptors_are_those_of_the_model(places, tmp_path, dtype):
     assert (manifest["context"], manifest["n"], manifest["dim"], manifest["dtype"]) == ("none", N, 32, dtype)
     assert manifest["preprocess"] == "Preprocess(image_size=14, mode='paper')"
     assert manifest["images_per_s"] > 0 and manifest["skipped"] == []
-    assert not list((tmp_path / "d").glob(".*")), "no temporary file is left"
+    assert not list((tmp_path / "d").glob(".tmp-*")), "no temporary file is left"
     again = load_descriptors(tmp_path / "d")
     assert np.array_equal(again.values, d.values) and again.manifest == manifest
 
@@ -363,7 +363,7 @@ def test_killed_between_renaming_and_manifest(places, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             describe(model, places, tmp_path / "d", progress=False)
     d = describe(model, places, tmp_path / "d", progress=False)
-    assert model.embedded == N and len(d) == N and not list((tmp_path / "d").glob(".*"))
+    assert model.embedded == N and len(d) == N and not list((tmp_path / "d").glob(".tmp-*"))
 
 
 # -------------------------------------------------------------------------------------------------- bad data

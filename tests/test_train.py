@@ -887,7 +887,7 @@ def test_gsv_cities_and_msls_by_the_command(tmp_path, town, capsys):
     parameters.write_text(yaml.safe_dump({**TINY, **HEAD, "train_context": "half", "augment": 3}))
     rest = ["--validation", str(town), "--runs", str(tmp_path), "--name", "both", "--device", "cpu"]
     assert training.main([str(parameters), "--gsv", str(labelled), "--msls", str(mined), *rest]) == 0
-    assert "train/both  finished" in capsys.readouterr().out
+    assert "train/both finished" in capsys.readouterr().out
     run = runs.load_run(tmp_path / "train" / "both")
     for line in run.read_log():
         if line["kind"] == "step":
