@@ -52,11 +52,10 @@ from sagelib.places import (
     TestSet,
     open_set,
     open_training_set,
-    same_grid,
 )
 from sagelib.retrieval import recall, search
 from sagelib.runs import Run
-from sagelib.sampler import CliqueSampler, PlaceSampler
+from sagelib.sampler import CliqueSampler, PlaceSampler, SamplerConfig
 from sagelib.tokens import TokenStore, open_tokens
 
 __all__ = [
@@ -236,7 +235,7 @@ class TrainConfig:
     fallback: str | None = "draw"
     tau: float | None = None
     top_k: int | None = None
-    prefer: str = "affine"
+    prefer: str = "closest"
     node_descriptor: str = "image"
     schedule: str = "online"
     refresh_every: int = 1
@@ -989,7 +988,7 @@ class _Loop:
         report = dict(source.sampler.report)
         if not record or self.config.node_descriptor != "image":
             return report
-        clusters = source.sampler.clusters
+        clusters = source.sampler.graph.cluster
         order = runs.rng(self.config.seed, "graph report").permutation(int(clusters.max()) + 1)
         chosen = order[: np.searchsorted(np.cumsum(np.bincount(clusters)[order]), 2000) + 1]
         part = np.isin(clusters, chosen)
@@ -1405,14 +1404,13 @@ class _Loop:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def _sampler_config(config: TrainConfig) -> SamplerConfig:
+    return SamplerConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(SamplerConfig)})
+
+
 def _clique_sampler(config: TrainConfig, places: Places) -> CliqueSampler:
-    names = (
-        "places_per_batch images_per_place similar_places batches_per_epoch radius_m max_heading_deg min_clique fallback tau top_k prefer "
-        "node_descriptor schedule refresh_every remove min_distance_m graph_context seed"
-    ).split()
-    if config.batches_per_epoch is None:
-        raise ValueError("mined places have no natural pass over them: give batches_per_epoch a number")
-    return CliqueSampler.from_places(places, **{name: getattr(config, name) for name in names})
+    sampling = _sampler_config(config)
+    return CliqueSampler(GeoVisualGraph.from_places(places, **sampling.graph_options()), sampling)
 
 
 def _place_sampler(config: TrainConfig, places: Places) -> PlaceSampler:
@@ -1435,32 +1433,13 @@ def _place_sampler(config: TrainConfig, places: Places) -> PlaceSampler:
             f"a batch of {config.places_per_batch} places is larger than the set of {len(labels) - len(few)} places of "
             f"{config.images_per_place} images: lower places_per_batch"
         )
-    return PlaceSampler(
-        place,
-        places_per_batch=config.places_per_batch,
-        images_per_place=config.images_per_place,
-        batches_per_epoch=config.batches_per_epoch,
-        seed=config.seed,
-    )
+    return PlaceSampler(place, _sampler_config(config))
 
 
 def _edges(config: TrainConfig, places: Places, images: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """The edges (E, 2) that pruning leaves among some images, city by city; a city in two UTM zones is two, as for the sampler."""
-    found = [np.empty((0, 2), np.int64)]
-    grid = same_grid(places.utm_zone[images])
-    for city, zone in sorted({*zip(places.city[images].tolist(), grid.tolist(), strict=True)}):
-        of_city = np.flatnonzero((places.city[images] == city) & (grid == zone))
-        graph = GeoVisualGraph.from_places(
-            places[images[of_city]],
-            values[of_city],
-            radius_m=config.radius_m,
-            max_heading_deg=config.max_heading_deg,
-            tau=config.tau,
-            top_k=config.top_k,
-            min_distance_m=config.min_distance_m,
-        )
-        found.append(images[of_city[graph.edges()]].reshape(-1, 2))
-    return np.concatenate(found)
+    """The edges (E, 2) that pruning leaves among some images."""
+    graph = GeoVisualGraph.from_places(places[images], values, **_sampler_config(config).graph_options())
+    return images[graph.edges()].reshape(-1, 2)
 
 
 class _Feed:

@@ -44,13 +44,13 @@ def prune(weight: dict, n: int, tau=None, top_k=None) -> dict:
     return {pair: w for pair, w in left.items() if pair in keep}
 
 
-def greedy(weight: dict, n: int, k: int, prefer: str = "affine") -> list[int] | None:
+def greedy(weight: dict, n: int, k: int, prefer: str = "closest") -> list[int] | None:
     """The greedy weighted clique from its description; `weight` as for `prune`. Means are exactly rounded."""
 
     def mean(values):
-        values = [0.0 if prefer == "uniform" else v for v in values]
+        values = [0.0 if prefer == "random" else v for v in values]
         total = math.fsum(values) / len(values)
-        return -total if prefer == "hard" else total
+        return -total if prefer == "farthest" else total
 
     score = {i: mean([w for (a, _), w in weight.items() if a == i]) for i in {a for a, _ in weight}}
     for seed in sorted(score, key=lambda i: (-score[i], i)):
@@ -84,7 +84,3 @@ def graph_of(pairs, n: int) -> nx.Graph:
     graph.add_nodes_from(range(n))
     graph.add_edges_from(pairs)
     return graph
-
-
-def maximal_cliques(pairs, n: int) -> set[tuple[int, ...]]:
-    return {tuple(sorted(clique)) for clique in nx.find_cliques(graph_of(pairs, n))}

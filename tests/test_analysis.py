@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from sagelib.aggregators import CLS, SALAD, BoQ, GeM, Mean, MixVPR, NetVLAD
 from sagelib.evaluate import published
-from sagelib.graph import explain_greedy
 from sagelib.places import Places
 from sagelib.retrieval import read_rankings, write_rankings
 from workbench import analysis
@@ -362,19 +361,6 @@ def test_labels_of_written_pictures_fit_their_pixels(small_town):
 
 
 # --- graph, training, audits -----------------------------------------------------------------------------------
-
-
-def test_greedy_steps_become_arrays():
-    weight = np.full((5, 5), -np.inf)
-    for i, j, w in [(0, 1, -1.0), (0, 2, -2.0), (1, 2, -3.0), (3, 4, -9.0)]:
-        weight[i, j] = weight[j, i] = w
-    chosen, scores = analysis.greedy_arrays(explain_greedy(weight, 3), 5)
-    assert chosen == [[0], [0, 1], [0, 1, 2]]
-    np.testing.assert_allclose(scores[0], [-1.5, -2.0, -2.5, -9, -9])
-    np.testing.assert_allclose(scores[1], [np.nan, -1, -2, np.nan, np.nan])
-    np.testing.assert_allclose(scores[2], [np.nan, np.nan, -2.5, np.nan, np.nan])
-    none = analysis.greedy_arrays([], 5)
-    assert none[0] == [] and none[1].shape == (0, 5)
 
 
 def test_log_lines_become_columns():

@@ -150,7 +150,7 @@ GALLERY = {
                 "positive_similarity": RNG.normal(0.7, 0.1, 90),
                 "positive_distance_m": RNG.uniform(0, 25, 90),
             }
-            for name in ("random places", "static cliques", "SAGE, affine")
+            for name in ("random places", "static cliques", "SAGE, closest")
         }
     ),
     "graph_change": lambda: figures.graph_change([1, 2, 3], [40, 30, 20], [30, 20, 20], [100, 120, 130]),

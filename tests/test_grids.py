@@ -172,17 +172,17 @@ def test_files(tmp_path):
     base.write_text("dataset: town\nlr: 5e-4\nseed: 7\n")
     path = tmp_path / "g.yaml"
     path.write_text(
-        "base: base.yaml\nsettings: {epochs: 2}\nreference: a\nconfigurations: {a: , b: {prefer: hard}}\n"
+        "base: base.yaml\nsettings: {epochs: 2}\nreference: a\nconfigurations: {a: , b: {prefer: farthest}}\n"
     )
     grid = read_grid(path)
     assert (grid.name, grid.base, grid.seeds) == ("g", {"lr": "5e-4", "epochs": 2}, (0, 1, 2))
-    assert grid.training("b", 1).lr == 5e-4 and grid.training("b", 1).prefer == "hard"
+    assert grid.training("b", 1).lr == 5e-4 and grid.training("b", 1).prefer == "farthest"
     again = tmp_path / "again.yaml"
     again.write_text(yaml.safe_dump(grid.to_dict()))
     assert read_grid(again) == grid
     borrower = tmp_path / "borrower.yaml"
     path.write_text(
-        "base: base.yaml\nseeds: [4]\nreference: a\nconfigurations: {a: , b: {prefer: hard}}\npublished: {a: X}\n"
+        "base: base.yaml\nseeds: [4]\nreference: a\nconfigurations: {a: , b: {prefer: farthest}}\npublished: {a: X}\n"
     )
     borrower.write_text("title: Here?\nsettings: {lr: 1e-3}\nconfigurations: g.yaml\nreference: b\n")
     borrowed = read_grid(borrower)
@@ -348,7 +348,7 @@ def test_again_it_does_nothing_and_adds_only_what_is_new(done, data):
     again = run_grid(grid_of(), root, **data, device="cpu", progress=False)
     pd.testing.assert_frame_equal(again.table, results.table)
     assert before == {p: p.stat().st_mtime_ns for p in root.rglob("*") if p.is_file() and p.name != "lock"}
-    more = {**ROWS, "hard": {"prefer": "hard"}}
+    more = {**ROWS, "hard": {"prefer": "farthest"}}
     unfinished = load_grid(grid_of(more), root)
     unfinished.table["plateau"] = False  # so few steps may end there
     summary = unfinished.summary("pair").set_index("configuration")
@@ -411,7 +411,7 @@ def alive(process: psutil.Process) -> bool:
 def test_killed_at_any_moment_it_goes_on(town, tmp_path, capsys):
     """The command is killed while it trains; the same command then finishes, and finishes nothing twice."""
     path = tmp_path / "g.yaml"
-    rows = {"full method": {}, "uniform": {"prefer": "uniform"}}
+    rows = {"full method": {}, "uniform": {"prefer": "random"}}
     grid = {**grid_of(rows, seeds=(0,)).to_dict(), "name": "killed", "seeds": [0]}
     grid["base"] = {**BASE, "epochs": 3}
     path.write_text(yaml.safe_dump(grid))

@@ -183,10 +183,10 @@ def _press(trace, indices, xs=(), ys=()):
     trace._dispatch_on_click(points, InputDeviceState())
 
 
-@pytest.mark.parametrize("prefer", ["affine", "hard", "uniform"])
+@pytest.mark.parametrize("prefer", ["closest", "farthest", "random"])
 def test_drawn_places_are_cliques_that_do_not_touch(street, prefer):
     east, north, values = street
-    graph = GeoVisualGraph.build(east, north, descriptors=values, tau=-60.0)
+    graph = GeoVisualGraph(east, north, descriptors=values, tau=-60.0)
     drawn = widgets.draw_places(graph, images_per_place=3, places=6, prefer=prefer, seed=3)
     assert 2 <= len(drawn) <= 6
     kept = {tuple(edge) for edge in graph.edges().tolist()}
@@ -206,11 +206,11 @@ def test_graph_view_gives_the_graph_of_its_values(street):
     _, loose = widgets.graph_view(east, north, values, radius_m=25)
     figure, strict = widgets.graph_view(east, north, values, radius_m=25, tau=-30.0, top_k=4)
     assert isinstance(figure, Figure)
-    built = GeoVisualGraph.build(east, north, descriptors=values, radius_m=25, tau=-30.0, top_k=4)
+    built = GeoVisualGraph(east, north, descriptors=values, radius_m=25, tau=-30.0, top_k=4)
     assert strict["edges"] == built.n_edges < loose["edges"]
     assert strict["edges"] + strict["pruned"] == loose["edges"] + loose["pruned"]
     assert strict["mean_weight"] > -30.0
-    _, hard = widgets.graph_view(east, north, values, prefer="hard")
+    _, hard = widgets.graph_view(east, north, values, prefer="farthest")
     assert hard["mean_weight"] < loose["mean_weight"], "hard places are farther and less alike"
 
 

@@ -26,7 +26,6 @@ __all__ = [
     "entropy",
     "graph_cost_table",
     "graph_costs",
-    "greedy_arrays",
     "inter_class_distance",
     "integrated_contributions",
     "label_preference",
@@ -673,34 +672,6 @@ def integrated_contributions(describe: Callable, patches, other, *, steps: int =
 
 
 # --- graph and training ----------------------------------------------------------------------------------------
-
-
-def greedy_arrays(steps: Iterable, n: int) -> tuple[list[list[int]], np.ndarray]:
-    """Turn the steps of `sagelib.graph.explain_greedy` into what `workbench.figures.greedy_steps` draws.
-
-    Parameters
-    ----------
-    steps : iterable of GreedyStep
-        With ``members``, ``candidates``, ``means`` and ``chosen``; steps that chose nothing are left out.
-    n : int
-        Number of nodes.
-
-    Returns
-    -------
-    chosen : list of T lists of int
-        The clique after each step, the newest node last.
-    scores : array (T, n)
-        What was compared, NaN where a node was no candidate.
-    """
-    chosen, scores = [], []
-    for step in steps:
-        if step.chosen is None:
-            continue
-        row = np.full(n, np.nan)
-        row[np.asarray(step.candidates, dtype=int)] = step.means
-        scores.append(row)
-        chosen.append([*map(int, step.members), int(step.chosen)])
-    return chosen, np.array(scores).reshape(len(chosen), n)
 
 
 def log_arrays(rows: Iterable[Mapping], kind: str) -> dict[str, np.ndarray]:

@@ -5,6 +5,7 @@ there are some; they work without a browser. The widgets only pass their sliders
 """
 
 import contextlib
+import itertools
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from sagelib.graph import GeoVisualGraph, greedy_weighted_clique
+from sagelib.graph import GeoVisualGraph
 from sagelib.images import load_image
 from sagelib.places import Places, heading_difference, same_grid
 from sagelib.retrieval import read_rankings
 from sagelib.runs import write_text
+from sagelib.sampler import SamplerConfig, harvest
 from workbench import analysis, figures
 
 __all__ = [
@@ -384,13 +386,10 @@ def draw_places(
     *,
     images_per_place: int = 4,
     places: int = 8,
-    prefer: str = "affine",
+    prefer: str = "closest",
     seed: int = 0,
 ) -> list[list[int]]:
-    """Draw places from a small graph: greedy weighted cliques, largest surroundings first, until none is left.
-
-    The same rule as the sampler's, without its cities and similar places: of a maximal clique's images that are
-    still free, `images_per_place` are chosen greedily; they and their neighbours leave.
+    """Draw places from a small graph as the sampler does from the images of one draw; see `sagelib.sampler.harvest`.
 
     Parameters
     ----------
@@ -398,35 +397,20 @@ def draw_places(
         With descriptors; a few hundred images.
     images_per_place, places : int
         K, and the largest number of places.
-    prefer : {"affine", "hard", "uniform"}
+    prefer : {"closest", "farthest", "random"}
     seed : int
-        Order of equally large cliques, and of the images before the greedy step.
+        Order of the images before the harvest.
 
     Returns
     -------
     list of lists of int
         The images of each place, in the order chosen.
     """
-    rng = np.random.default_rng(seed)
-    cliques = [clique for clique in graph.cliques(limit=20_000) if len(clique) >= images_per_place]
-    cliques = [cliques[i] for i in rng.permutation(len(cliques))]
-    free = np.ones(len(graph), dtype=bool)
-    links = graph.csr("ones")
-    drawn: list[list[int]] = []
-    for clique in sorted(cliques, key=len, reverse=True):
-        if len(drawn) == places:
-            break
-        members = rng.permutation([i for i in clique if free[i]])
-        if len(members) < images_per_place:
-            continue
-        chosen = greedy_weighted_clique(graph.dense(members), images_per_place, prefer=prefer)
-        if chosen is None:
-            continue
-        images = members[chosen]
-        drawn.append([int(i) for i in images])
-        free[images] = False
-        free[links[images].indices] = False
-    return drawn
+    config = SamplerConfig(
+        images_per_place=images_per_place, min_clique=max(10, images_per_place), prefer=prefer, **graph.rules
+    )
+    images = np.random.default_rng(seed).permutation(len(graph))
+    return [place.images.tolist() for place in itertools.islice(harvest(graph, images, config), places)]
 
 
 def graph_view(
@@ -439,7 +423,7 @@ def graph_view(
     top_k: int | None = None,
     images_per_place: int = 4,
     places: int = 8,
-    prefer: str = "affine",
+    prefer: str = "closest",
     seed: int = 0,
 ):
     """Build the geo-visual graph, draw places from it, and draw both on a map.
@@ -449,7 +433,7 @@ def graph_view(
     east_m, north_m : array (n,)
     descriptors : array (n, D)
     radius_m, tau, top_k
-        See `GeoVisualGraph.build`.
+        See `GeoVisualGraph`.
     images_per_place, places, prefer, seed
         See `draw_places`.
 
@@ -460,9 +444,7 @@ def graph_view(
         ``edges``, ``pruned``, ``degree`` (mean), ``places``, ``mean_weight``, ``mean_distance_m`` and
         ``mean_similarity`` of the chosen pairs (NaN where there are none).
     """
-    graph = GeoVisualGraph.build(
-        east_m, north_m, descriptors=descriptors, radius_m=radius_m, tau=tau, top_k=top_k
-    )
+    graph = GeoVisualGraph(east_m, north_m, descriptors=descriptors, radius_m=radius_m, tau=tau, top_k=top_k)
     chosen = draw_places(graph, images_per_place=images_per_place, places=places, prefer=prefer, seed=seed)
     weight = graph.edge_values()["weight"]
     pairs = [(clique[a], clique[b]) for clique in chosen for a in range(len(clique)) for b in range(a)]
@@ -476,7 +458,7 @@ def graph_view(
     cosine = (values[first] * values[second]).sum(axis=1) / (length[first] * length[second])
     numbers = {
         "edges": graph.n_edges,
-        "pruned": len(graph.indices) // 2 - graph.n_edges,
+        "pruned": graph.n_pruned,
         "degree": float(graph.degrees().mean()),
         "places": len(chosen),
         "mean_weight": _mean(-metres * apart),
@@ -504,7 +486,7 @@ def graph_explorer(
     """
     import ipywidgets
 
-    widest = GeoVisualGraph.build(east_m, north_m, descriptors=descriptors, radius_m=50.0)
+    widest = GeoVisualGraph(east_m, north_m, descriptors=descriptors, radius_m=50.0)
     steps = np.unique(np.round(np.quantile(widest.edge_values()["weight"], np.linspace(0.05, 0.95, 19)), 1))
     radius = ipywidgets.IntSlider(25, 5, 50, 1, description="radius_m", continuous_update=False)
     tau = ipywidgets.SelectionSlider(
@@ -517,7 +499,7 @@ def graph_explorer(
         description="top_k",
         continuous_update=False,
     )
-    prefer = ipywidgets.ToggleButtons(options=["affine", "hard", "uniform"], description="prefer")
+    prefer = ipywidgets.ToggleButtons(options=["closest", "farthest", "random"], description="prefer")
     draw = ipywidgets.BoundedIntText(seed, 0, 10_000, description="seed")
     picture, text = ipywidgets.Image(format="png"), ipywidgets.HTML()
     controls = ipywidgets.VBox([ipywidgets.HBox([radius, tau, top_k]), ipywidgets.HBox([prefer, draw])])
