@@ -38,11 +38,9 @@ from sagelib.retrieval import (
     PCA,
     Difference,
     Recall,
-    bootstrap_mean,
     paired_bootstrap,
-    positive_lists,
-    read_rankings,
     recall,
+    resampled_means,
     search,
     wilson_interval,
     write_rankings,
@@ -110,6 +108,10 @@ class Result:
     n_in_database: int = 0
     per_query_rank: np.ndarray = field(repr=False)
     path: Path
+
+    def rankings(self) -> pd.DataFrame:
+        """What every query found; columns as `sagelib.retrieval.write_rankings` wrote them."""
+        return pd.read_csv(self.path / "rankings.csv")
 
     @property
     def recall(self) -> Recall:
@@ -306,14 +308,14 @@ def evaluate(
         "preprocess": describe_callable(preprocess),
         "dtype": dtype,
         "autocast": autocast,
-        "pca": None if pca is None else pca.fingerprint(),
+        "pca": None if pca is None else runs.fingerprint(pca),
         "on_error": on_error,
         "ks": list(ks),
     }
     if name is None:
         name = f"{model_name}-{test_set.name}-{context}"
         name += f"-seed{seed}" if shuffled else ""
-        name += f"-pca{pca.size}" if pca is not None else ""
+        name += f"-pca{len(pca.components)}" if pca is not None else ""
         # Another preprocess, size or model of the same name is another run, not a conflict.
         name += f"-{runs.fingerprint([config, data_fingerprint])[:6]}"
     run = runs.Run.open(
@@ -360,7 +362,6 @@ def evaluate(
         database,
         queries,
         positives,
-        root=_common_folder(test_set),
     )
     runs.save_array(run.path("ranks.npy"), counted.per_query_rank)
     embedding_s = sum(d.manifest.get("embedding_seconds", d.manifest["seconds"]) for d in (references, asked))
@@ -407,7 +408,7 @@ def evaluate(
 
 def _retrieve(database_values, query_values, database, queries, rule, ks):
     """(indices, distances, positives, Recall): ranks beyond the last reference hold -1, which is never a positive."""
-    positives = positive_lists(places_module.positives(database, queries, rule), len(database))
+    positives = places_module.positives(database, queries, rule)
     indices, distances = search(database_values, query_values, max(ks))
     return indices, distances, positives, recall(indices, positives, ks, n_references=len(database))
 
@@ -541,15 +542,6 @@ def _plain_name(name: str) -> str:
     return re.sub(r'[/\\:*?"<>|\s]+', "_", name).lstrip("._")
 
 
-def _common_folder(test_set):
-    """The folder that holds all pictures of the set: paths in rankings are relative to it."""
-    folders = {os.path.dirname(os.path.abspath(p)) for p in (*test_set.database.path, *test_set.queries.path)}
-    try:
-        return Path(os.path.commonpath(folders))
-    except ValueError:  # two drives
-        return None
-
-
 def _relative(path, start):
     return Path(os.path.relpath(path, start)).as_posix()
 
@@ -617,7 +609,9 @@ class Audit:
             shuffled = [key for key in self.ranks if key.startswith(f"shuffled-{n}#")]
             if shuffled:
                 change = hit(f"sorted-{n}") - np.mean([hit(key) for key in shuffled], axis=0)
-                mean, low, high = bootstrap_mean(change, seed, groups=groups)
+                rng = runs.rng(seed, "bootstrap_mean")
+                resampled = resampled_means(change, np.unique(change), rng, 2_000, groups)
+                mean, (low, high) = change.mean(), np.quantile(resampled, [0.025, 0.975])
                 rows.append({"n": n, "points": 100 * mean, "low": 100 * low, "high": 100 * high})
         return pd.DataFrame(rows, columns=["n", "points", "low", "high"])
 
@@ -707,7 +701,7 @@ def audit_contexts(
     references = describe(model, test_set.database, store / "database", **options)
     asked = describe(model, test_set.queries, store / "queries", **options)
     database, queries = references.kept(test_set.database), asked.kept(test_set.queries)
-    positives = positive_lists(places_module.positives(database, queries, test_set.rule))
+    positives = places_module.positives(database, queries, test_set.rule)
     rows, ranks = [], {}
     jobs = [
         (Context.parse(c), shuffle)
@@ -733,7 +727,7 @@ def audit_contexts(
             )
         ]
         indices, _ = search(*composed, max(ks))
-        counted = recall(indices, positives, ks)
+        counted = recall(indices, positives, ks, n_references=len(database))
         key = f"{context}#{shuffle}" if context.kind == "shuffled" else str(context)
         ranks[key] = counted.per_query_rank
         rows.append(
@@ -1284,7 +1278,7 @@ def results_table(
 
 
 def _chance_row(result, ks):
-    ranking = read_rankings(result.path / "rankings.csv").groupby("query")["n_positives"].first()
+    ranking = result.rankings().groupby("query")["n_positives"].first()
     positives = [range(n) for n in ranking]
     return {
         "dataset": result.dataset,

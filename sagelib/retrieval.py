@@ -1,7 +1,7 @@
 """Exact search, recall with its uncertainty, the file of rankings, and PCA: arrays in, numbers out."""
 
+import json
 import os
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,195 +9,123 @@ from pathlib import Path
 import faiss
 import numpy as np
 import pandas as pd
-from scipy import linalg, stats
-from scipy.special import ndtri
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from scipy import stats
 
 from sagelib import runs
 from sagelib.places import same_grid
 
 KS = (1, 5, 10, 20)
-_BLOCK_BYTES = 256 * 2**20  # float32 copies of the descriptors are never larger than this at once
-_LARGEST = 1e15  # of a descriptor's values, and 1 over the least: their squares must fit into float32
+_BLOCK_BYTES = 256 * 2**20  # copies of the descriptors are never larger than this at once
 _MAX_TIED = 1024  # candidates per query that are compared in float64 before a tie is left as found
+_PCA_SAMPLES = 16_384  # as in the authors' evaluation
 
 
 # ---------------------------------------------------------------------------------------------------- search
 def search(database_values, query_values, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Find the k nearest references of every query by Euclidean distance, exactly.
 
-    faiss proposes candidates from float32 inner products; their distances are then computed again in float64 as
-    the root of the sum of squared differences, and sorted by (distance, row). Candidates are widened until float32
-    rounding cannot have hidden one, so the result is that of a float64 brute force, and equal distances come in
-    the order of the rows. (Only where more than 1,024 references are equally near are the last of them left in
-    faiss's order.)
+    faiss proposes candidates from float32 inner products. Their distances are computed again in float64 and
+    sorted by (distance, row), over ever more candidates until float32 rounding cannot have hidden one: the
+    result is that of a float64 brute force (where over 1,024 references tie, the last are in faiss's order).
 
     Parameters
     ----------
-    database_values : array (N, D), float16 or float32, may be a memmap
-        The references. Converted to float32 block by block, never as a whole.
-    query_values : array (Q, D)
-        The queries.
+    database_values, query_values : arrays (N, D) and (Q, D), float16 or float32, may be memmaps
+        Finite and below 1e15; they are converted to float32 block by block, never as a whole.
     k : int
-        How many references a query gets, at least 1.
 
     Returns
     -------
-    indices : array (Q, k), int64
-        Rows of `database_values`, nearest first; -1 where k exceeds N.
-    distances : array (Q, k), float32
-        Euclidean (not squared) distances; inf where there is no reference.
-
-    Raises
-    ------
-    ValueError
-        For empty or non-finite descriptors, values above 1e15 or all below 1e-15, different widths, or k below 1.
+    indices, distances : arrays (Q, k), int64 and float32
+        Rows of `database_values`, nearest first, and Euclidean distances; -1 and inf where k exceeds N.
     """
-    _check_pair(database_values, query_values)
-    if k < 1:
-        raise ValueError(f"k is {k}; it must be at least 1")
-    n_database, width = database_values.shape
-    n_queries = len(query_values)
+    shapes = np.shape(database_values), np.shape(query_values)
+    if any(len(shape) != 2 or 0 in shape for shape in shapes) or shapes[0][1] != shapes[1][1]:
+        raise ValueError("descriptors must have shapes (N, D) and (Q, D), got {} and {}".format(*shapes))
+    (n, width), (n_queries, _) = shapes
+    depth = min(runs.check("k", k, 1, whole=True), n)
+    rows = max(1, _BLOCK_BYTES // (4 * width))
     indices = np.full((n_queries, k), -1, np.int64)
     distances = np.full((n_queries, k), np.inf, np.float32)
-    rows = max(1, _BLOCK_BYTES // (4 * width))
-    depth = min(k, n_database)
     for start in range(0, n_queries, rows):
         queries = _float32(query_values[start : start + rows], "query", start)
-        found, exact = _search_block(database_values, queries, depth, rows)
-        indices[start : start + len(queries), :depth] = found
-        distances[start : start + len(queries), :depth] = exact
+        unsure, count = np.arange(len(queries)), min(n, 2 * depth + 16)
+        while len(unsure):
+            candidates, least = _candidates(database_values, queries[unsure], count, rows)
+            hidden = np.zeros(len(unsure), bool)
+            for i, query in enumerate(unsure):
+                difference = np.asarray(database_values[candidates[i]], np.float64) - queries[query]
+                squared = np.einsum("ij,ij->i", difference, difference)
+                order = np.lexsort((candidates[i], squared))[:depth]
+                indices[start + query, :depth] = candidates[i][order]
+                distances[start + query, :depth] = np.sqrt(squared[order])
+                hidden[i] = least[i] <= squared[order[-1]]
+            unsure = unsure[hidden] if count < min(n, _MAX_TIED) else unsure[:0]
+            count = min(n, 4 * count, max(_MAX_TIED, 2 * depth + 16))
     return indices, distances
 
 
-def _search_block(database_values, queries, k, rows):
-    """`search` for queries that fit into memory: (indices, distances), both (Q, k)."""
-    n_database, width = database_values.shape
-    indices = np.empty((len(queries), k), np.int64)
-    distances = np.empty((len(queries), k))
-    waiting = np.arange(len(queries))
-    candidates = min(n_database, 2 * k + 16)
-    query_norm2 = np.einsum("ij,ij->i", queries, queries, dtype=np.float64)
-    while len(waiting):
-        squared, found, longest2 = _faiss_candidates(database_values, queries[waiting], candidates, rows)
-        # What the float32 inner products may be wrong by: rounding grows like the root of the number of terms.
-        slack = 8 * np.finfo(np.float32).eps * np.sqrt(width) * (query_norm2[waiting] + longest2)
-        unsure = []
-        for row, query in enumerate(waiting):
-            difference = np.asarray(database_values[found[row]], np.float64) - queries[query]
-            exact2 = np.einsum("ij,ij->i", difference, difference)
-            order = np.lexsort((found[row], exact2))[:k]
-            hidden = squared[row, -1] <= exact2[order[-1]] + slack[row]
-            if hidden and candidates < min(n_database, _MAX_TIED):
-                unsure.append(query)
-            indices[query], distances[query] = found[row][order], np.sqrt(exact2[order])
-        waiting = np.array(unsure, int)
-        candidates = min(n_database, 4 * candidates, max(_MAX_TIED, 2 * k + 16))
-    return indices, distances
-
-
-def _faiss_candidates(database_values, queries, k, rows):
-    """The k nearest by faiss over blocks of the references: squared distances, rows, largest squared norm."""
-    best_squared, best_rows, longest2 = None, None, 0.0
+def _candidates(database_values, queries, count, rows):
+    """Rows (q, count) that faiss finds, and a lower bound (q,) of the squared distance to every other row."""
+    squared, found, longest = np.empty((len(queries), 0)), np.empty((len(queries), 0), np.int64), 0.0
     for start in range(0, len(database_values), rows):
         block = _float32(database_values[start : start + rows], "reference", start)
-        longest2 = max(longest2, float(np.einsum("ij,ij->i", block, block).max()))
-        squared, found = faiss.knn(queries, block, min(k, len(block)))
-        found = found.astype(np.int64) + start
-        if best_rows is not None:
-            squared, found = np.hstack([best_squared, squared]), np.hstack([best_rows, found])
-        order = np.lexsort((found, squared), axis=1)[:, :k]
-        best_squared = np.take_along_axis(squared, order, 1)
-        best_rows = np.take_along_axis(found, order, 1)
-    return best_squared, best_rows, longest2
+        longest = max(longest, float(np.einsum("ij,ij->i", block, block).max()))
+        block_squared, block_rows = faiss.knn(queries, block, min(count, len(block)))
+        squared, found = np.hstack([squared, block_squared]), np.hstack([found, block_rows + start])
+        order = np.lexsort((found, squared), axis=1)[:, :count]
+        squared, found = np.take_along_axis(squared, order, 1), np.take_along_axis(found, order, 1)
+    # The rounding of a float32 inner product grows like the root of the number of its terms.
+    scale = np.einsum("ij,ij->i", queries, queries, dtype=np.float64) + longest
+    return found, squared[:, -1] - 8 * np.finfo(np.float32).eps * np.sqrt(queries.shape[1]) * scale
 
 
 def _float32(block, what, first_row):
     with np.errstate(over="ignore"):
         block = np.ascontiguousarray(block, dtype=np.float32)
     largest = np.abs(block).max(axis=1)  # NaN where there is one
-    usable = (largest <= _LARGEST) & ((largest >= 1 / _LARGEST) | (largest == 0))
-    if not usable.all():
-        row = int(np.argmin(usable))
-        raise ValueError(
-            f"{what} descriptor in row {first_row + row} has "
-            + (
-                f"a largest value of {largest[row]:.3g}, whose square float32 cannot hold; scale all descriptors alike"
-                if np.isfinite(largest[row])
-                else "values that are not finite; mend the model or the file that gave them, or leave the row out"
-            )
-        )
+    wrong = ~((largest <= 1e15) & ((largest >= 1e-15) | (largest == 0)))
+    if wrong.any():
+        row, value = wrong.argmax(), largest[wrong][0]
+        raise ValueError(f"{what} {first_row + row} has the value {value:.3g}, which float32 cannot square")
     return block
-
-
-def _check_pair(database_values, query_values):
-    for what, values in (("database", database_values), ("query", query_values)):
-        if np.ndim(values) != 2 or 0 in np.shape(values):
-            raise ValueError(f"{what} descriptors must have shape (n > 0, D > 0), got {np.shape(values)}")
-    if database_values.shape[1] != query_values.shape[1]:
-        raise ValueError(
-            f"queries have {query_values.shape[1]} dimensions and references {database_values.shape[1]}: "
-            "they come from different models or sizes"
-        )
 
 
 # ---------------------------------------------------------------------------------------------------- recall
 @dataclass(frozen=True)
 class Recall:
-    """Recall at k as counts: a query is a hit at k if any of its k nearest references is a positive.
+    """Recall at k as counts: a query is a hit at k if any of its k nearest references is a positive."""
 
-    Attributes
-    ----------
-    hits : dict of int to int
-        For each k, how many queries are hits.
-    n_queries, n_without_positive : int
-        All queries, and those for which the data base holds no positive: they are misses at every k, as every tool
-        of the field counts them, and are counted here so that a reader can see how many there are.
-    per_query_rank : array (n_queries,), int64
-        Rank (from 1) of the first positive among the references searched, 0 where there is none.
-    """
-
-    hits: dict[int, int]
+    hits: dict[int, int]  # for each k, how many queries are hits
     n_queries: int
-    n_without_positive: int
-    per_query_rank: np.ndarray
+    n_without_positive: int  # misses at every k, as in all tools of the field
+    per_query_rank: np.ndarray  # (n_queries,) of the first positive among those searched, from 1; 0: none
 
     @classmethod
     def from_ranks(cls, per_query_rank, n_without_positive: int = 0, ks: Sequence[int] = KS) -> "Recall":
         """Count hits from the rank of each query's first positive (0: none found)."""
-        ranks = np.asarray(per_query_rank)
-        if ranks.ndim != 1 or len(ranks) == 0:
-            raise ValueError(f"per_query_rank must have shape (n > 0,), got {ranks.shape}")
-        if ranks.dtype.kind not in "iu" or ranks.min() < 0:
-            raise ValueError(
-                f"per_query_rank must hold whole numbers, 0 where no positive was found, got {ranks.dtype} from {ranks.min()}"
-            )
-        ranks = ranks.astype(np.int64)
-        if not 0 <= n_without_positive <= (ranks == 0).sum():
-            raise ValueError(
-                f"n_without_positive is {n_without_positive}, but {(ranks == 0).sum()} queries have found no positive"
-            )
+        ranks = np.asarray(per_query_rank, np.int64)
         hits = {int(k): int(((ranks > 0) & (ranks <= k)).sum()) for k in ks}
-        return cls(hits, len(ranks), int(n_without_positive), ranks)
+        return cls(hits, len(ranks), n_without_positive, ranks)
+
+    def hit(self, k: int) -> np.ndarray:
+        """Which queries are hits at k, shape (n_queries,), bool."""
+        runs.check("k", k, choices=tuple(self.hits))
+        return (self.per_query_rank > 0) & (self.per_query_rank <= k)
 
     def percent(self, k: int) -> float:
         """R@k in percent of all queries."""
         return 100.0 * int(self.hit(k).sum()) / self.n_queries
 
-    def hit(self, k: int) -> np.ndarray:
-        """Which queries are hits at k, shape (n_queries,), bool."""
-        if k not in self.hits:
-            raise ValueError(f"k is {k}; this recall was counted at {', '.join(map(str, self.hits))}")
-        return (self.per_query_rank > 0) & (self.per_query_rank <= k)
-
-    def interval(self, k: int, level: float = 0.95) -> tuple[float, float]:
-        """Wilson's score interval of R@k, in percent (see `wilson_interval`)."""
-        return wilson_interval(int(self.hit(k).sum()), self.n_queries, level)
+    def interval(self, k: int) -> tuple[float, float]:
+        """Wilson's score interval of R@k (95 %), in percent."""
+        return wilson_interval(int(self.hit(k).sum()), self.n_queries)
 
     def __str__(self):
-        parts = []
-        for k in self.hits:
-            low, high = self.interval(k)
-            parts.append(f"R@{k} {self.percent(k):.1f} [{low:.1f}, {high:.1f}]")
+        text = "R@{} {:.1f} [{:.1f}, {:.1f}]"
+        parts = [text.format(k, self.percent(k), *self.interval(k)) for k in self.hits]
         without = f", {self.n_without_positive} without a positive" if self.n_without_positive else ""
         return f"{'  '.join(parts)}  ({self.n_queries} queries{without})"
 
@@ -209,228 +137,104 @@ def recall(indices, positives, ks: Sequence[int] = KS, *, n_references: int | No
     ----------
     indices : array (Q, depth), int
         Rows of the references, nearest first, as `search` returns them; -1 stands for no reference.
-    positives : sequence of Q integer arrays, or a mask or sparse matrix (Q, N)
-        The references that count as the same place as each query; may be empty. See `positive_lists`.
-    ks : sequence of int
-        Counts are made at these; `indices` must be as deep as the largest of them.
+    positives : Q sequences of int, or a mask (Q, N)
+        The rows of the references that answer each query; or booleans, or 0 and 1, for all references.
+    ks : sequence of int, from 1 to depth
     n_references : int, optional
-        N, so that rows beyond it are refused.
-
-    Raises
-    ------
-    ValueError
-        If there is no query, lengths differ, rows are impossible, or `indices` is not deep enough.
+        N; default: the mask's width, or one more than the largest row found. Other positives are refused.
     """
     indices = np.asarray(indices)
     if indices.ndim != 2 or len(indices) == 0 or indices.dtype.kind not in "iu":
-        raise ValueError(
-            f"indices must be integers of shape (n > 0, depth), got {indices.dtype} {indices.shape}"
-        )
-    lists = positive_lists(positives, n_references)
-    if len(lists) != len(indices):
-        raise ValueError(f"{len(indices)} queries were searched but positives are given for {len(lists)}")
+        raise ValueError(f"indices must be integers (n > 0, depth), got {indices.dtype} {indices.shape}")
     if not len(ks) or min(ks) < 1 or max(ks) > indices.shape[1]:
         raise ValueError(f"ks are {tuple(ks)}; each must be from 1 to the depth searched, {indices.shape[1]}")
-    named = np.concatenate(lists)
-    if n_references is None and len(named) and named.min() > indices.max():
-        warnings.warn(
-            f"no query found anything: all positives are rows from {named.min()} on, and no row above {indices.max()} was found; "
-            "give n_references, so that rows that do not exist are refused",
-            stacklevel=2,
-        )
-    hit = _hits(indices, lists, n_references)
-    ranks = np.where(hit.any(axis=1), hit.argmax(axis=1) + 1, 0)
-    return Recall.from_ranks(ranks, sum(len(p) == 0 for p in lists), ks)
+    _, ranks, n_positives = _hits(indices, positives, n_references)
+    return Recall.from_ranks(ranks, int((n_positives == 0).sum()), ks)
 
 
-def positive_lists(positives, n_references: int | None = None) -> list[np.ndarray]:
-    """One integer array of positives per query.
-
-    Parameters
-    ----------
-    positives : sequence of Q integer arrays, sparse matrix (Q, N), or mask (Q, N)
-        Row numbers of references; or a mask, an array or a list of rows of booleans or of 0 and 1.
-    n_references : int, optional
-        N.
-
-    Raises
-    ------
-    ValueError
-        For negative rows and rows from N on, values that are neither rows nor a mask, and integers that could be either.
-    """
-    if hasattr(positives, "tocsr"):
-        matrix = positives.tocsr()
-        widths = {matrix.shape[1]}
-        lists = [
-            matrix.indices[a:b][matrix.data[a:b] != 0]
-            for a, b in zip(matrix.indptr[:-1], matrix.indptr[1:], strict=True)
-        ]
-    else:
-        dense = isinstance(positives, np.ndarray) and positives.ndim == 2
-        lists = [np.asarray(p).ravel() for p in positives]
-        # An empty list has no type of its own.
-        flat = np.concatenate([p for p in lists if len(p)] or [np.empty(0, np.int64)])
-        binary = flat.dtype.kind in "iuf" and bool(np.isin(flat, (0, 1)).all())
-        if dense and flat.dtype.kind in "iu" and binary and positives.shape[1] == 2:
-            raise ValueError(
-                "positives of 0 and 1 in two columns may be row numbers or a mask: give booleans, or lists"
-            )
-        # As row numbers, three values of 0 and 1 would name one reference twice.
-        mask = flat.dtype.kind == "b" or (binary and (flat.dtype.kind == "f" or max(map(len, lists)) > 2))
-        if not mask and any(len(p) and p.dtype.kind not in "iu" for p in lists):
-            raise ValueError(
-                "positives must be row numbers of references (integers), or booleans for each reference, "
-                f"got {flat.dtype} such as {next(p[0] for p in lists if len(p) and p.dtype.kind not in 'iu')}"
-            )
-        widths = {len(p) for p in lists} if mask else set()
-        lists = [np.flatnonzero(p) if mask else p.astype(np.int64) for p in lists]
-    if len(widths) > 1 or (n_references is not None and not widths <= {n_references}):
-        raise ValueError(
-            f"a mask of positives must be as wide as there are references{'' if n_references is None else f', {n_references}'}; "
-            f"widths are {', '.join(map(str, sorted(widths)))}"
-        )
-    top = n_references if n_references is not None else next(iter(widths), None)
+def _hits(indices, positives, n_references=None):
+    """Which references found are positives (Q, depth); the rank of the first, and their number (Q,)."""
+    lists = [np.asarray(rows).ravel() for rows in positives]
+    if len(lists) != len(indices):
+        raise ValueError(f"{len(indices)} queries were searched but positives are given for {len(lists)}")
+    named = np.concatenate([rows for rows in lists if len(rows)] or [np.empty(0, np.int64)])
+    kind, widths = named.dtype.kind, {len(rows) for rows in lists}
+    # More than two 0 and 1 are no rows: they would name one twice.
+    if np.isin(named, (0, 1)).all() and (kind in "bf" or max(widths) > 2):
+        n_references = n_references or max(widths)
+        if widths != {n_references}:
+            raise ValueError(f"a mask of positives must have {n_references} columns, got {sorted(widths)}")
+        lists = [np.flatnonzero(rows) for rows in lists]
+    elif kind not in "iu":
+        raise ValueError(f"positives must be row numbers of references, or a mask of them, got {named.dtype}")
+    n = n_references or 1 + int(indices.max())
+    if indices.min() < -1 or indices.max() >= n:
+        raise ValueError(f"indices are from {indices.min()} to {indices.max()}, but there are {n} references")
     for query, rows in enumerate(lists):
-        if len(rows) and (rows.min() < 0 or (top is not None and rows.max() >= top)):
-            row = rows.min() if rows.min() < 0 else rows.max()
-            raise ValueError(
-                f"query {query} has the positive {row}: references are numbered from 0"
-                + (f" to {top - 1}" if top else "")
-            )
-    return lists
+        for row in rows[(rows < 0) | (rows >= n)]:
+            more = "" if n_references else ", the largest row found; where there are more, give n_references"
+            raise ValueError(f"query {query} has the positive {row}, but references are 0 to {n - 1}{more}")
+    hit = np.stack([np.isin(row, rows) for row, rows in zip(indices, lists, strict=True)])
+    first = np.where(hit.any(axis=1), hit.argmax(axis=1) + 1, 0)
+    return hit, first, np.array([len(rows) for rows in lists])
 
 
-def _hits(indices, lists, n_references=None) -> np.ndarray:
-    """Which of the references found (Q, depth) are positives of their query, bool."""
-    if n_references is not None and (indices.min() < -1 or indices.max() >= n_references):
-        raise ValueError(
-            f"indices are from {indices.min()} to {indices.max()}, but there are {n_references} references"
-        )
-    flat = np.concatenate(lists).astype(np.int64)
-    width = 1 + max(int(indices.max(initial=0)), int(flat.max(initial=0)))
-    query = np.arange(len(lists))
-    positive = np.repeat(query, [len(p) for p in lists]) * width + flat
-    return np.isin(query[:, None] * width + indices, positive) & (indices >= 0)
-
-
-def wilson_interval(hits: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a proportion, in percent.
-
-    With p = hits / n and z the normal quantile of `level`, the ends are
-    ``(p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n)`` (Wilson 1927).
-
-    Raises
-    ------
-    ValueError
-        If n < 1, hits is not from 0 to n, or level not between 0 and 1.
-    """
-    if n < 1 or not 0 <= hits <= n:
-        raise ValueError(f"hits is {hits} of n {n}; n must be at least 1 and hits from 0 to n")
-    _check_fraction("level", level)
-    z = float(ndtri(0.5 + level / 2))
-    p = hits / n
-    centre, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    scale = 100 / (1 + z * z / n)
-    # A proportion of 0 or 1 has its end exactly there; rounding would leave 1e-15.
-    low = 0.0 if hits == 0 else scale * (centre - half)
-    high = 100.0 if hits == n else scale * (centre + half)
-    return float(low), float(high)
+def wilson_interval(hits: int, n: int) -> tuple[float, float]:
+    """Wilson's score interval (95 %) of the proportion hits / n, in percent (Wilson 1927)."""
+    low, high = stats.binomtest(hits, n).proportion_ci(0.95, method="wilson")
+    return 100 * float(low), 100 * float(high)
 
 
 # ----------------------------------------------------------------------------------------------- differences
 @dataclass(frozen=True)
 class Difference:
-    """R@k of b minus R@k of a over the same queries, in percentage points.
-
-    Attributes
-    ----------
-    points, low, high : float
-        The difference and its percentile interval under resampling of queries (or of groups of them).
-    p : float
-        Two-sided: twice the smaller share of resampled differences on one side of zero (zero itself included).
-    p_exact : float
-        McNemar's exact test on the discordant queries, which is the better one where they are few.
-    gained, lost : int
-        Queries that only b hits, and that only a hits.
-    n_queries, k : int
-    """
+    """R@k of b less that of a over the same queries, in percentage points, and its 95 % interval."""
 
     points: float
     low: float
     high: float
-    p: float
-    p_exact: float
-    gained: int
-    lost: int
+    p: float  # two-sided: twice the smaller share of resampled differences on one side of zero, or at zero
+    p_exact: float  # McNemar's exact test on the discordant queries, the better one where they are few
+    gained: int  # queries that only b hits
+    lost: int  # queries that only a hits
     n_queries: int
     k: int
 
     def __str__(self):
-        return (
-            f"{self.points:+.1f} points at R@{self.k} [{self.low:+.1f}, {self.high:+.1f}], p = {self.p:.3f} "
-            f"({self.gained} gained, {self.lost} lost of {self.n_queries})"
-        )
+        interval = f"[{self.low:+.1f}, {self.high:+.1f}], p = {self.p:.3f}"
+        changed = f"({self.gained} gained, {self.lost} lost of {self.n_queries})"
+        return f"{self.points:+.1f} points at R@{self.k} {interval} {changed}"
 
 
-def paired_bootstrap(
-    recall_a: Recall,
-    recall_b: Recall,
-    k: int = 1,
-    seed: int = 0,
-    *,
-    draws: int = 10_000,
-    level: float = 0.95,
-    groups=None,
-) -> Difference:
-    """Compare two models on the same queries by resampling the queries, both models together.
+def paired_bootstrap(a: Recall, b: Recall, k=1, seed=0, *, groups=None, draws: int = 10_000) -> Difference:
+    """R@k of b less that of a over the same queries, with the percentile interval of resampled queries.
 
-    Parameters
-    ----------
-    recall_a, recall_b : Recall
-        Over the same queries in the same order.
-    k, seed, draws, level
-        The rank, the seed of the resampling, the number of resamples, and the interval's level.
-    groups : array (n_queries,), optional
-        Labels; whole groups are resampled. Queries of one place are not independent, so give places here where
-        there are several queries each: the interval is then honestly wider.
-
-    Raises
-    ------
-    ValueError
-        If the numbers of queries, or of those without a positive, differ or an argument is out of range.
+    `groups`, an array (n_queries,) of labels, resamples whole groups: queries of one place depend on each
+    other, and the honest interval is wider. Recalls over different queries raise a ValueError.
     """
     for what in ("n_queries", "n_without_positive"):
-        mine, theirs = getattr(recall_a, what), getattr(recall_b, what)
-        if mine != theirs:
-            raise ValueError(
-                f"{what} is {mine} for a and {theirs} for b: a paired comparison needs the same queries"
-            )
-    if draws < 1:
-        raise ValueError(f"draws is {draws}; it must be at least 1")
-    _check_fraction("level", level)
-    change = recall_b.hit(k).astype(int) - recall_a.hit(k).astype(int)
+        of_a, of_b = getattr(a, what), getattr(b, what)
+        if of_a != of_b:
+            raise ValueError(f"{what} is {of_a} for a and {of_b} for b: compare over the same queries")
+    change = b.hit(k).astype(int) - a.hit(k).astype(int)
     n, gained, lost = len(change), int((change > 0).sum()), int((change < 0).sum())
-    rng = runs.rng(seed, "paired_bootstrap")
-    if groups is None:
-        # Each query's change is -1, 0 or 1, so a resample of n queries is one multinomial draw.
-        counts = rng.multinomial(n, [gained / n, lost / n, (n - gained - lost) / n], size=draws)
-        resampled = (counts[:, 0] - counts[:, 1]) / n
-    else:
-        resampled = _resampled_groups(change, groups, rng, draws)
-    low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
+    resampled = resampled_means(change, (1, -1, 0), runs.rng(seed, "paired_bootstrap"), draws, groups)
+    low, high = np.quantile(resampled, [0.025, 0.975])
     p = min(1.0, 2 * (1 + min((resampled <= 0).sum(), (resampled >= 0).sum())) / (1 + draws))
-    p_exact = float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+    exact = float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
     points = 100 * (gained - lost) / n
-    return Difference(points, 100 * float(low), 100 * float(high), p, p_exact, gained, lost, n, k)
+    return Difference(points, 100 * float(low), 100 * float(high), p, exact, gained, lost, n, k)
 
 
-def _resampled_groups(values, groups, rng, draws):
-    """Means of values (n,) over `draws` resamples of whole groups."""
+def resampled_means(values, cells, rng, draws: int, groups=None) -> np.ndarray:
+    """Means (draws,) of values (n,), all among `cells`, where they, or whole `groups`, are resampled."""
+    n = len(values)
+    if groups is None:  # equal values are one cell of a multinomial
+        shares = np.array([(values == cell).sum() for cell in cells]) / n
+        return rng.multinomial(n, shares, size=draws) @ np.asarray(cells) / n
     groups = np.asarray(groups)
-    if groups.shape != values.shape:
-        raise ValueError(f"groups must have shape {values.shape}, got {groups.shape}")
-    if pd.isna(groups).any():
-        raise ValueError(f"groups is missing for {int(pd.isna(groups).sum())} of {len(groups)} queries")
+    if groups.shape != (n,) or pd.isna(groups).any():
+        raise ValueError(f"groups must be {n} labels, none of them missing, got shape {groups.shape}")
     _, member = np.unique(groups, return_inverse=True)
     size, total = np.bincount(member), np.bincount(member, weights=values)
     picks = rng.multinomial(len(size), np.full(len(size), 1 / len(size)), size=draws)
@@ -440,352 +244,116 @@ def _resampled_groups(values, groups, rng, draws):
 def bootstrap_mean(
     values, seed: int = 0, *, draws: int = 2_000, level: float = 0.95, groups=None
 ) -> tuple[float, float, float]:
-    """Mean of per-query values with its percentile interval under resampling of the queries: (mean, low, high).
-
-    For changes that are no longer -1, 0 or 1, such as a hit less the mean of hits over several shuffles. With `groups`, an array (n,) of
-    labels, whole groups are resampled, as in `paired_bootstrap`.
-
-    Raises
-    ------
-    ValueError
-        If `values` is not of shape (n > 0,), or `groups` not of the same.
-    """
+    """See `workbench.tables.bootstrap_mean`."""
     values = np.asarray(values, np.float64)
-    if values.ndim != 1 or len(values) == 0:
-        raise ValueError(f"values must have shape (n > 0,), got {values.shape}")
-    if not np.isfinite(values).all():
-        raise ValueError(
-            f"values must be finite; the first that is not belongs to query {int(np.argmin(np.isfinite(values)))}"
-        )
-    _check_fraction("level", level)
-    rng = runs.rng(seed, "bootstrap_mean")
-    if groups is None:
-        # Queries with equal values are one cell of a multinomial: shuffles give few distinct values.
-        cells, counts = np.unique(values, return_counts=True)
-        resampled = rng.multinomial(len(values), counts / len(values), size=draws) @ cells / len(values)
-    else:
-        resampled = _resampled_groups(values, groups, rng, draws)
+    if values.ndim != 1 or len(values) == 0 or not np.isfinite(values).all():
+        raise ValueError(f"values must be finite and of shape (n > 0,), got shape {values.shape}")
+    resampled = resampled_means(values, np.unique(values), runs.rng(seed, "bootstrap_mean"), draws, groups)
     low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
     return float(values.mean()), float(low), float(high)
 
 
-def minimal_detectable_difference(
-    n_queries: int, discordant: float, *, power: float = 0.8, level: float = 0.95
-) -> float:
-    """The smallest difference in R@k, in percentage points, that a set of this size could show.
-
-    Solves Connor's sample size for paired proportions,
-    ``n = ((z_a sqrt(psi) + z_b sqrt(psi - d²)) / d)²``, for d, where psi is the share of queries on which two models
-    disagree, z_a belongs to the two-sided `level` and z_b to `power` (Connor, Biometrics 1987).
-
-    Parameters
-    ----------
-    n_queries : int
-    discordant : float
-        psi, from 0 to 1; of two measured models ``(gained + lost) / n_queries``. A difference cannot exceed it.
-    power, level : float
-
-    Returns
-    -------
-    float
-        Percentage points; NaN where not even d = psi would be found.
-    """
-    if n_queries < 1:
-        raise ValueError(f"n_queries is {n_queries}; it must be at least 1")
-    _check_fraction("power", power)
-    _check_fraction("level", level)
-    if not 0 <= discordant <= 1:
-        raise ValueError(f"discordant is {discordant}; it must be from 0 to 1")
-    if discordant == 0:
-        return float("nan")
-    z_a, z_b = float(ndtri(0.5 + level / 2)), float(ndtri(power))
-
-    def surplus(d):
-        return np.sqrt(n_queries) * d - z_a * np.sqrt(discordant) - z_b * np.sqrt(max(discordant - d * d, 0))
-
-    if surplus(discordant) < 0:
-        return float("nan")
-    low, high = 0.0, discordant
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if surplus(middle) < 0 else (low, middle)
-    return 100 * high
-
-
-def _check_fraction(name, value):
-    if not 0 < value < 1:
-        raise ValueError(f"{name} is {value}; it must lie between 0 and 1")
-
-
 # -------------------------------------------------------------------------------------------------- rankings
-def write_rankings(path, indices, distances, database, queries, positives, *, root=None) -> Path:
-    """Write what every query found, one line per query and rank, to a CSV file that any tool opens.
+def write_rankings(path, indices, distances, database, queries, positives) -> Path:
+    """Write what every query found to a CSV file that any tool opens, a line for each query and rank.
 
-    Columns: ``query, query_path, query_east_m, query_north_m, first_positive_rank (0: none), n_positives, rank,
-    reference, reference_path, reference_east_m, reference_north_m, distance (between descriptors), metres (on the
-    ground; empty between UTM zones or where a position is unknown), positive (0 or 1)``.
-
-    Parameters
-    ----------
-    path : path of the .csv, written whole or not at all
-    indices, distances : arrays (Q, depth) of `search`
-    database, queries : Places of N and Q rows
-    positives : as for `recall`
-    root : folder, optional
-        Paths inside it are written relative to it.
+    ``distance`` is between descriptors, ``metres`` on the ground (empty across UTM zones, or if unknown),
+    ``first_positive_rank`` 0 where there is none. Paths begin below the folder that holds all pictures.
     """
-    indices, distances = np.asarray(indices), np.asarray(distances)
-    lists = positive_lists(positives, len(database))
-    if indices.shape != distances.shape or not len(indices) == len(distances) == len(queries) == len(lists):
-        raise ValueError(
-            f"lengths differ: {len(queries)} queries, {len(indices)} rows of indices, {len(distances)} of "
-            f"distances, {len(lists)} of positives"
-        )
+    hit, first, n_positives = _hits(indices, positives, len(database))
+    root = os.path.commonpath({os.path.dirname(os.path.abspath(p)) for p in (*database.path, *queries.path)})
     query, rank = np.nonzero(indices >= 0)
     reference = indices[query, rank]
-    hit = _hits(indices, lists, len(database))
-    first = np.where(hit.any(axis=1), hit.argmax(axis=1) + 1, 0)
-    q_east, q_north = np.asarray(queries.east_m)[query], np.asarray(queries.north_m)[query]
-    r_east, r_north = np.asarray(database.east_m)[reference], np.asarray(database.north_m)[reference]
+
+    def columns(name, places, row):
+        paths = np.array([Path(os.path.relpath(p, root)).as_posix() for p in places.path], object)
+        metres = {f"{name}_{axis}": getattr(places, axis)[row].round(2) for axis in ("east_m", "north_m")}
+        return {name: row, f"{name}_path": paths[row], **metres}
+
+    east = queries.east_m[query] - database.east_m[reference]
+    north = queries.north_m[query] - database.north_m[reference]
     same_zone = same_grid(queries.utm_zone)[query] == same_grid(database.utm_zone)[reference]
-    metres = np.where(same_zone, np.hypot(q_east - r_east, q_north - r_north), np.nan)
-    table = pd.DataFrame(
-        {
-            "query": query,
-            "query_path": _relative(queries.path, root)[query],
-            "query_east_m": q_east.round(2),
-            "query_north_m": q_north.round(2),
-            "first_positive_rank": first[query],
-            "n_positives": np.array([len(p) for p in lists])[query],
-            "rank": rank + 1,
-            "reference": reference,
-            "reference_path": _relative(database.path, root)[reference],
-            "reference_east_m": r_east.round(2),
-            "reference_north_m": r_north.round(2),
-            "distance": distances[query, rank],
-            "metres": metres.round(2),
-            "positive": hit[query, rank].astype(int),
-        }
-    )
+    table = {
+        **columns("query", queries, query),
+        "first_positive_rank": first[query],
+        "n_positives": n_positives[query],
+        "rank": rank + 1,
+        **columns("reference", database, reference),
+        "distance": distances[query, rank],
+        "metres": np.where(same_zone, np.hypot(east, north), np.nan).round(2),
+        "positive": hit[query, rank].astype(int),
+    }
     with runs.atomic_path(path) as temporary:
-        table.to_csv(temporary, index=False)
+        pd.DataFrame(table).to_csv(temporary, index=False)
     return Path(path)
 
 
 def read_rankings(path) -> pd.DataFrame:
     """The table `write_rankings` wrote."""
-    table = pd.read_csv(path)
-    missing = {"query", "rank", "reference", "distance", "positive"} - set(table.columns)
-    if missing:
-        raise ValueError(f"{path} is no file of rankings: it has no column {', '.join(sorted(missing))}")
-    return table
-
-
-def _relative(paths, root):
-    """Paths below `root` relative to it, with forward slashes; links are not followed, they are the names in the set."""
-    names = [str(p) for p in paths]
-    if root is not None:
-        root = Path(os.path.abspath(root))
-        inside = [Path(os.path.abspath(name)) for name in names]
-        names = [
-            p.relative_to(root).as_posix() if p.is_relative_to(root) else name
-            for p, name in zip(inside, names, strict=True)
-        ]
-    return np.array(names, dtype=object)
+    return pd.read_csv(path)
 
 
 # ------------------------------------------------------------------------------------------------------- PCA
 @dataclass(frozen=True, kw_only=True)
 class PCA:
-    """Principal components of training descriptors: ``y = (x - mean) components.T``, by default nothing more.
+    """Principal components of training descriptors: ``y = (x - mean) components.T``, as the authors do."""
 
-    Fit with `PCA.fit`. `whiten` divides each component by its standard deviation on the training descriptors,
-    `renormalise` brings each result to unit length; the authors of SAGE do neither.
-
-    Attributes
-    ----------
-    mean : array (D,), components : array (size, D), variance : array (size,)
-        float64 while fitted; the components are orthonormal rows, largest variance first, each with its largest
-        entry positive.
-    n_samples : int
-        How many descriptors it was fitted on.
-    model, data, context : str
-        Fingerprints and context of what it was fitted on; `check` refuses descriptors of another model or context.
-    """
-
-    mean: np.ndarray
-    components: np.ndarray
-    variance: np.ndarray
-    n_samples: int
-    whiten: bool = False
-    renormalise: bool = False
-    model: str = ""
+    mean: np.ndarray  # (D,)
+    components: np.ndarray  # (size, D), orthonormal, largest variance first
+    variance: np.ndarray  # (size,)
+    whiten: bool = False  # divide by the standard deviations, then bring each result to unit length
+    model: str = ""  # fingerprints and context of what it was fitted on
     data: str = ""
     context: str = ""
 
-    @property
-    def size(self) -> int:
-        """Dimensions of a result."""
-        return len(self.components)
-
     @classmethod
-    def fit(
-        cls,
-        descriptors,
-        size: int,
-        *,
-        whiten: bool = False,
-        renormalise: bool = False,
-        max_samples: int = 16_384,
-        seed: int = 0,
-        model: str = "",
-        data: str = "",
-        context: str = "",
-    ) -> "PCA":
-        """Fit on training descriptors (never on those of the test set).
+    def fit(cls, descriptors, size: int, *, whiten=False, seed: int = 0, **fitted_on: str) -> "PCA":
+        """Fit on training descriptors (n, D), at most 16,384 of them, drawn by `seed`; never on a test set.
 
-        Parameters
-        ----------
-        descriptors : array (n, D), or Descriptors
-            Of the latter, model, data and context are taken from its manifest where not given.
-        size : int
-            Dimensions to keep. n descriptors in D dimensions, once centred, span at most min(n - 1, D) of them:
-            more is refused.
-        max_samples : int
-            No more than this many rows are used, drawn without replacement (16,384 in the authors' evaluation).
-        seed : int
-            Of that draw.
-
-        Raises
-        ------
-        ValueError
-            If `size` is above the rank of the descriptors, with the arithmetic.
+        `fitted_on` are model, data and context (of `Descriptors` their own); `size` is at most the rank.
         """
-        manifest = getattr(descriptors, "manifest", None)
-        if manifest is not None:
-            model, data = model or manifest["model"], data or manifest["data"]
-            context = context or manifest["context"]
-            descriptors = descriptors.values
-        n, width = descriptors.shape
-        rows = np.arange(n)
-        if n > max_samples:
-            rows = np.sort(runs.rng(seed, "pca").choice(n, max_samples, replace=False))
-        n = len(rows)
-        bound = min(n - 1, width)
-        if not 1 <= size <= bound:
-            raise ValueError(
-                f"size is {size}; {n} centred training descriptors of {width} dimensions have rank at most "
-                f"min({n} - 1, {width}) = {bound}, so it must be from 1 to {bound}"
-            )
-        x = np.asarray(descriptors[rows], np.float64)
-        if not np.isfinite(x).all():
-            raise ValueError(
-                f"training descriptor in row {rows[int(np.argmin(np.isfinite(x).all(axis=1)))]} has values that are not finite"
-            )
-        mean = x.mean(axis=0)
-        x -= mean
-        # The eigenvectors of the smaller of X X^T (n x n) and X^T X (D x D) give the same components.
-        gram = x @ x.T if n <= width else x.T @ x
-        side = len(gram)
-        values, vectors = linalg.eigh(gram, subset_by_index=[side - size, side - 1], overwrite_a=True)
-        values, vectors = values[::-1], vectors[:, ::-1]
-        floor = values[0] * side * np.finfo(np.float64).eps
-        rank = int((values > floor).sum())
-        if rank < size:
-            raise ValueError(
-                f"size is {size}; the {n} training descriptors of {width} dimensions span only {rank} dimensions "
-                f"(several are equal or dependent), so it must be from 1 to {rank}"
-            )
-        components = (x.T @ vectors / np.sqrt(values)).T if n <= width else vectors.T
-        largest = np.abs(components).argmax(axis=1)
-        components = components * np.sign(components[np.arange(size), largest])[:, None]
-        return cls(
-            mean=mean,
-            components=np.ascontiguousarray(components),
-            variance=values / (n - 1),
-            n_samples=n,
-            whiten=whiten,
-            renormalise=renormalise,
-            model=model,
-            data=data,
-            context=context,
-        )
+        from sklearn import decomposition
 
-    def check(self, *, model: str = "", context: str = "") -> None:
-        """Raise a ValueError if this PCA was fitted on descriptors of another model or another context."""
-        for what, mine, theirs in (("model", self.model, model), ("context", self.context, context)):
-            if mine and theirs and mine != theirs:
-                raise ValueError(
-                    f"this PCA was fitted on descriptors of {what} {mine} and does not fit those of {what} "
-                    f"{theirs}; fit it again on training descriptors of that {what}"
-                )
+        values = getattr(descriptors, "values", descriptors)
+        if values is not descriptors:
+            fitted_on = {name: descriptors.manifest[name] for name in ("model", "data", "context")}
+        if len(values) > _PCA_SAMPLES:
+            values = values[np.sort(runs.rng(seed, "pca").choice(len(values), _PCA_SAMPLES, replace=False))]
+        n, width = values.shape
+        name = f"size, of {n} descriptors of {width} dimensions,"
+        runs.check(name, size, 1, min(n - 1, width), whole=True)
+        pca = decomposition.PCA(size, svd_solver="full" if n <= width else "covariance_eigh")
+        variance = pca.fit(np.asarray(values, np.float64)).explained_variance_
+        rank = int((variance > variance[0] * max(n, width) * np.finfo(np.float64).eps).sum())
+        runs.check(f"{name} which span {rank},", size, 1, rank)
+        return cls(mean=pca.mean_, components=pca.components_, variance=variance, whiten=whiten, **fitted_on)
 
     def transform(self, descriptors) -> np.ndarray:
-        """Project descriptors (n, D), block by block, to float32 (n, size); checks Descriptors by fingerprint."""
-        manifest = getattr(descriptors, "manifest", None)
-        if manifest is not None:
-            self.check(model=manifest["model"], context=manifest["context"])
-            descriptors = descriptors.values
-        if np.ndim(descriptors) != 2 or descriptors.shape[1] != len(self.mean):
-            raise ValueError(
-                f"descriptors must have shape (n, {len(self.mean)}) for this PCA, got {np.shape(descriptors)}"
-            )
-        basis = self.components.T
-        if self.whiten:
-            basis = basis / np.sqrt(self.variance)
-        out = np.empty((len(descriptors), self.size), np.float32)
+        """Project (n, D) to float32 (n, size); `Descriptors` of another model or context are refused."""
+        values = getattr(descriptors, "values", descriptors)
+        for what in ("model", "context") if values is not descriptors else ():
+            own, other = getattr(self, what), descriptors.manifest[what]
+            if own and own != other:
+                raise ValueError(f"this PCA was fitted on descriptors of {what} {own}, not {other}")
+        if np.ndim(values) != 2 or values.shape[1] != len(self.mean):
+            raise ValueError(f"descriptors must have shape (n, {len(self.mean)}), got {np.shape(values)}")
+        basis = self.components.T / (np.sqrt(self.variance) if self.whiten else 1)
         rows = max(1, _BLOCK_BYTES // (8 * len(self.mean)))
-        for start in range(0, len(descriptors), rows):
-            block = np.asarray(descriptors[start : start + rows], np.float64)
-            projected = (block - self.mean) @ basis
-            if self.renormalise:
-                projected /= np.maximum(np.linalg.norm(projected, axis=1, keepdims=True), 1e-12)
-            out[start : start + rows] = projected
-        return out
+        out = np.empty((len(values), len(self.components)), np.float32)
+        for start in range(0, len(values), rows):
+            out[start : start + rows] = (values[start : start + rows] - self.mean) @ basis
+        return out / np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-12) if self.whiten else out
 
-    def save(self, path) -> Path:
-        """Write a .safetensors file: the arrays, and settings and fingerprints as its metadata."""
-        from safetensors.numpy import save_file
-
-        metadata = {
-            "format": "sagelib-pca-1",
-            "n_samples": str(self.n_samples),
-            "whiten": str(int(self.whiten)),
-            "renormalise": str(int(self.renormalise)),
-            "model": self.model,
-            "data": self.data,
-            "context": self.context,
-        }
-        arrays = {"mean": self.mean, "components": self.components, "variance": self.variance}
-        arrays = {name: np.ascontiguousarray(array, np.float32) for name, array in arrays.items()}
+    def save(self, path) -> None:
+        """Write a .safetensors file: the arrays, with settings and fingerprints as its metadata."""
+        arrays = {a: np.ascontiguousarray(getattr(self, a)) for a in ("mean", "components", "variance")}
+        settings = json.dumps({name: value for name, value in vars(self).items() if name not in arrays})
         with runs.atomic_path(path) as temporary:
-            save_file(arrays, temporary, metadata=metadata)
-        return Path(path)
+            save_file(arrays, temporary, metadata={"settings": settings})
 
     @classmethod
-    def load(cls, path, *, model: str = "", context: str = "") -> "PCA":
-        """Read what `save` wrote; raises a ValueError if it was fitted for another `model` or `context`."""
-        from safetensors import safe_open
-
+    def load(cls, path) -> "PCA":
+        """Read what `save` wrote."""
         with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != "sagelib-pca-1":
-                raise ValueError(f"{path} is no PCA file of this package: write it with PCA.save")
-            arrays = {name: file.get_tensor(name) for name in ("mean", "components", "variance")}
-        pca = cls(
-            **arrays,
-            n_samples=int(metadata["n_samples"]),
-            whiten=metadata["whiten"] == "1",
-            renormalise=metadata["renormalise"] == "1",
-            model=metadata["model"],
-            data=metadata["data"],
-            context=metadata["context"],
-        )
-        pca.check(model=model, context=context)
-        return pca
-
-    def fingerprint(self) -> str:
-        """Short hash of the arrays (as saved, in float32) and settings."""
-        arrays = [np.ascontiguousarray(a, np.float32) for a in (self.mean, self.components, self.variance)]
-        settings = {"whiten": self.whiten, "renormalise": self.renormalise, "model": self.model}
-        return runs.fingerprint([*(runs.fingerprint(a) for a in arrays), settings])
+            arrays = {name: file.get_tensor(name) for name in file.keys()}
+            return cls(**arrays, **json.loads(file.metadata()["settings"]))

@@ -1228,7 +1228,7 @@ class _Loop:
             values = [self._describe(feed, np.arange(len(feed.places)), context) for feed in self.feeds]
             measured = None
             if self.processes.main:
-                found = recall(search(*values, k=20)[0], self.positives)
+                found = recall(search(*values, k=20)[0], self.positives, n_references=len(values[0]))
                 measured = {"hits": {str(k): n for k, n in found.hits.items()}, "queries": found.n_queries}
                 measured["recall"] = {str(k): found.percent(k) for k in found.hits}
             measured = self.processes.broadcast(measured)

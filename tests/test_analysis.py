@@ -440,7 +440,7 @@ def ranked(tmp_path):
     indices = np.array([[9, 0, 1], [2, 3, 4], [0, 9, 8], [5, 6, 7]])
     distances = np.array([[0.1, 0.3, 0.4], [0.2, 0.5, 0.6], [0.7, 0.8, 0.9], [0.3, 0.4, 0.5]])
     positives = [np.array([0, 1]), np.array([1, 2, 3]), np.array([4, 5, 6]), np.array([], int)]
-    path = write_rankings(tmp_path / "r.csv", indices, distances, database, queries, positives, root="set")
+    path = write_rankings(tmp_path / "r.csv", indices, distances, database, queries, positives)
     return read_rankings(path), database, queries, positives, indices, distances
 
 

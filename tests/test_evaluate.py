@@ -46,7 +46,7 @@ from sagelib.images import Preprocess
 from sagelib.interact import InteractHead
 from sagelib.model import build_model
 from sagelib.places import BENCHMARKS, Places, PositiveRule, TestSet, open_set
-from sagelib.retrieval import PCA, read_rankings
+from sagelib.retrieval import PCA
 
 spec = importlib.util.spec_from_file_location("slow_recall", Path(__file__).with_name("slow_recall.py"))
 slow = importlib.util.module_from_spec(spec)
@@ -119,7 +119,7 @@ def test_a_result_is_what_the_slow_script_says(data, tmp_path):
     assert (result.n_database, result.dim, result.context, result.split) == (PLACES, 128, "none", "test")
     assert result.seconds["embed"] > 0 and result.images_per_s > 0 and result.seconds["head"] == 0
 
-    table = read_rankings(result.path / "rankings.csv")
+    table = result.rankings()
     assert len(table) == PLACES * 20
     first = table.groupby("query")["first_positive_rank"].first()
     np.testing.assert_array_equal(first, result.per_query_rank)
@@ -231,7 +231,7 @@ def test_pca_in_evaluation(data, tmp_path):
     small = evaluate(model, test_set, tmp_path, pca=PCA.fit(trained, 4), progress=False)
     assert small.dim == 4 and small.hits[1] < full.hits[1]
     other = PCA.fit(np.random.default_rng(0).normal(size=(200, 128)), 4, model="another")
-    with pytest.raises(ValueError, match="descriptors of model another and does not fit"):
+    with pytest.raises(ValueError, match="fitted on descriptors of model another"):
         evaluate(model, test_set, tmp_path, pca=other, name="other", progress=False)
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -299,9 +300,10 @@ def test_principal_components_are_kept_with_what_they_belong_to(done):
     root, results = done
     run = root / results.table.set_index(["configuration", "seed"]).loc[("16 components", 0), "run"]
     pca = PCA.load(run / "pca.safetensors")
-    assert pca.size == 16 and pca.model and pca.data and pca.context == "none"
+    assert pca.components.shape == (16, 160) and pca.model and pca.data and pca.context == "none"
+    other = SimpleNamespace(values=np.zeros((1, 160)), manifest={"model": "another", "context": "none"})
     with pytest.raises(ValueError, match="fitted on descriptors of model"):
-        PCA.load(run / "pca.safetensors", model="another")
+        pca.transform(other)
 
 
 def test_a_changed_grid_does_not_show_the_runs_of_the_old_one(done):

@@ -63,13 +63,13 @@ from sagelib.retrieval import (
     KS,
     PCA,
     Difference,
-    minimal_detectable_difference,
     recall,
     search,
 )
 from sagelib.tokens import open_tokens
 from sagelib.train import PRECISIONS, TrainConfig, open_run, train
 from townscape.folder import write_town
+from workbench.tables import minimal_detectable_difference
 
 __all__ = [
     "Grid",
@@ -583,7 +583,6 @@ def _measure(how: dict, describe: _Describer, data: Data, test_set: TestSet, tra
             fitted_on,
             how["pca"],
             whiten=how["whiten"],
-            renormalise=how["whiten"],
             seed=describe.config.seed,
             model=model_fingerprint(describe.model, head=how["context"] != "none"),
             data=data.fingerprint(),
@@ -595,7 +594,7 @@ def _measure(how: dict, describe: _Describer, data: Data, test_set: TestSet, tra
     indices, _ = search(*values, max(*KS, how["rerank"] or 1))
     if how["rerank"] is not None:
         indices = rerank_in_context(describe.model, *before, indices, how["rerank"], device=describe.device)
-    counted = recall(indices, positives, KS)
+    counted = recall(indices, positives, KS, n_references=len(test_set.database))
     plateau = trained.metrics.get("plateau") or {}
     runs.save_array(run.path("ranks.npy"), counted.per_query_rank.astype(np.int32))
     # Queries of one place succeed and fail together: they are resampled together.
