@@ -2,7 +2,6 @@
 
 import os
 import re
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +11,6 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy.stats import hypergeom
-from tqdm.auto import tqdm
 
 from sagelib import places as places_module
 from sagelib import runs
@@ -26,7 +24,6 @@ from sagelib.describe import (
     evaluating,
     file_digest,
     model_fingerprint,
-    names_in_order,
     own_anchors,
     pick_device,
     pictures_fingerprint,
@@ -40,9 +37,7 @@ from sagelib.retrieval import (
     Recall,
     paired_bootstrap,
     recall,
-    resampled_means,
     search,
-    wilson_interval,
     write_rankings,
 )
 from sagelib.train import load_trained
@@ -544,246 +539,6 @@ def _plain_name(name: str) -> str:
 
 def _relative(path, start):
     return Path(os.path.relpath(path, start)).as_posix()
-
-
-# -------------------------------------------------------------------------------------------- context audit
-AUDIT_SIZES = (2, 4, 8, 16, 32)
-AUDIT_CONTEXTS = ("none", "solo", *(f"{kind}-{n}" for n in AUDIT_SIZES for kind in ("sorted", "shuffled")))
-
-
-@dataclass(frozen=True)
-class Audit:
-    """Recall of one checkpoint under several contexts, from one embedding of the pictures.
-
-    Attributes
-    ----------
-    model, dataset : str
-    table : DataFrame
-        One row per context and shuffle: context, kind, n (0 where there is no batch size), shuffle, n_queries, n_without_positive,
-        hits@k and R@k (percent) for each k.
-    ranks : dict of str to array
-        Rank of each query's first positive, by ``context`` or ``context#shuffle``.
-    path : Path
-        The run directory.
-    """
-
-    model: str
-    dataset: str
-    table: pd.DataFrame
-    ranks: dict[str, np.ndarray]
-    path: Path
-
-    def summary(self, k: int = 1) -> pd.DataFrame:
-        """One row per context: mean, lowest and highest R@k over shuffles, and Wilson's interval at the mean."""
-        rows = []
-        for context, group in self.table.groupby("context", sort=False):
-            percent, n = group[f"R@{k}"], int(group["n_queries"].iloc[0])
-            low, high = wilson_interval(round(percent.mean() * n / 100), n)
-            rows.append(
-                {
-                    "context": context,
-                    "kind": group["kind"].iloc[0],
-                    "n": int(group["n"].iloc[0]),
-                    "shuffles": len(group),
-                    f"R@{k}": percent.mean(),
-                    "spread_low": percent.min(),
-                    "spread_high": percent.max(),
-                    "interval_low": low,
-                    "interval_high": high,
-                }
-            )
-        return pd.DataFrame(rows)
-
-    def leak(self, k: int = 1, seed: int = 0, groups=None) -> pd.DataFrame:
-        """What the order of the files is worth: R@k under sorted-n less its mean over the shuffled-n, for each n.
-
-        Columns: n, points, low, high (95 % over resampled queries, or over whole `groups` of them, one label a query). An interval above
-        zero is an ordering leak: the same weights and pictures retrieve better because like batches meet like batches.
-        """
-
-        def hit(key):
-            return (self.ranks[key] > 0) & (self.ranks[key] <= k)
-
-        rows = []
-        for n in sorted(set(self.table.loc[self.table["kind"] == "sorted", "n"])):
-            shuffled = [key for key in self.ranks if key.startswith(f"shuffled-{n}#")]
-            if shuffled:
-                change = hit(f"sorted-{n}") - np.mean([hit(key) for key in shuffled], axis=0)
-                rng = runs.rng(seed, "bootstrap_mean")
-                resampled = resampled_means(change, np.unique(change), rng, 2_000, groups)
-                mean, (low, high) = change.mean(), np.quantile(resampled, [0.025, 0.975])
-                rows.append({"n": n, "points": 100 * mean, "low": 100 * low, "high": 100 * high})
-        return pd.DataFrame(rows, columns=["n", "points", "low", "high"])
-
-
-def audit_contexts(
-    model,
-    test_set,
-    root,
-    *,
-    contexts: Sequence[str] = AUDIT_CONTEXTS,
-    shuffles: int = 5,
-    seed: int = 0,
-    anchors: np.ndarray | None = None,
-    name: str | None = None,
-    model_name: str | None = None,
-    preprocess: Callable | None = None,
-    batch_size: int = 32,
-    dtype: str = "float16",
-    device: str | torch.device = "auto",
-    workers: int = 0,
-    autocast: str | None = None,
-    on_error: str = "raise",
-    ks: Sequence[int] = KS,
-    progress: bool = True,
-) -> Audit:
-    """Measure one checkpoint under many contexts; its pictures go through the backbone once.
-
-    Parameters
-    ----------
-    model : SAGE with an InteractHead
-    test_set : TestSet
-    root : path
-        A folder of runs: the audit is written to ``root/audit/<name>/`` (audit.csv, ranks.npz), and found there again.
-    contexts : sequence of str
-        Default: none, solo, and sorted-n and shuffled-n for n = 2, 4, 8, 16, 32.
-    shuffles : int
-        Permutations of each shuffled-n, from seeds `seed`, `seed` + 1, ...
-    others
-        As for `evaluate`.
-    """
-    contexts = [str(_resolve_context(c, test_set.name)) for c in contexts]
-    if len(set(contexts)) != len(contexts) or not contexts:
-        raise ValueError(f"contexts must be different and at least one, got {contexts}")
-    if shuffles < 1:
-        raise ValueError(f"shuffles is {shuffles}; it must be at least 1")
-    ks, device, model_name = _check_ks(ks), pick_device(device), model_name or _name_of(model)
-    preprocess = getattr(model, "preprocess", None) if preprocess is None else preprocess
-    if "anchors" in contexts and anchors is None:
-        anchors = own_anchors(model)
-    config = {
-        "model": model_name,
-        "model_fingerprint": model_fingerprint(model),
-        "dataset": test_set.name,
-        "rule": str(test_set.rule),
-        "contexts": contexts,
-        "shuffles": shuffles,
-        "anchors": None if anchors is None else runs.fingerprint(np.asarray(anchors, np.float32)),
-        "preprocess": describe_callable(preprocess),
-        "dtype": dtype,
-        "autocast": autocast,
-        "on_error": on_error,
-        "ks": list(ks),
-    }
-    run = runs.Run.open(
-        root,
-        AUDIT_STAGE,
-        _plain_name(name or f"{model_name}-{test_set.name}-{runs.fingerprint(config)[:6]}"),
-        config,
-        seed=seed,
-        data_fingerprint=_data_fingerprint(test_set),
-        device=device,
-    )
-    if run.finished:
-        return load_audit(run.dir)
-    options = dict(
-        preprocess=preprocess,
-        batch_size=batch_size,
-        dtype=dtype,
-        device=device,
-        workers=workers,
-        autocast=autocast,
-        on_error=on_error,
-        progress=progress,
-    )
-    test_set.positives()  # positions that are missing are better noticed before the pictures are described
-    store = _store(root, model, model_name, test_set, options)
-    references = describe(model, test_set.database, store / "database", **options)
-    asked = describe(model, test_set.queries, store / "queries", **options)
-    database, queries = references.kept(test_set.database), asked.kept(test_set.queries)
-    positives = places_module.positives(database, queries, test_set.rule)
-    rows, ranks = [], {}
-    jobs = [
-        (Context.parse(c), shuffle)
-        for c in contexts
-        for shuffle in range(shuffles if c.startswith("shuffled") else 1)
-    ]
-    for context, shuffle in tqdm(jobs, desc=f"audit {test_set.name}", unit="context", disable=not progress):
-        composed = [
-            _composed(
-                run,
-                model,
-                described,
-                rows_of,
-                context,
-                anchors=anchors,
-                seed=seed + shuffle,
-                loader=loader,
-                device=device,
-            )
-            for described, rows_of, loader in (
-                (references, database, "database"),
-                (asked, queries, "queries"),
-            )
-        ]
-        indices, _ = search(*composed, max(ks))
-        counted = recall(indices, positives, ks, n_references=len(database))
-        key = f"{context}#{shuffle}" if context.kind == "shuffled" else str(context)
-        ranks[key] = counted.per_query_rank
-        rows.append(
-            {
-                "context": str(context),
-                "kind": context.kind,
-                "n": context.n or 0,
-                "shuffle": shuffle,
-                "n_queries": counted.n_queries,
-                "n_without_positive": counted.n_without_positive,
-                **{f"hits@{k}": counted.hits[k] for k in ks},
-                **{f"R@{k}": counted.percent(k) for k in ks},
-            }
-        )
-    table = pd.DataFrame(rows)
-    with runs.atomic_path(run.path("ranks.npz")) as temporary:
-        np.savez_compressed(temporary, **ranks)
-    write_table(table, run.path("audit.csv"))
-    run.finish(
-        {str(c): float(p) for c, p in table.groupby("context", sort=False)[f"R@{ks[0]}"].mean().items()}
-    )
-    return load_audit(run.dir)
-
-
-def _composed(run, model, descriptors, places, context, **options):
-    """One loader's descriptors under a context, in a file that is gone when the array is."""
-    if context.kind == "none":
-        return descriptors.values
-    dtype, shape = descriptors.values.dtype, descriptors.values.shape
-    if descriptors.values.nbytes < 2**30:
-        out = np.empty(shape, dtype)
-    else:
-        file = tempfile.TemporaryFile(dir=run.dir)
-        runs.reserve(file.fileno(), descriptors.values.nbytes, run.dir)
-        out = np.memmap(file, dtype=dtype, shape=shape)
-    compose(model, descriptors.values, names_in_order(places), context, out, **options)
-    return out
-
-
-def load_audit(path) -> Audit:
-    """Read a finished audit from its run directory."""
-    path = Path(path)
-    run = runs.load_run(path)
-    if run.stage != AUDIT_STAGE or not run.finished:
-        raise FileNotFoundError(
-            f"{path} holds no finished audit: it is {run.stage}, {run.manifest['status']}"
-        )
-    with np.load(path / "ranks.npz") as file:
-        ranks = {key: file[key] for key in file.files}
-    return Audit(
-        run.config["model"],
-        run.config["dataset"],
-        pd.read_csv(path / "audit.csv", keep_default_na=False),
-        ranks,
-        path,
-    )
 
 
 # ------------------------------------------------------------------------------------------- one photograph

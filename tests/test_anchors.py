@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from sagelib.describe import choose_anchors, describe, own_anchors, rerank_in_context
-from sagelib.evaluate import audit_contexts, evaluate
+from sagelib.evaluate import evaluate
 from sagelib.images import Preprocess, load_image
 from sagelib.model import SAGE
 from sagelib.places import open_set
+from workbench.audit import audit_contexts
 
 PREPROCESS = Preprocess(56)
 OPTIONS = {"preprocess": PREPROCESS, "dtype": "float32", "device": "cpu", "progress": False}

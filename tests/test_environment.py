@@ -224,12 +224,12 @@ def test_the_code_of_the_readme_runs(tmp_path, monkeypatch, capsys):
 
 def test_the_commands_of_the_readme_have_the_options_that_it_names():
     readme = (ROOT / "README.md").read_text().replace("\\\n", " ")
-    named = re.findall(r"python (-m [\w.]+(?: audit)?|notebooks/\w+\.py)([^\n`]*)", readme)
+    named = re.findall(r"python (-m [\w.]+|notebooks/\w+\.py)([^\n`]*)", readme)
     named += [("-m accelerate.commands.launch", o) for o in re.findall(r"accelerate launch (.*?) -m", readme)]
     options = {command: set() for command, _ in named}
     for command, given in named:
         options[command] |= set(re.findall(r" (--[\w-]+)", given.split("  #")[0]))
-    assert {"-m sagelib.train", "-m workbench.grids audit", "notebooks/reproduce.py"} <= set(options)
+    assert {"-m sagelib.train", "-m workbench.audit", "notebooks/reproduce.py"} <= set(options)
     started = {
         command: subprocess.Popen(
             [sys.executable, *command.split(), "--help"], cwd=ROOT, stdout=subprocess.PIPE, text=True

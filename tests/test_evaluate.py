@@ -14,12 +14,10 @@ from PIL import Image
 from sagelib import runs
 from sagelib.describe import GreyPixels, baseline_pixels, choose_anchors, describe
 from sagelib.evaluate import (
-    audit_contexts,
     chance_recall,
     compare,
     evaluate,
     evaluate_many,
-    load_audit,
     load_result,
     load_results,
     locate,
@@ -290,58 +288,6 @@ def test_places_of_queries_are_labels_or_clusters():
     np.testing.assert_array_equal(found, [0, 0, 1, 2, 3])
     labelled = queries.replace(place=np.array([0, 0, 1, 1, 1]), city=np.array(["a", "a", "a", "a", "b"]))
     np.testing.assert_array_equal(query_places(labelled), [0, 0, 1, 1, 2])
-
-
-def test_the_audit_shows_the_ordering_leak_where_there_is_one_and_only_there(data, tmp_path):
-    model = Noisy()
-    contexts = ("none", "solo", "sorted-2", "shuffled-2", "sorted-8", "shuffled-8")
-    options = dict(contexts=contexts, shuffles=3, progress=False)
-    aligned = audit_contexts(model, open_set(data, "aligned"), tmp_path, **options)
-    assert model.embedded == 2 * PLACES, "one embedding serves all contexts"
-    assert aligned.table["context"].tolist() == [
-        *("none", "solo", "sorted-2", *["shuffled-2"] * 3, "sorted-8", *["shuffled-8"] * 3)
-    ]
-    leak = aligned.leak().set_index("n")
-    assert leak.loc[8, "points"] > 35 and leak.loc[8, "low"] > 25  # by a wide margin
-    assert leak.loc[2, "low"] > 10
-
-    unaligned = audit_contexts(model, open_set(data, "unaligned"), tmp_path, **options)
-    assert abs(unaligned.leak().set_index("n").loc[8, "points"]) < 12
-    # Contexts without a batch know nothing of the order: the two sets hold the same pictures.
-    for context in ("none", "solo"):
-        rows = [a.table[a.table["context"] == context].iloc[0] for a in (aligned, unaligned)]
-        assert rows[0]["hits@1"] == rows[1]["hits@1"]
-
-    summary = aligned.summary().set_index("context")
-    assert summary.loc["shuffled-8", "shuffles"] == 3
-    assert summary.loc["shuffled-8", "spread_low"] <= summary.loc["shuffled-8", "R@1"]
-    assert summary.loc["none", "spread_low"] == summary.loc["none", "spread_high"]
-
-    again = audit_contexts(model, open_set(data, "aligned"), tmp_path, **options)
-    pd.testing.assert_frame_equal(again.table, load_audit(aligned.path).table)
-    assert model.embedded == 4 * PLACES
-
-
-def test_the_audit_agrees_with_evaluation(data, tmp_path):
-    model, test_set = Noisy(), open_set(data, "aligned")
-    audit = audit_contexts(
-        model, test_set, tmp_path, contexts=("sorted-4", "shuffled-4"), shuffles=2, seed=3, progress=False
-    )
-    results = [evaluate(model, test_set, tmp_path, context="sorted-4", progress=False)]
-    results += [
-        evaluate(model, test_set, tmp_path, context="shuffled-4", seed=s, progress=False) for s in (3, 4)
-    ]
-    assert audit.table["hits@1"].tolist() == [r.hits[1] for r in results]
-
-
-def test_the_audit_refuses(data, tmp_path):
-    test_set = open_set(data, "aligned")
-    with pytest.raises(ValueError, match="shuffles is 0"):
-        audit_contexts(Noisy(), test_set, tmp_path, shuffles=0)
-    with pytest.raises(ValueError, match="contexts must be different"):
-        audit_contexts(Noisy(), test_set, tmp_path, contexts=("solo", "solo"))
-    with pytest.raises(ValueError, match="no InteractHead"):
-        audit_contexts(baseline_pixels, test_set, tmp_path, contexts=("none", "solo"), progress=False)
 
 
 # ---------------------------------------------------------------------------------------------------- locate

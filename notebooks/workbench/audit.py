@@ -1,0 +1,267 @@
+"""The audit of contexts: the same weights and pictures, measured under every choice of which images share a
+batch.
+
+With the InteractHead a descriptor depends on its neighbours in the batch. Where the order of the files puts
+images of one place side by side, sorted batches find more than shuffled ones: an ordering leak.
+
+    python -m workbench.audit --models random-head:gem2x2:tf_efficientnet_lite2 MY-RUN --sets data/town
+    data/gardens-point
+"""
+
+import argparse
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from sagelib import runs
+from sagelib.describe import (
+    Context,
+    compose,
+    load_descriptors,
+    model_fingerprint,
+    names_in_order,
+    own_anchors,
+)
+from sagelib.evaluate import evaluate, open_model, query_places, training_run
+from sagelib.images import Preprocess
+from sagelib.interact import InteractHead
+from sagelib.places import TestSet, open_set
+from sagelib.retrieval import KS, recall, search, wilson_interval
+from workbench.grids import keep
+from workbench.tables import bootstrap_mean
+
+STAGE = "audit"
+SIZES = (2, 4, 8, 16, 32)
+CONTEXTS = ("none", "solo", *(f"{kind}-{n}" for n in SIZES for kind in ("sorted", "shuffled")))
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Recall of one model on one set under several contexts, from one embedding of the pictures.
+
+    Attributes
+    ----------
+    model, dataset : str
+    table : DataFrame
+        A row for each context and shuffle: context, kind, n (0: no batch size), shuffle, n_queries, hits@k
+        and R@k (percent).
+    ranks : dict of str to array (Q,)
+        Rank of each query's first positive, 0 for none, by ``context`` or ``context#shuffle``.
+    places : array (Q,)
+        Which queries are of one place: they are resampled together.
+    path : Path
+        The run directory.
+    """
+
+    model: str
+    dataset: str
+    table: pd.DataFrame
+    ranks: dict[str, np.ndarray]
+    places: np.ndarray
+    path: Path
+
+    def summary(self, k: int = 1) -> pd.DataFrame:
+        """A row for each context: R@k, mean, lowest and highest over the shuffles, and Wilson's interval at
+        the mean."""
+        rows = []
+        for context, group in self.table.groupby("context", sort=False):
+            percent, n = group[f"R@{k}"], int(group["n_queries"].iloc[0])
+            low, high = wilson_interval(round(percent.mean() * n / 100), n)
+            row = {"context": context, "kind": group["kind"].iloc[0], "n": int(group["n"].iloc[0])}
+            row |= {"shuffles": len(group), f"R@{k}": percent.mean()}
+            row |= {"spread_low": percent.min(), "spread_high": percent.max()}
+            rows.append(row | {"interval_low": low, "interval_high": high})
+        return pd.DataFrame(rows)
+
+    def leak(self, k: int = 1, seed: int = 0) -> pd.DataFrame:
+        """R@k under sorted-n less its mean under shuffled-n in points, for each n, with a 95 % interval (low,
+        high).
+
+        An interval above zero is an ordering leak. Queries of one place are resampled together, from `seed`.
+        """
+        hit = {key: (ranks > 0) & (ranks <= k) for key, ranks in self.ranks.items()}
+        rows = []
+        for n in sorted(set(self.table.loc[self.table["kind"] == "sorted", "n"])):
+            shuffled = [hits for key, hits in hit.items() if key.startswith(f"shuffled-{n}#")]
+            if shuffled:
+                change = hit[f"sorted-{n}"] - np.mean(shuffled, axis=0)
+                points, low, high = bootstrap_mean(100 * change, seed=seed, groups=self.places)
+                rows.append({"n": n, "points": points, "low": low, "high": high})
+        return pd.DataFrame(rows, columns=["n", "points", "low", "high"])
+
+
+def audit_contexts(
+    model,
+    test_set: TestSet,
+    root,
+    *,
+    contexts=CONTEXTS,
+    shuffles: int = 5,
+    seed: int = 0,
+    progress=True,
+    **options,
+) -> Audit:
+    """Measure one model under many contexts; its pictures go through the backbone once.
+
+    Parameters
+    ----------
+    model : SAGE with an InteractHead
+    test_set : TestSet
+    root : path
+        A folder of runs; the audit is written to ``root/audit/<name>/``, and found there again.
+    contexts : sequence of str
+        Default: none, solo, and sorted-n and shuffled-n for n = 2, 4, 8, 16, 32.
+    shuffles : int
+        Permutations of each shuffled-n, from the seeds `seed`, `seed` + 1, ...
+    **options
+        Of `sagelib.evaluate.evaluate`: model_name, preprocess, device, ...
+
+    Raises
+    ------
+    ValueError
+        For contexts that are unknown or twice there, and for a model without a head.
+    """
+    contexts = [Context.parse(context) for context in contexts]
+    if len(set(contexts)) < len(contexts):
+        raise ValueError(f"contexts must be different, got {', '.join(map(str, contexts))}")
+    runs.check("shuffles", shuffles, 1, whole=True)
+    plain = evaluate(model, test_set, root, progress=progress, **options)  # also checks and describes the set
+    anchors = own_anchors(model) if Context("anchors") in contexts else None
+    config = {key: getattr(plain, key) for key in ("model", "dataset", "preprocess")}
+    config["model_fingerprint"] = model_fingerprint(model)  # with its head
+    config |= {"contexts": [str(c) for c in contexts], "shuffles": shuffles, "rule": str(test_set.rule)}
+    config["anchors"] = None if anchors is None else runs.fingerprint(anchors)
+    name = f"{plain.path.name}-{runs.fingerprint(config)[:6]}"
+    run = runs.Run.open(root, STAGE, name, config, seed=seed, data_fingerprint=plain.data_fingerprint)
+    if run.finished:
+        return load_audit(run.dir)
+    loaders = [
+        (part, load_descriptors(plain.path / plain.descriptors[part]).values, names_in_order(places))
+        for part, places in (("database", test_set.database), ("queries", test_set.queries))
+    ]
+    positives, rows, ranks = test_set.positives(), [], {}
+    jobs = [(c, i) for c in contexts for i in range(shuffles if c.kind == "shuffled" else 1)]
+    for context, shuffle in tqdm(jobs, desc=f"audit {test_set.name}", unit="context", disable=not progress):
+        how = dict(anchors=anchors, seed=seed + shuffle, device=options.get("device", "auto"))
+        composed = [
+            compose(model, values, names, context, np.empty_like(values), loader=part, **how)
+            for part, values, names in loaders
+        ]
+        counted = recall(search(*composed, max(KS))[0], positives, KS, n_references=len(test_set.database))
+        ranks[f"{context}#{shuffle}" if context.kind == "shuffled" else str(context)] = counted.per_query_rank
+        row = {"context": str(context), "kind": context.kind, "n": context.n or 0, "shuffle": shuffle}
+        row |= {"n_queries": counted.n_queries}
+        row |= {f"hits@{k}": counted.hits[k] for k in KS} | {f"R@{k}": counted.percent(k) for k in KS}
+        rows.append(row)
+    table = pd.DataFrame(rows)
+    with runs.atomic_path(run.path("ranks.npz")) as temporary:
+        np.savez_compressed(temporary, places=query_places(test_set.queries), **ranks)
+    with runs.atomic_path(run.path("audit.csv")) as temporary:
+        table.to_csv(temporary, index=False)
+    run.finish(table.groupby("context", sort=False)[f"R@{KS[0]}"].mean().to_dict())
+    return load_audit(run.dir)
+
+
+def load_audit(path) -> Audit:
+    """Read a finished audit from its run directory."""
+    run = runs.load_run(path)
+    if run.stage != STAGE or not run.finished:
+        raise FileNotFoundError(f"{path} holds no finished audit")
+    with np.load(run.dir / "ranks.npz") as file:
+        ranks = dict(file)
+    table = pd.read_csv(run.dir / "audit.csv", keep_default_na=False)
+    return Audit(run.config["model"], run.config["dataset"], table, ranks, ranks.pop("places"), run.dir)
+
+
+def open_audited(spec: str, root, seed: int = 0):
+    """A model to be audited, by name.
+
+    Parameters
+    ----------
+    spec : str
+        A name for `sagelib.evaluate.open_model`; behind ``random-head:``, that model with a head of random
+        weights. What such a head does to recall is the context's doing alone.
+    root : path
+        The folder of runs.
+    seed : int
+        Of the random weights.
+
+    Returns
+    -------
+    model, run : SAGE, Run or None
+        The training run where the name is one.
+
+    Raises
+    ------
+    ValueError
+        If there is no such model, or it has no head.
+    """
+    mark, _, rest = spec.partition(":")
+    name = rest if mark == "random-head" else spec
+    model, run = open_model(name, [root]), training_run(name, [root])
+    if mark == "random-head":
+        if not hasattr(model, "head"):
+            raise ValueError(f"{name} can be given no head: it is no model of this package")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(runs.torch_seed(seed, "random head"))
+            model.head = InteractHead(model.width, segment_width=math.gcd(model.width, 768)).eval()
+    elif not getattr(model, "has_head", False):
+        raise ValueError(
+            f"{spec} has no InteractHead to be audited; random-head:{spec} gives it one of random weights"
+        )
+    return model, run
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command ``python -m workbench.audit``."""
+    parser = argparse.ArgumentParser(prog="python -m workbench.audit", description=__doc__.splitlines()[0])
+    models = (
+        "a training run with a head, a released checkpoint's file, or random-head: before any model's name"
+    )
+    look = "(default: of a model's training, else {})"
+    parser.add_argument("--models", nargs="+", required=True, metavar="[LABEL=]NAME", help=models)
+    parser.add_argument(
+        "--sets", type=Path, nargs="+", required=True, help="sets whose test part is measured"
+    )
+    parser.add_argument("--runs", type=Path, default=Path("data/runs"), help="folder of runs")
+    parser.add_argument("--export", type=Path, help="folder for a small copy, as data/results/audit")
+    parser.add_argument("--shuffles", type=int, default=5, help="permutations of each shuffled-n")
+    parser.add_argument("--size", type=int, help=f"pixels a side {look.format(224)}")
+    parser.add_argument("--preprocess", help=f"mode of preprocessing {look.format('antialias')}")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto")
+    options = parser.parse_args(arguments)
+    audits = []
+    try:
+        test_sets = [open_set(folder.parent, folder.name) for folder in options.sets]
+        for text in options.models:
+            label, mark, spec = text.partition("=")
+            label, spec = (label, spec) if mark else (Path(text).name.replace(":", "-"), text)
+            model, run = open_audited(spec, options.runs, options.seed)
+            trained = {} if run is None else run.config
+            size = options.size or trained.get("validation_size", 224)
+            preprocess = Preprocess(size, options.preprocess or trained.get("preprocess", "antialias"))
+            own = () if own_anchors(model) is None else ("anchors",)
+            how = dict(model_name=label, preprocess=preprocess, device=options.device, seed=options.seed)
+            how |= dict(contexts=(*CONTEXTS, *own), shuffles=options.shuffles)
+            audits += [audit_contexts(model, test_set, options.runs, **how) for test_set in test_sets]
+        if options.export is not None:
+            keep([audit.path for audit in audits], options.export / STAGE)
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 1
+    for one in audits:
+        print(f"\n{one.model} on {one.dataset}: R@1, and sorted less shuffled")
+        for table in (one.summary(), one.leak()):
+            print(table.to_string(index=False, float_format="{:.1f}".format))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
