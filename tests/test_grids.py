@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
+import joblib
 import numpy as np
 import pandas as pd
 import psutil
@@ -389,6 +390,18 @@ def test_exchanged_weights_are_another_training(data, tmp_path):
 def test_two_processes_give_the_numbers_of_one(data, tmp_path, done):
     two = grid_of({"full method": {}, "no weighting": ROWS["no weighting"]}, seeds=(0,))
     results = run_grid(two, tmp_path, **data, workers=2, device="cpu", progress=False)
+    for key, ranks in results.ranks.items():
+        np.testing.assert_array_equal(ranks, done[1].ranks[key])
+
+
+def test_a_cluster_gives_the_numbers_of_one_process(data, tmp_path, done):
+    """joblib's backend of dask, with no line of ours: the trainings run on its workers."""
+    distributed = pytest.importorskip("distributed")
+    two = grid_of({"full method": {}, "no weighting": ROWS["no weighting"]}, seeds=(0,))
+    cluster = distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None)
+    with cluster, distributed.Client(cluster) as client, joblib.parallel_config("dask"):
+        results = run_grid(two, tmp_path, **data, device="cpu", progress=False)
+        assert sum(client.run(lambda: "torch" in sys.modules).values()) == 2, "both worked"
     for key, ranks in results.ranks.items():
         np.testing.assert_array_equal(ranks, done[1].ranks[key])
 
