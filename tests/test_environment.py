@@ -94,6 +94,7 @@ def test_importing_the_package_is_light_and_silent():
 def test_importing_every_module_has_no_side_effects():
     """No global seed, thread count, default type, device choice, warning filter or print at import."""
     folders = {"sagelib": "sagelib", "workbench": "notebooks/workbench", "townscape": "data/townscape"}
+    folders["workbench.figures"] = "notebooks/workbench/figures"
     modules = sorted(f"{name}.{p.stem}" for name, at in folders.items() for p in (ROOT / at).glob("*.py"))
     program = f"""
 import json, random, sys, warnings
@@ -133,7 +134,7 @@ HOUSE = [
     {"tokens", "train", "evaluate"},
 ]
 OURS = {"sagelib", "workbench", "townscape"}
-FIGURES = [p.name for p in (ROOT / "notebooks" / "workbench").glob("figures*.py")]
+FIGURES = [p.name for p in (ROOT / "notebooks" / "workbench" / "figures").glob("*.py")]
 
 
 def imports_of(path: Path) -> set[str]:
@@ -175,7 +176,7 @@ def test_the_town_knows_only_files_and_names():
         ("sagelib/sampler.py", {"torch"}),
         ("sagelib/model.py", {"sagelib.places", "sagelib.images"}),
         ("sagelib/backbone.py", {"sagelib.places", "sagelib.images"}),
-        *((f"notebooks/workbench/{name}", {"torch", "sagelib.model", "sagelib.train"}) for name in FIGURES),
+        *((f"notebooks/workbench/figures/{name}", {"torch", "sagelib.model", "sagelib.train"}) for name in FIGURES),
     ],
 )
 def test_rooms_that_must_not_know_each_other(path, forbidden):

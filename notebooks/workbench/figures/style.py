@@ -1,0 +1,199 @@
+"""What all figures share: style, colours, panels, axes in metres, photographs, and numbers as text."""
+
+import base64
+import functools
+import io
+
+import matplotlib
+import numpy as np
+from matplotlib import patheffects
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+
+BLACK, GREY, DARK = "#1a1a1a", "#8c8c8c", "#555555"
+BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+PURPLE, SKY, YELLOW = "#CC79A7", "#56B4E9", "#F0E442"
+PALETTE = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY, BLACK, YELLOW)
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
+RIGHT, WRONG = BLUE, RED
+HEAT = "magma"  # how much: dark to light, in order for every eye
+AFFINITY = "viridis"
+SIGNED = "PuOr"  # for or against: two hues that the colour-blind tell apart
+
+STYLE = {
+    **dict.fromkeys(("font.size", "axes.labelsize"), 12),
+    **dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 11),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
+    **{"axes.titlesize": 13, "figure.titlesize": 14, "lines.linewidth": 2.0, "lines.markersize": 6.0},
+    **{"axes.grid": True, "axes.axisbelow": True, "grid.color": "#e3e3e3", "grid.linewidth": 0.8},
+    **{"axes.edgecolor": "#4d4d4d", "axes.prop_cycle": matplotlib.cycler(color=PALETTE)},
+    **{"image.interpolation": "nearest", "pdf.fonttype": 42},
+}
+
+
+class NotebookFigure(Figure):
+    """A matplotlib figure that no global state knows of, and that a notebook draws when it ends a cell."""
+
+    def _repr_png_(self) -> bytes:
+        return to_png(self)
+
+
+def to_png(figure: Figure) -> bytes:
+    """Draw a matplotlib figure into the bytes of a PNG, the way that widgets and notebooks show it."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=90)
+    return buffer.getvalue()
+
+
+def styled(draw):
+    """Draw in the style of the workbench, and leave matplotlib's settings as they were."""
+
+    @functools.wraps(draw)
+    def wrapped(*args, **kwargs):
+        with matplotlib.rc_context(STYLE):
+            return draw(*args, **kwargs)
+
+    return wrapped
+
+
+def panels(rows: int, columns: int, size: tuple[float, float], **options):
+    """A figure of `size` inches and its array of axes (rows, columns)."""
+    figure = NotebookFigure(figsize=size, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def panel(width: float, height: float):
+    """A figure with one axis."""
+    figure, axes = panels(1, 1, (width, height))
+    return figure, axes[0, 0]
+
+
+def tiles(n: int, columns: int, tile: tuple[float, float], margin=(0.0, 0.0), **options):
+    """A figure of n axes in rows of at most `columns`, each of `tile` inches; axes left over are hidden."""
+    columns = max(min(columns, n), 1)
+    rows = -(-n // columns)
+    size = (tile[0] * columns + margin[0], tile[1] * rows + margin[1])
+    figure, axes = panels(rows, columns, size, **options)
+    for axis in axes.flat[n:]:
+        axis.set_visible(False)
+    return figure, axes
+
+
+def whole_ticks(*axes, most: int | str = "auto") -> None:
+    """Ticks at whole numbers alone, on each given ``axis.xaxis`` or ``axis.yaxis``."""
+    for axis in axes:
+        axis.set_major_locator(MaxNLocator(most, integer=True))
+
+
+def plain_ticks(axis) -> None:
+    """Write 0.5, 10 and 1,000 on a logarithmic axis, not powers of ten."""
+    axis.set_major_formatter(lambda value, _: f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}")
+
+
+def write(axis, text: str, at, offset=(4, 0), *, halo: bool = False, **options) -> None:
+    """Write beside a point, `offset` printer's points away; a halo keeps it readable on lines."""
+    drawn = axis.annotate(text, at, xytext=offset, textcoords="offset points", **options)
+    if halo:
+        drawn.set_path_effects([patheffects.withStroke(linewidth=2.5, foreground="white")])
+
+
+def legend_right(axis) -> None:
+    axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
+def legend_below(figure: Figure, handles, columns: int = 3) -> None:
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns)
+
+
+def colour(index: int) -> str:
+    return PALETTE[index % len(PALETTE)]
+
+
+def marker(index: int) -> str:
+    return MARKERS[index % len(MARKERS)]
+
+
+def place_mark(index: int) -> tuple[str, str]:
+    """Colour and marker of the i-th place: 70 pairs before one returns, as 7 and 10 have no common factor."""
+    return PALETTE[index % 7], marker(index)
+
+
+def error_bars(value, low, high) -> np.ndarray:
+    """Lengths below and above each value, as matplotlib's ``yerr``; 0 where an end is not known."""
+    value, low, high = (np.asarray(v, dtype=float) for v in (value, low, high))
+    return np.nan_to_num(np.maximum(np.stack([value - low, high - value]), 0))
+
+
+def local(east_m, north_m) -> tuple[np.ndarray, list[str]]:
+    """Positions (n, 2) in metres from a round origin, and names of the axes that say where it lies.
+
+    Seven digits of UTM on every tick could not be read.
+    """
+    at, names = np.array([east_m, north_m], dtype=float), []
+    for row, direction in zip(at, ("east", "north"), strict=True):
+        finite, origin = row[np.isfinite(row)], 0.0
+        if len(finite) and np.abs(finite).max() >= 10_000:
+            origin = np.floor(finite.min() / 100) * 100
+        row -= origin
+        names.append(f"{direction} of {origin:,.0f} m (m)" if origin else f"{direction} (m)")
+    return at.T, names
+
+
+def metre_axes(axis, at: np.ndarray, names: list[str]) -> None:
+    """Equal metres on both axes, for what `local` returns."""
+    axis.set_aspect("equal", adjustable="datalim" if np.ptp(at, axis=0).min() == 0 else "box")
+    axis.set(xlabel=names[0], ylabel=names[1])
+    axis.xaxis.set_major_locator(MaxNLocator(4))
+    axis.yaxis.set_major_locator(MaxNLocator(5))
+
+
+def aspect(image) -> float:
+    """Height over width."""
+    height, width = np.asarray(image).shape[:2]
+    return height / width
+
+
+def photograph(axis, image, caption: str = "", frame: str | None = None) -> None:
+    """Draw a photograph with a caption below and, if asked for, a frame, dashed where it is `WRONG`."""
+    array = np.asarray(image)
+    axis.imshow(array, cmap="gray" if array.ndim == 2 else None, interpolation="antialiased")
+    axis.grid(False)
+    axis.set_axis_on()
+    axis.set(xticks=[], yticks=[])
+    for spine in axis.spines.values():
+        spine.set(visible=frame is not None, color=frame, linewidth=3.5)
+        spine.set_linestyle((0, (3, 1.5)) if frame == WRONG else "-")
+    if caption:
+        axis.set_xlabel(caption, fontsize=10, labelpad=3)
+
+
+def caption_lines(captions) -> int:
+    """Lines of the longest caption; 0 without captions."""
+    return max((caption.count("\n") + 1 for caption in captions or ()), default=0)
+
+
+def jpeg(image, size_px: int) -> str:
+    """A picture, shrunk to `size_px` on the longer side, as base64 of a JPEG."""
+    if not isinstance(image, Image.Image):
+        array = np.asarray(image)
+        array = array if array.dtype == np.uint8 else (np.clip(array, 0, 1) * 255).round().astype(np.uint8)
+        image = Image.fromarray(array)
+    picture = image.convert("RGB")
+    picture.thumbnail((size_px, size_px))
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=80)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def metres(value: float) -> str:
+    if not np.isfinite(value):
+        return ""
+    return f"{value:.0f} m" if value < 1000 else f"{value / 1000:.1f} km"
+
+
+def count(value: float) -> str:
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.0f}"
