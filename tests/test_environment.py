@@ -176,7 +176,10 @@ def test_the_town_knows_only_files_and_names():
         ("sagelib/sampler.py", {"torch"}),
         ("sagelib/model.py", {"sagelib.places", "sagelib.images"}),
         ("sagelib/backbone.py", {"sagelib.places", "sagelib.images"}),
-        *((f"notebooks/workbench/figures/{name}", {"torch", "sagelib.model", "sagelib.train"}) for name in FIGURES),
+        *(
+            (f"notebooks/workbench/figures/{name}", {"torch", "sagelib.model", "sagelib.train"})
+            for name in FIGURES
+        ),
     ],
 )
 def test_rooms_that_must_not_know_each_other(path, forbidden):
