@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sagelib import places as P
 from sagelib.places import (
     BENCHMARKS,
     Places,
     PositiveRule,
     available,
     folder_name,
+    heading_difference,
     latlon_to_utm,
     open_set,
     open_training_set,
@@ -55,26 +55,21 @@ def test_missing_columns_are_unknown_and_lengths_are_checked():
     assert (places.place == -1).all() and (places.utm_zone == "").all()
     with pytest.raises(ValueError, match=r"north_m must have shape \(2,\) as path has, got \(3,\)"):
         Places.build(["a", "b"], north_m=[1, 2, 3])
-    with pytest.raises(TypeError, match="no column 'nroth_m'"):
+    with pytest.raises(TypeError, match="nroth_m"):
         Places.build(["a"], nroth_m=1)
 
 
-def test_slices_masks_and_indices_give_tables():
+def test_slices_masks_indices_and_concat_give_tables():
     places = Places.build(list("abcde"), east_m=np.arange(5), left_out=["x: broken"])
     assert places[2].path.tolist() == ["c"] and places[-1].path.tolist() == ["e"]
-    assert places[1:3].path.tolist() == ["b", "c"]
+    assert places[1:3].path.tolist() == ["b", "c"] and places[1:3].left_out == ("x: broken",)
     assert places[places.east_m > 2].path.tolist() == ["d", "e"]
     assert places[[4, 0, 0]].path.tolist() == ["e", "a", "a"]
-    assert places[1:3].left_out == ("x: broken",)
     with pytest.raises(IndexError):
         places[5]
-
-
-def test_concat_keeps_order_and_long_texts():
     table = Places.concat([Places.build(["a"], city="x"), Places.build(["b"], city="a much longer name")])
     assert table.city.tolist() == ["x", "a much longer name"]
     assert len(Places.concat([])) == 0
-    assert table.to_frame().shape == (2, 12)
 
 
 def test_fingerprint_follows_the_rows_and_not_the_folder():
@@ -137,7 +132,7 @@ def test_a_street_is_not_one_cluster():
 
 
 def kruger_utm(lat_deg, lon_deg, zone):
-    """UTM by Krüger's series to the fourth order in n: an independent float64 oracle, good below a centimetre."""
+    """UTM by Krüger's series to the fourth order in n: an independent oracle, good below a centimetre."""
     a, f, k0 = 6378137.0, 1 / 298.257223563, 0.9996
     n = f / (2 - f)
     radius = a / (1 + n) * (1 + n**2 / 4 + n**4 / 64)
@@ -187,13 +182,6 @@ def test_zones_by_name(lat, lon, zone):
     assert latlon_to_utm([lat], [lon])[2].tolist() == [zone]
 
 
-def test_utm_refuses_what_it_does_not_cover():
-    with pytest.raises(ValueError, match=r"latitude must lie in -80\.\.84 degrees, got 85"):
-        latlon_to_utm([85], [0])
-    with pytest.raises(ValueError, match="longitude must lie in"):
-        latlon_to_utm([0], [np.nan])
-
-
 def test_bands_share_a_grid_and_hemispheres_do_not():
     assert same_grid(["10S", "10T", "10M", "11S", ""]).tolist() == [
         "10 north",
@@ -211,6 +199,17 @@ def test_pairwise_metres_stay_within_a_zone():
         pairwise_m(a, Places.build(["c"], east_m=0, north_m=0, utm_zone="11S"))
     with pytest.raises(ValueError, match="different UTM zones cannot be compared"):
         pairwise_m(a, Places.build(["c"], east_m=0, north_m=0, utm_zone="10M"))
+
+
+def test_heading_differences_go_the_shorter_way_round():
+    assert heading_difference([350, 10, 90, -170, 0], [10, 350, 450, 170, 180]).tolist() == [
+        20,
+        20,
+        0,
+        20,
+        180,
+    ]
+    assert np.isnan(heading_difference(np.nan, 3))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -319,36 +318,21 @@ text = st.text(st.characters(exclude_characters="@/\\\0", exclude_categories=("C
     note=text,
 )
 def test_names_come_back(east, north, zone, letter, lat, lon, key, tile, heading, note):
-    name = folder_name(
-        east,
-        north,
-        zone,
-        letter if zone else "",
-        lat,
-        lon,
-        key,
-        tile,
-        heading,
-        timestamp="20160102_030405",
-        note=note,
-    )
+    known = {"lat": lat, "lon": lon, "pano_id": key, "tile": tile, "heading_deg": heading, "note": note}
+    name = folder_name(east, north, zone, letter if zone else "", timestamp="20160102_030405", **known)
     assert name.count("@") == 15 and name.endswith("@.jpg")
     fields = parse_name("some/folder/" + name)
     assert fields["east_m"] == pytest.approx(east, abs=0.00501)
     assert fields["north_m"] == pytest.approx(north, abs=0.00501)
     assert fields["utm_zone"] == (f"{zone}{letter}" if zone else "")
     assert (fields["pano_id"], fields["note"], fields["timestamp"]) == (key, note, "20160102_030405")
-    assert (
-        fields["heading_deg"] == pytest.approx(heading, abs=0.00501)
-        if heading is not None
-        else np.isnan(fields["heading_deg"])
-    )
-    for field, value in (("lat", lat), ("lon", lon)):
-        assert (
-            (fields[field] == "")
-            if value is None
-            else float(fields[field]) == pytest.approx(value, abs=0.0000051)
-        )
+    for field, value, exact in (
+        ("heading_deg", heading, 0.00501),
+        ("lat", lat, 5.1e-6),
+        ("lon", lon, 5.1e-6),
+    ):
+        read = float("nan" if fields[field] == "" else fields[field])
+        assert np.isnan(read) if value is None else read == pytest.approx(value, abs=exact)
 
 
 def test_a_known_name():
@@ -356,20 +340,8 @@ def test_a_known_name():
     fields = parse_name(name)
     assert (fields["east_m"], fields["north_m"], fields["utm_zone"]) == (547400.64, 4173402.98, "10S")
     assert fields["pano_id"] == "V7zaBFwChSOVnuyfmJImvQ" and fields["note"] == "day"
-    assert (
-        folder_name(
-            547400.64,
-            4173402.98,
-            10,
-            "S",
-            37.70664,
-            -122.46225,
-            "V7zaBFwChSOVnuyfmJImvQ",
-            timestamp="20150601",
-            note="day",
-        )
-        == name
-    )
+    known = {"lat": 37.70664, "lon": -122.46225, "pano_id": fields["pano_id"], "timestamp": "20150601"}
+    assert folder_name(547400.64, 4173402.98, 10, "S", note="day", **known) == name
     assert parse_name("@0@179000@@@@@0179@@@@@@@@.jpg")["utm_zone"] == ""
     assert parse_name("@12.5@7@.jpg")["east_m"] == 12.5  # only the first two fields are required
 
@@ -381,7 +353,7 @@ def test_a_known_name():
         ("@12.5@.jpg", "two numbers"),
         ("@12.5@north@.jpg", "two numbers"),
         ("@nan@7@.jpg", "two numbers"),
-        ("@1@2@77@S@.jpg", "zone .* 1..60, got '77'"),
+        ("@1@2@77@S@.jpg", "zone .* 1..60 .*'77'"),
         ("@1@2@10@I@.jpg", "band"),
         ("@1@2@10@S@@@key@@east@.jpg", "heading .* got 'east'"),
     ],
@@ -405,11 +377,6 @@ def test_read_folder(tmp_path):
     assert database.utm_zone.tolist() == ["17T"] * 12
     assert database.path.tolist() == sorted(database.path.tolist())
     assert database.key[0] == "000000" and database.note[1] == "pitch1_yaw2"
-    assert read_folder(part / "database", city="x").city[0] == "x"
-    assert read_folder(part / "database", city=lambda fields: fields["tile"]).city[:2].tolist() == [
-        "00",
-        "01",
-    ]
 
 
 def test_towns_name_their_city(tmp_path):
@@ -455,11 +422,11 @@ def test_empty_and_absent_folders(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere: there is no such folder"):
         read_folder(tmp_path / "nowhere")
     (tmp_path / "queries").mkdir()
-    with pytest.raises(ValueError, match="queries: this folder holds no pictures"):
+    with pytest.raises(ValueError, match="queries: no pictures"):
         read_folder(tmp_path / "queries")
-    with pytest.raises(ValueError, match="queries: this folder holds no pictures"):
+    with pytest.raises(ValueError, match="queries: no pictures"):
         read_folder(tmp_path / "queries", on_error="skip")
-    with pytest.raises(ValueError, match='"raise" or "skip", got \'ignore\''):
+    with pytest.raises(ValueError, match="on_error must be one of raise, skip, got 'ignore'"):
         read_folder(tmp_path / "queries", on_error="ignore")
 
 
@@ -518,13 +485,17 @@ def test_gsv_mistakes_are_named(tmp_path):
     ):
         read_gsv_cities(root)
     with_line(4, good[3].replace("London", "Paris"))
-    with pytest.raises(ValueError, match=r"London\.csv, line 4: its picture .*Paris_0000001_.* is not there"):
+    with pytest.raises(
+        ValueError, match=r"line 4, column 'panoid': expected a picture in .*London, got 'Paris_0000001_"
+    ):
         read_gsv_cities(root)
     with_line(5, good[3])
-    with pytest.raises(ValueError, match=r"line 5: the same key as .*line 4"):
+    with pytest.raises(
+        ValueError, match=r"line 5, column 'panoid': expected a picture that no line above has"
+    ):
         read_gsv_cities(root)
     skipped = read_gsv_cities(root, on_error="skip")
-    assert len(skipped) == 11 and "the same key" in skipped.left_out[0]
+    assert len(skipped) == 11 and "no line above" in skipped.left_out[0]
     assert "pictures without a good row in London.csv, left out: 1, such as London_00" in skipped.left_out[1]
     csv.write_text("\n".join(line.rsplit(",", 1)[0] for line in good) + "\n")
     with pytest.raises(
@@ -561,16 +532,13 @@ def test_msls(tmp_path):
     assert query.heading_deg.tolist() == [0, 21, 31.5, 42, 52.5]
     assert query.frame.tolist() == [100, 102, 103, 104, 105] and set(query.sequence) == {"seq-zurich"}
     assert query.date[0] == np.datetime64("2016-01-15") and set(query.utm_zone) == {"32T"}
-    assert read_msls(root, part="query", subtask="all").key.tolist() == [f"zurich-q_{i}" for i in (0, 2, 4)]
-    assert read_msls(root, part="query", subtask="s2w").key.tolist() == [f"zurich-q_{i}" for i in (0, 3)]
+    assert read_msls(root, part="query", chosen=True).key.tolist() == [f"zurich-q_{i}" for i in (0, 2, 4)]
     assert set(read_msls(root, ["sf"]).city) == {"sf"}
 
 
 def test_msls_validation_cities_are_no_training_cities(tmp_path):
     root = make_sets.msls_like(tmp_path, ("cph", "sf"))
-    with pytest.raises(
-        FileNotFoundError, match="no training city in it, and cph and sf are validation cities"
-    ):
+    with pytest.raises(FileNotFoundError, match="no training city: cph and sf are validation cities"):
         read_msls(root)
 
 
@@ -587,10 +555,6 @@ def test_msls_city_in_two_zones_keeps_its_own_metres(tmp_path):
 def test_msls_mistakes_are_named(tmp_path):
     root = make_sets.msls_like(tmp_path, ("zurich",))
     folder = root / "train_val" / "zurich" / "query"
-    with pytest.raises(ValueError, match="part must be"):
-        read_msls(root, part="queries")
-    with pytest.raises(ValueError, match="subtask must be None or one of all, s2w"):
-        read_msls(root, subtask="night")
     with pytest.raises(FileNotFoundError, match="rome"):
         read_msls(root, ["rome"])
 
@@ -599,32 +563,19 @@ def test_msls_mistakes_are_named(tmp_path):
         (folder / name).write_text(text.replace(old, new, 1))
         with pytest.raises(ValueError, match=sentence):
             read_msls(root)
-        left = (
-            read_msls(root, on_error="skip").left_out
-            if "line 1:" not in sentence and "'key'" not in sentence
-            else None
-        )
         (folder / name).write_text(text)
-        return left
 
-    assert (
-        broken(
-            "postprocessed.csv", "unique_cluster", "cluster", "line 1: there is no column 'unique_cluster'"
-        )
-        is None
-    )
-    broken("raw.csv", "zurich-q_2", "zurich-q_9", r"raw\.csv, line 4, column 'key': expected 'zurich-q_2'")
-    assert (
-        len(broken("raw.csv", ",21.0,", ",north,", r"raw\.csv, line 4, column 'ca': expected a number")) == 1
-    )
+    broken("postprocessed.csv", "unique_cluster", "cluster", "line 1: there is no column 'unique_cluster'")
+    order = r"raw\.csv, line 4, column 'key': expected the order of postprocessed\.csv, got 'zurich-q_9'"
+    broken("raw.csv", "zurich-q_2", "zurich-q_9", order)
+    broken("raw.csv", ",21.0,", ",north,", r"raw\.csv, line 4, column 'ca': expected a number")
     (folder / "images" / "zurich-q_3.jpg").unlink()
-    with pytest.raises(
-        ValueError, match=r"postprocessed\.csv, line 5: its picture .*zurich-q_3\.jpg is not there"
-    ):
+    picture = r"postprocessed\.csv, line 5, column 'key': expected a picture in .*, got 'zurich-q_3\.jpg'"
+    with pytest.raises(ValueError, match=picture):
         read_msls(root)
     assert len(read_msls(root, on_error="skip")) == 9
     (folder / "raw.csv").write_text("\n".join((folder / "raw.csv").read_text().splitlines()[:-1]) + "\n")
-    with pytest.raises(ValueError, match=r"raw\.csv: 5 rows, but postprocessed\.csv beside it has 6"):
+    with pytest.raises(ValueError, match=r"raw\.csv: 5 rows, but postprocessed\.csv has 6"):
         read_msls(root)
 
 
@@ -640,7 +591,6 @@ def test_photos(tmp_path):
     assert np.isnan(places.heading_deg[0]) and places.heading_deg[1] == 90
     assert places.date.astype(str).tolist()[0] == "2024-05-01"
     assert pairwise_m(places[:1], places[1:2])[0, 0] == pytest.approx(11.1, abs=0.1)
-    assert set(read_photos(folder, zone=30).utm_zone) == {"30S"}
 
 
 def test_photos_in_metres(tmp_path):
@@ -648,8 +598,12 @@ def test_photos_in_metres(tmp_path):
     make_sets.write_csv(
         tmp_path / "where.csv", ["File", "East", "North", "Zone", "place"], [["a.png", 5.5, 7, "10s", 3]]
     )
-    places = read_photos(tmp_path, "where.csv", city="home")
-    assert (places.east_m[0], places.utm_zone[0], places.place[0], places.city[0]) == (5.5, "10S", 3, "home")
+    places = read_photos(tmp_path, "where.csv")
+    assert (places.east_m[0], places.utm_zone[0], places.place[0]) == (5.5, "10S", 3)
+    assert places.city[0] == tmp_path.name
+    make_sets.write_csv(tmp_path / "where.csv", ["path", "east", "north", "zone"], [["a.png", 5, 7, "61S"]])
+    with pytest.raises(ValueError, match="line 2, column 'zone': expected a UTM zone such as 10S, got '61S'"):
+        read_photos(tmp_path, "where.csv")
 
 
 @pytest.mark.parametrize(
@@ -657,13 +611,19 @@ def test_photos_in_metres(tmp_path):
     [
         (
             "day 1/IMG_2.jpg,91,-9.14,0,2024",
-            r"photos\.csv, line 4, column 'lat': expected a number in -80\.\.84, got '91'",
+            r"photos\.csv, line 4, column 'lat': expected a number in -80\.\.84 .*got '91'",
         ),
         ("day 1/IMG_2.jpg,,-9.14,0,2024", r"line 4, column 'lat': .* got ''"),
         ("day 1/IMG_2.jpg,38,-9.14,east,2024", r"line 4, column 'heading': .* got 'east'"),
         ("day 1/IMG_2.jpg,38,-9.14,0,yesterday", r"line 4, column 'date': expected YYYY.* got 'yesterday'"),
-        ("day 1/none.jpg,38,-9.14,0,2024", r"line 4, column 'file': there is no picture 'day 1/none.jpg'"),
-        ("day 1/IMG_1.jpg,38,-9.14,0,2024", r"line 4 .*: the same key as .*line 3"),
+        (
+            "day 1/none.jpg,38,-9.14,0,2024",
+            r"line 4, column 'file': expected a picture in .*got 'day 1/none.jpg'",
+        ),
+        (
+            "day 1/IMG_1.jpg,38,-9.14,0,2024",
+            r"line 4, column 'file': expected a picture that no line above has",
+        ),
         ("broken.jpg,38,-9.14,0,2024", r"line 4: .*broken\.jpg: this picture does not decode"),
     ],
 )
@@ -679,27 +639,53 @@ def test_photo_mistakes_are_named(tmp_path, line, sentence):
     assert len(skipped) == 3 and re.search(sentence, skipped.left_out[0])
 
 
-def test_photo_tables_that_are_none(tmp_path):
-    folder = make_sets.photos_like(tmp_path)
-    for header, sentence in (
+def test_readers_raise_once_with_the_first_five_problems(tmp_path):
+    folder = make_sets.photos_like(tmp_path, n=8)
+    lines = (folder / "photos.csv").read_text().splitlines()
+    wrong = [
+        line.replace("-9.14", "west") if i in (2, 3, 4, 5, 6, 8) else line for i, line in enumerate(lines)
+    ]
+    (folder / "photos.csv").write_text("\n".join(wrong).replace("2024-05-01", "May"))
+    with pytest.raises(ValueError) as caught:
+        read_photos(folder)
+    *first, last = str(caught.value).split("\n")
+    assert "line 2, column 'date'" in first[0] and len(first) == 4
+    assert all(f"line {i}, column 'lon'" in line for i, line in zip((3, 4, 5), first[1:], strict=True))
+    assert last.endswith('(7 in all; on_error="skip" leaves them out)')
+    skipped = read_photos(folder, on_error="skip")
+    assert len(skipped) == 1 and len(skipped.left_out) == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("file,lat,heading\n", "there is no column 'lon'; its columns are file, lat, heading"),
+        ("picture,lat,lon\n", "there is no column 'file'; its columns are picture, lat, lon"),
+        ("file\n", "there is no column 'lat'"),
+        ("", "line 1: the file is empty"),
+        ("file,lat,lon\n", "the table has no rows"),
+        ("file,lat,lon\na.jpg,1,2\nb.jpg,1,2,3\n", r"line 3: 4 values under 3 columns"),
+        ("file,lat,lon\n0.jpg,48,137,11,575\n", "line 2: 5 values under 3 columns"),
+        ("file,lat,lon\n0.jpg,48,11\n\n1.jpg,48,11,5\n", "line 4: 4 values under 3 columns"),
         (
-            "file,lat,heading",
-            "there is no column 'lon' .needed: lat and lon, or east and north.; its columns are file, lat",
+            'file,lat,lon\n0.jpg,"48,137",11\n',
+            r"line 2, column 'lat': .*\(decimals with a point\), got '48,137'",
         ),
-        ("picture,lat,lon", "there is no column 'file'; its columns are picture, lat, lon"),
-        ("file", "there is no column 'east'"),
-    ):
-        (folder / "photos.csv").write_text(header + "\n")
-        with pytest.raises(ValueError, match=sentence):
-            read_photos(folder)
-    (folder / "photos.csv").write_text("")
-    with pytest.raises(ValueError, match="line 1: the file is empty"):
-        read_photos(folder)
-    (folder / "photos.csv").write_text("file,lat,lon\na.jpg,1,2\nb.jpg,1,2,3\n")
-    with pytest.raises(ValueError, match=r"photos\.csv, line 3: 4 values under 3 columns"):
-        read_photos(folder)
-    with pytest.raises(FileNotFoundError, match=r"other\.csv: there is no such file"):
-        read_photos(folder, "other.csv")
+        (
+            "file;lat;lon\n0.jpg;48,1;11,5\n",
+            "its columns are file;lat;lon .needed, with commas between: file lat",
+        ),
+        ("file,Lat,lon,LAT\n0.jpg,48,11,48\n", r"line 1: the columns \['Lat', 'LAT'\] have one name"),
+        ("file,lat,lon\n\n0.jpg,48,11\n , ,\n1.jpg,north,11\n", "line 5, column 'lat'"),
+        ("file,lat,lon,note\n0.jpg,48,11,a\n1.jpg,48,11,M\xfcnchen\n", "line 3: not UTF-8"),
+    ],
+)
+def test_one_rule_for_tables(tmp_path, text, sentence):
+    for i in range(2):
+        make_sets.write_picture(tmp_path / f"{i}.jpg", i)
+    (tmp_path / "photos.csv").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"photos\.csv.*{sentence}"):
+        read_photos(tmp_path)
 
 
 def test_unlabelled(tmp_path):
@@ -731,7 +717,7 @@ def test_links_are_followed_once_and_other_files_are_counted(tmp_path):
     places = read_folder(part)
     assert sorted(os.path.basename(path) for path in places.path) == whole
     (sentence,) = places.left_out
-    assert ".heic: 1" in sentence and "left out: 2, such as IMG_1.HEIC" in sentence
+    assert "files without the ending of a picture, left out: 2, such as IMG_1.HEIC" in sentence
     assert len(read_unlabelled(part)) == 12
 
 
@@ -769,31 +755,6 @@ def test_names_that_are_no_text_are_refused_at_reading(tmp_path):
             reader(tmp_path)
         (sentence,) = reader(tmp_path, on_error="skip").left_out
         assert sentence.encode()
-    with pytest.raises(ValueError, match="not UTF-8"):
-        Places.build([os.fsdecode(strange)])
-
-
-@pytest.mark.parametrize(
-    ("text", "sentence"),
-    [
-        ("file,lat,lon\n0.jpg,48,137,11,575\n", "line 2: 5 values under 3 columns"),
-        ("file,lat,lon\n0.jpg,48,11\n\n1.jpg,48,11,5\n", "line 4: 4 values under 3 columns"),
-        (
-            'file,lat,lon\n0.jpg,"48,137",11\n',
-            "line 2, column 'lat': .*'48,137'; write decimals with a point",
-        ),
-        ("file;lat;lon\n0.jpg;48,1;11,5\n", "its columns are file;lat;lon; put commas between columns"),
-        ("file,Lat,lon,LAT\n0.jpg,48,11,48\n", "line 1: the columns 'Lat' and 'LAT' have one name"),
-        ("file,lat,lon\n\n0.jpg,48,11\n , ,\n1.jpg,north,11\n", "line 5, column 'lat'"),
-        ("file,lat,lon,note\n0.jpg,48,11,a\n1.jpg,48,11,M\xfcnchen\n", "line 3: not UTF-8"),
-    ],
-)
-def test_one_rule_for_tables(tmp_path, text, sentence):
-    for i in range(2):
-        make_sets.write_picture(tmp_path / f"{i}.jpg", i)
-    (tmp_path / "photos.csv").write_bytes(text.encode("latin-1"))
-    with pytest.raises(ValueError, match=rf"photos\.csv, {sentence}|photos\.csv, line 1: .*{sentence}"):
-        read_photos(tmp_path)
 
 
 def test_blank_lines_are_nothing_in_any_table(tmp_path):
@@ -853,7 +814,7 @@ def test_msls_as_released(tmp_path):
         text = (folder / name).read_text()
         (folder / name).write_text(text.replace("True", "1").replace("False", "0"))
     assert read_msls(root, part="query").fingerprint() == places.fingerprint()
-    assert read_msls(root, part="query", subtask="all").key.tolist() == ["zurich-q_0", "zurich-q_4"]
+    assert read_msls(root, part="query", chosen=True).key.tolist() == ["zurich-q_0", "zurich-q_4"]
     (folder / "raw.csv").write_text((folder / "raw.csv").read_text().replace(",0\n", ",perhaps\n", 1))
     with pytest.raises(
         ValueError, match=r"raw\.csv, line 2, column 'pano': expected true or false, 1 or 0, got"
@@ -872,9 +833,7 @@ def test_a_csv_is_found_as_it_stands_and_in_the_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for csv in ("holiday/positions.csv", "positions.csv", folder / "positions.csv", None):
         assert len(read_photos("holiday", csv)) == 4
-    with pytest.raises(
-        FileNotFoundError, match=r"spring\.csv: there is no such file, nor is there one in holiday"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"spring\.csv: no such file, nor is there one in holiday"):
         read_photos("holiday", "spring.csv")
     (tmp_path / "positions.csv").write_text("file,lat,lon\n")
     with pytest.raises(ValueError, match=r"holiday/positions\.csv and positions\.csv are both there"):
@@ -909,7 +868,7 @@ def test_every_format_is_a_training_set(tmp_path):
     make_sets.pitts_like(tmp_path, "street", "train")
     assert len(open_training_set(tmp_path, "street")) == 18
     next((tmp_path / "gsv-cities" / "Images" / "London").iterdir()).unlink()
-    with pytest.raises(ValueError, match="is not there; get it, or leave out what is not there"):
+    with pytest.raises(ValueError, match='expected a picture in .*on_error="skip" leaves them out'):
         open_training_set(tmp_path, "gsv-cities")
     assert len(open_training_set(tmp_path, "gsv-cities", on_error="skip")) == 31
     with pytest.raises(FileNotFoundError, match="nowhere is no set with a training part"):
@@ -943,9 +902,7 @@ def test_open_by_benchmark_name_and_by_folder(tmp_path):
     make_sets.pitts_like(tmp_path)
     named, plain = open_set(tmp_path, "pitts30k-test"), open_set(tmp_path, "pitts30k")
     assert named.spec is BENCHMARKS["pitts30k-test"] and plain.spec is None
-    assert named.counts_as_expected is False and plain.counts_as_expected is None
     assert "12 references and 6 queries here, but 10,000 and 6,816" in named.warning and plain.warning == ""
-    assert "COUNTS NOT AS EXPECTED" in repr(named)
     assert [p.tolist() for p in named.positives()] == [[2 * i, 2 * i + 1] for i in range(6)]
     assert named.fingerprint() == plain.fingerprint() != open_set(tmp_path, "pitts30k").database.fingerprint()
     with pytest.raises(ValueError, match="the benchmark pitts30k-test has the split 'test', got 'val'"):
@@ -956,8 +913,6 @@ def test_open_by_benchmark_name_and_by_folder(tmp_path):
         FileNotFoundError, match="tokyo247 is not complete .* get it from the authors of Tokyo 24/7"
     ):
         open_set(tmp_path, "tokyo247")
-    with pytest.raises(ValueError, match="query_keys belong to msls-val"):
-        open_set(tmp_path, "pitts30k-test", query_keys=["a"])
 
 
 def test_pairs_by_mock_coordinates(tmp_path):
@@ -988,23 +943,18 @@ def test_the_two_nordlands(tmp_path):
 
 def test_msls_val_never_mixes_its_two_query_sets(tmp_path):
     folder = make_sets.converted_msls(tmp_path)
-    with pytest.raises(ValueError, match="only the curated 740 of its 6 converted queries"):
+    with pytest.raises(ValueError, match="write the keys of the 740 queries into query_keys.txt"):
         open_set(tmp_path, "msls-val")
     full = open_set(tmp_path, "msls-val-full")
-    assert (
-        len(full.queries) == 6 and full.counts_as_expected is None and set(full.queries.city) == {"cph", "sf"}
-    )
-    few = open_set(tmp_path, "msls-val", query_keys=["cphq0", "sfq2"])
-    assert few.queries.key.tolist() == ["sfq2", "cphq0"] or few.queries.key.tolist() == ["cphq0", "sfq2"]
-    assert [few.database.key[p].tolist() for p in few.positives()] == [
-        [k.replace("q", "d")] for k in few.queries.key
-    ]
-    np.save(tmp_path / "keys.npy", np.array(["train_val/cph/query/images/cphq1.jpg"]))
-    assert open_set(tmp_path, "msls-val", query_keys=tmp_path / "keys.npy").queries.key.tolist() == ["cphq1"]
-    with pytest.raises(ValueError, match="1 of 2 query keys have no picture, such as 'nobody'"):
-        open_set(tmp_path, "msls-val", query_keys=["cphq0", "nobody"])
-    (folder / "query_keys.txt").write_text("cphq0\nsfq1\n\n")
-    assert len(open_set(tmp_path, "msls-val").queries) == 2
+    assert len(full.queries) == 6 and full.warning == "" and set(full.queries.city) == {"cph", "sf"}
+    (folder / "query_keys.txt").write_text("cphq0\ntrain_val/sf/query/images/sfq2.jpg\n\n")
+    few = open_set(tmp_path, "msls-val")
+    assert sorted(few.queries.key) == ["cphq0", "sfq2"]
+    keys = [few.database.key[p].tolist() for p in few.positives()]
+    assert keys == [[k.replace("q", "d")] for k in few.queries.key]
+    (folder / "query_keys.txt").write_text("cphq0\nnobody\n")
+    with pytest.raises(ValueError, match="1 of 2 query keys have no picture: 'nobody'"):
+        open_set(tmp_path, "msls-val")
 
 
 def test_msls_val_as_downloaded(tmp_path):
@@ -1086,7 +1036,3 @@ def test_importing_places_imports_nothing_heavy():
         ).stdout.strip()
         == "[]"
     )
-
-
-def test_every_name_offered_is_there():
-    assert all(hasattr(P, name) for name in P.__all__)
