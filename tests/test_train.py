@@ -635,7 +635,7 @@ def test_stored_tokens_give_the_same_descriptors(tmp_path, small_model, mined):
     store = open_tokens(
         tmp_path, small_model, mined, preprocess=preprocess, limit_gb=1, batch_size=7, progress=False
     )
-    images = torch.cat([batch for batch, _ in loader(mined, preprocess, 16)])
+    images = torch.cat([batch for batch, _ in loader(mined, preprocess, batches=[range(len(mined))])])
     picks = np.array([40, 3, 3, 17])
     with torch.no_grad():
         stored = small_model.embed_tokens(store[picks], store.grid)
