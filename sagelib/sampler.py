@@ -1,21 +1,20 @@
-"""Training batches: draw places that look alike, harvest cliques of their images, describe these, choose a few of each.
+"""Training batches: draw places that look alike, harvest cliques of their images, choose a few.
 
 `CliqueSampler` mines batches of P places x K images from the geo-visual graph; `PlaceSampler` draws them from
-labelled places. Both are batch samplers for a ``torch.utils.data.DataLoader``: iterating yields lists of image
-indices, place by place.
+labelled places. Both are batch samplers for a ``torch.utils.data.DataLoader``: iterating yields lists of
+image
+indices, place by place. A batch of `CliqueSampler` is made so:
 
-A batch of `CliqueSampler` is made so:
-
-1. *Draw places.* A city with probability proportional to its number of places, one place in it, and `similar_places`
-   more with probability proportional to ``d_max - d`` of their descriptors.
-2. *Harvest cliques.* The images of these places, joined by geography, form a graph. Its first clique of at least
-   `min_clique` images is taken.
+1. *Draw places.* A city with probability proportional to its number of places, one place in it, and
+   `similar_places` more with probability proportional to ``d_max - d`` of their descriptors.
+2. *Harvest cliques.* The images of these places, joined by geography, form a graph; its first clique of at
+   least `min_clique` images is taken.
 3. *Describe* the images of the clique with the current model.
-4. *Choose* K of them, by greedy weighted choice: a training place. They and their neighbours leave the graph and the
-   harvest goes on; when no clique is left the next draw follows, until the batch has P places.
+4. *Choose* K of them by greedy weighted choice: a training place. They and their neighbours leave the graph,
+   and the harvest goes on; when no clique is left the next draw follows, until the batch has P places.
 
-Every draw has a random stream of its own, named by (seed, epoch, batch, draw): a batch depends on these and on the
-descriptors, and on nothing else.
+Every draw has a random stream of its own, named by (seed, epoch, batch, draw): a batch depends on these and
+on the descriptors, and on nothing else.
 """
 
 from __future__ import annotations
@@ -23,24 +22,14 @@ from __future__ import annotations
 import copy
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from sagelib.graph import (
-    RULES,
-    GeoVisualGraph,
-    adjacency_bits,
-    check_finite,
-    check_prefer,
-    check_rules,
-    first_clique,
-    greedy_weighted_clique,
-    largest_clique,
-    nodes_of,
-)
+from sagelib import graph as geo
+from sagelib.graph import GeoVisualGraph, GraphRules, greedy_weighted_clique
 from sagelib.runs import check, rng
 
 __all__ = ["CliqueSampler", "MinedPlace", "PlaceSampler", "SamplerConfig", "batch_statistics", "harvest"]
@@ -52,8 +41,8 @@ ROWS, COLUMNS = 256, 4096  # of one matrix product of descriptors
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplerConfig:
-    """How batches are made. The defaults are the paper's; where it is silent, CliqueMining's, and the entry says so.
+class SamplerConfig(GraphRules):
+    """How batches are made. The defaults are the paper's; where it is silent, CliqueMining's.
 
     Parameters
     ----------
@@ -63,84 +52,64 @@ class SamplerConfig:
         Places drawn beside each place drawn, by their descriptors; the paper's P = 15.
     batches_per_epoch : int, optional
         The paper is silent; 4,000 in CliqueMining. None, for labelled places alone: one pass over them.
-    radius_m, max_heading_deg, tau, top_k, min_distance_m
-        Rules of the graph, see `GeoVisualGraph`: 25 m; no heading test; the paper's tau is not public (unit
-        descriptors have ``W >= -50``); no `top_k`; no floor.
     min_clique : int
         Fewest images of a clique; 10 in the paper.
     fallback : {"draw", None}
-        ``"draw"``: in a draw where no clique reaches `min_clique`, the largest of at least K images serve. The paper
-        does not say.
+        ``"draw"``: in a draw where no clique reaches `min_clique`, the largest of at least K images serve.
+        The paper is silent.
     prefer : {"closest", "farthest", "random"}
         Of `greedy_weighted_clique`.
     node_descriptor : {"image", "cluster"}
-        ``d_vis`` between the images' own descriptors, or between those of their clusters. The paper is silent.
+        ``d_vis`` between the images' own descriptors, or between those of their places. The paper is silent.
     schedule : {"online", "static", "none"}
-        New descriptors every `refresh_every` epochs, once, or never: then places are drawn at random, and so are the
-        images of their cliques.
+        New descriptors every `refresh_every` epochs, once, or never: then places are drawn at random, and so
+        are the images of their cliques.
     refresh_every : int
         Epochs between refreshes of the online schedule.
     remove : {"chosen", "clique"}
         Whether the K chosen images and their neighbours leave the graph, or the clique and its neighbours.
     graph_context : {"none", "solo", "anchors"}
-        The cross-image head while the graph's descriptors are made: off, each image alone, or with the head's anchors.
-        The paper is silent.
+        The cross-image head while the graph's descriptors are made: off, each image alone, or with the head's
+        anchors. The paper is silent.
     seed : int
-
-    Raises
-    ------
-    ValueError
-        For a value out of range, with name, value and range.
+    radius_m, max_heading_deg, tau, top_k, min_distance_m
+        Of `GraphRules`.
     """
 
     places_per_batch: int = 30
     images_per_place: int = 4
     similar_places: int = 15
     batches_per_epoch: int | None = 4000
-    radius_m: float = 25.0
-    max_heading_deg: float | None = None
     min_clique: int = 10
     fallback: str | None = "draw"
-    tau: float | None = None
-    top_k: int | None = None
     prefer: str = "closest"
     node_descriptor: str = "image"
     schedule: str = "online"
     refresh_every: int = 1
     remove: str = "chosen"
-    min_distance_m: float = 0.0
     graph_context: str = "none"
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("places_per_batch", "images_per_place", "min_clique", "refresh_every"):
             check(name, getattr(self, name), 1, whole=True)
         check("batches_per_epoch", self.batches_per_epoch, 1, whole=True, none=True)
         check("similar_places", self.similar_places, 0, whole=True)
         check("seed", self.seed, 0, whole=True)
         check("fallback", self.fallback, choices=("draw",), none=True)
+        geo.check_prefer(self.prefer)
         check("node_descriptor", self.node_descriptor, choices=("image", "cluster"))
         check("schedule", self.schedule, choices=("online", "static", "none"))
         check("remove", self.remove, choices=("chosen", "clique"))
         check("graph_context", self.graph_context, choices=("none", "solo", "anchors"))
-        check_prefer(self.prefer)
-        check_rules(**self.graph_options())
-
-    def graph_options(self) -> dict:
-        """The rules of the graph: ``GeoVisualGraph.from_places(places, **config.graph_options())``."""
-        return {name: getattr(self, name) for name in RULES}
-
-
-# ------------------------------------------------------------------------------------------------
-# The harvest: places among a few images
-# ------------------------------------------------------------------------------------------------
 
 
 class MinedPlace(NamedTuple):
-    """One training place: the maximal clique it was found in, and the K images chosen, in the order chosen."""
+    """One training place."""
 
-    clique: np.ndarray
-    images: np.ndarray
+    clique: np.ndarray  # the images of the clique it was found in
+    images: np.ndarray  # the K images chosen of it, in the order chosen
 
 
 def harvest(
@@ -149,7 +118,7 @@ def harvest(
     config: SamplerConfig,
     *,
     choose: Callable[[np.ndarray], np.ndarray | None] | None = None,
-    before: list[MinedPlace] | tuple = (),
+    before: Iterable[MinedPlace] = (),
     counts: Counter | None = None,
 ) -> Iterator[MinedPlace]:
     """Places among some images, one after the other, until no clique is left.
@@ -157,69 +126,59 @@ def harvest(
     Parameters
     ----------
     graph : GeoVisualGraph
-        With descriptors, unless `choose` needs none.
     images : (n,) int
-        In random order: which clique is first, and which of equal images, is decided by it.
+        In random order: it decides which clique is first, and which of equal images.
     config : SamplerConfig
     choose : callable, optional
-        From the images of a clique to positions of K among them, or None to drop the clique. Default: the greedy
-        weighted choice on the clique's subgraph.
-    before : sequence of MinedPlace
+        From the images of a clique to positions of K among them, or None to drop the clique. Default: the
+        greedy weighted choice by the graph's descriptors.
+    before : iterable of MinedPlace
         Places of the same batch; neither they nor their neighbours are taken again.
     counts : Counter, optional
-        Counts what the search meets, under the names of `CliqueSampler.report`.
+        Counts what the search meets, by the names of `CliqueSampler.report`.
     """
     counts = Counter() if counts is None else counts
+    k, size, take_all = config.images_per_place, config.min_clique, config.remove == "clique"
 
     def greedy(clique: np.ndarray) -> np.ndarray | None:
-        weight = graph.subgraph(clique).weight
-        return greedy_weighted_clique(weight, config.images_per_place, prefer=config.prefer)
+        return greedy_weighted_clique(graph.subgraph(clique).weight, k, prefer=config.prefer)
 
-    choose = choose or greedy
     part = graph.subgraph(images)
-    joined, near = adjacency_bits(part.joined), adjacency_bits(part.near)
+    joined, near = geo.adjacency_bits(part.joined), geo.adjacency_bits(part.near)
     usable = (1 << len(images)) - 1
-    if before:
-        gone = np.concatenate([p.images if config.remove == "chosen" else p.clique for p in before])
-        free = ~(graph.distances_m(images, gone) <= graph.radius_m).any(axis=1)
-        usable = adjacency_bits(free[None])[0]
-    clique, alive = first_clique(joined, usable, config.min_clique)
-    counts["searches_cut"] += not clique and alive.bit_count() >= config.min_clique
+    if gone := [place.clique if take_all else place.images for place in before]:
+        metres = graph.distances_m(images[:, None], np.concatenate(gone))
+        usable = geo.adjacency_bits(~(metres <= graph.rules.radius_m).any(axis=1)[None])[0]
+    clique, alive = geo.first_clique(joined, usable, size)
     small = not clique and config.fallback == "draw"
     while True:
+        counts["searches_cut"] += not clique and alive.bit_count() >= size
         if small:
-            clique = largest_clique(joined, usable, config.images_per_place)
+            clique = geo.largest_clique(joined, usable, k)
         if not clique:
             return
-        nodes = np.array(nodes_of(clique))
-        counts["cliques_found"] += 1
-        counts["clique_images"] += len(nodes)
-        chosen = choose(images[nodes])
+        nodes = np.array(geo.nodes_of(clique))
+        chosen = (choose or greedy)(images[nodes])
+        counts.update(cliques_found=1, clique_images=len(nodes))
         if chosen is None:
             counts["cliques_dropped"] += 1
             usable &= ~clique
         else:
-            counts["places"] += 1
-            counts["fallback_places"] += small
-            for node in (nodes[chosen] if config.remove == "chosen" else nodes).tolist():
+            counts.update(places=1, fallback_places=int(small))
+            for node in (nodes if take_all else nodes[chosen]).tolist():
                 usable &= ~near[node]
             yield MinedPlace(images[nodes], images[nodes[chosen]])
         if not small:
-            clique, alive = first_clique(joined, alive & usable, config.min_clique)
-            counts["searches_cut"] += not clique and alive.bit_count() >= config.min_clique
-
-
-# ------------------------------------------------------------------------------------------------
-# Batch samplers
-# ------------------------------------------------------------------------------------------------
+            clique, alive = geo.first_clique(joined, alive & usable, size)
 
 
 class _BatchSampler:
-    """What both samplers share: the epoch, the length, and batches by their number."""
+    """What both samplers share: an epoch, a length, and batches by their number."""
 
-    config: SamplerConfig
-    batches_per_epoch: int
     epoch = 0
+
+    def __init__(self, config: SamplerConfig, batches_per_epoch: int):
+        self.config, self.batches_per_epoch = config, batches_per_epoch
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose batches iteration gives."""
@@ -232,39 +191,29 @@ class _BatchSampler:
         epoch = self.epoch
         return (self._batch(epoch, i).ravel().tolist() for i in range(len(self)))
 
-    def _batch(self, epoch: int, i: int) -> np.ndarray:
-        raise NotImplementedError
-
 
 class CliqueSampler(_BatchSampler):
     """Batches of `places_per_batch` x `images_per_place` image indices, mined from the geo-visual graph.
 
+    Use it as ``DataLoader(dataset, batch_sampler=sampler)``. In each epoch: ``if
+    sampler.needs_refresh(epoch): sampler.refresh(epoch, describe)``, else ``sampler.set_epoch(epoch)``; then
+    iterate.
+
     Parameters
     ----------
     graph : GeoVisualGraph
-        Built with the rules of `config`; its descriptors, if any, are replaced by `refresh`.
+        Built by the rules of `config`; its descriptors, if any, are replaced by `refresh`.
     config : SamplerConfig
-
-    Attributes
-    ----------
-    graph : GeoVisualGraph
-        With the descriptors of the last refresh.
 
     Raises
     ------
     ValueError
-        If the graph has other rules, or its images have no room for P places of K images; the sentence says for how
-        many they have.
-
-    Notes
-    -----
-    Use it as ``DataLoader(dataset, batch_sampler=sampler)``. In each epoch: ``if sampler.needs_refresh(epoch):
-    sampler.refresh(epoch, describe)``, else ``sampler.set_epoch(epoch)``; then iterate.
+        If the graph has other rules, or no room for P places of K images; the sentence says for how many.
     """
 
     def __init__(self, graph: GeoVisualGraph, config: SamplerConfig):
-        if graph.rules != config.graph_options():
-            raise ValueError(f"the graph has the rules {graph.rules}, the sampler {config.graph_options()}")
+        if vars(graph.rules) != config.graph_options():
+            raise ValueError(f"graph and sampler differ: {vars(graph.rules)} and {config.graph_options()}")
         if config.batches_per_epoch is None:
             raise ValueError("mined places have no natural pass over them: give batches_per_epoch a number")
         check("min_clique", config.min_clique, config.images_per_place, whole=True)
@@ -272,28 +221,22 @@ class CliqueSampler(_BatchSampler):
             raise ValueError(
                 "there are no images: a sampler needs at least one place of images_per_place images"
             )
-        self.graph, self.config, self.batches_per_epoch = graph, config, config.batches_per_epoch
-        self._draws = _Draws(graph, config)
+        super().__init__(config, config.batches_per_epoch)
+        self.graph, self._counts, self._near_pairs = graph, Counter(), graph.n_near
+        self._draws = _Draws(graph, config, self._counts)
         self._refreshed: int | None = None
+        self._described = {"described_images": 0, "describe_calls": 0, "seconds_describe": 0.0}
         self._stored: dict[int, np.ndarray] = {}  # batches (n, P, K) of epochs whose descriptors are gone
-        self._missing: list[np.ndarray] | None = None  # images that a wave of batches would have described
-        self._described = {
-            "descriptors": None,
-            "described_images": 0,
-            "describe_calls": 0,
-            "seconds_describe": 0.0,
-        }
-        self._counts = Counter()
+        self._missing: list[int] | None = None  # images that a wave of batches would have described
+        unpruned = config.tau is None and config.top_k is None
+        self._no_affinity = config.schedule == "none" or (config.prefer == "random" and unpruned)
         self._check_room()
 
     def representatives(self, epoch: int) -> np.ndarray:
         """(n_clusters,) int64: one random image of each cluster, the one to describe for `epoch`."""
-        start = self._draws.start
-        u = rng(self.config.seed, "sampler", epoch, "representatives").random(len(start) - 1)
-        sizes = np.diff(start)
-        return self._draws.order[start[:-1] + np.minimum((u * sizes).astype(np.int64), sizes - 1)]
-
-    # -- describe --
+        start, sizes = self._draws.start[:-1], np.diff(self._draws.start)
+        u = rng(self.config.seed, "sampler", epoch, "representatives").random(len(sizes))
+        return self._draws.order[start + np.minimum((u * sizes).astype(np.int64), sizes - 1)]
 
     def needs_refresh(self, epoch: int) -> bool:
         """Whether `refresh` has to be called before the batches of `epoch` can be made."""
@@ -301,9 +244,8 @@ class CliqueSampler(_BatchSampler):
             return False
         if self._refreshed is None:
             return True
-        return (
-            self.config.schedule == "online" and not 0 <= epoch - self._refreshed < self.config.refresh_every
-        )
+        age = epoch - self._refreshed
+        return self.config.schedule == "online" and not 0 <= age < self.config.refresh_every
 
     def refresh(self, epoch: int, describe: Callable | np.ndarray | None = None) -> dict:
         """Take new descriptors, and set the epoch.
@@ -312,11 +254,12 @@ class CliqueSampler(_BatchSampler):
         ----------
         epoch : int
         describe : callable or array
-            A callable from image indices, (m,) int64, to their descriptors, (m, D) float, made by the current model
-            in evaluation mode. It is asked for one random image of each cluster and, with ``node_descriptor="image"``,
-            for the images of the cliques that the epochs up to the next refresh are made of (with the static
-            schedule: for all images that have enough neighbours); these are kept in memory as they are. Or an array,
-            memory-mapped or not: (n_images, D), or (n_clusters, D) for ``node_descriptor="cluster"``.
+            A callable from image indices, (m,) int64, to their descriptors, (m, D) float, made by the current
+            model. It is asked for one random image of each cluster and, with ``node_descriptor="image"``, for
+            the
+            images of the cliques that the epochs up to the next refresh are made of (with the static
+            schedule: for all images that have enough neighbours). Or an array: (n_images, D), or (n_clusters,
+            D) for ``node_descriptor="cluster"``.
 
         Returns
         -------
@@ -329,43 +272,31 @@ class CliqueSampler(_BatchSampler):
             For descriptors of a wrong shape, not finite, or zero.
         """
         self.set_epoch(epoch)
-        self._stored = {}
-        config = self.config
+        self._stored, config, graph = {}, self.config, self.graph
+        self._described = {"described_images": 0, "describe_calls": 0, "seconds_describe": 0.0}
         if config.schedule == "none":
             return self.report
         if describe is None:
             raise ValueError(
                 "refresh needs describe: a callable from image indices to descriptors, or an array"
             )
-        self._described = {
-            "descriptors": "described" if callable(describe) else "given",
-            "described_images": 0,
-        }
-        self._described |= {"describe_calls": 0, "seconds_describe": 0.0}
         representatives = self.representatives(epoch)
-        store = None
         if callable(describe):
             clusters = self._describe(describe, representatives)
-            if config.node_descriptor == "image":
-                store = _Described(len(self.graph))
-                store.add(representatives, clusters)
-            self.graph = self.graph.with_descriptors(clusters if store is None else store)
+            images = _Described(zip(representatives.tolist(), clusters, strict=True))
         else:
-            self.graph = self.graph.with_descriptors(describe)
-            clusters = describe if len(describe) == len(representatives) else describe[representatives]
-            if config.node_descriptor == "cluster":
-                self.graph = self.graph.with_descriptors(clusters)
-            elif len(describe) != len(self.graph):
-                raise ValueError(
-                    f"node_descriptor='image' needs descriptors of all {len(self.graph)} images, got {len(describe)}"
-                )
-        self._draws = _Draws(self.graph, config, clusters)
-        self._refreshed = int(epoch)
-        if store is not None and not self._any_images:
+            images = graph.with_descriptors(describe).descriptors
+            clusters = images if len(images) == len(representatives) else images[representatives]
+            if config.node_descriptor == "image" and len(images) != len(graph):
+                raise ValueError(f"node_descriptor='image' needs descriptors of all {len(graph)} images")
+        self.graph = graph.with_descriptors(images if config.node_descriptor == "image" else clusters)
+        self._draws, self._refreshed = _Draws(graph, config, self._counts, clusters), epoch
+        if callable(describe) and config.node_descriptor == "image" and not self._no_affinity:
             if config.schedule == "static":
-                self._describe_all(describe, store)
+                k_nearest = graph.tree.query(graph.tree.data, [config.images_per_place])[0][:, 0]
+                self._add(describe, np.flatnonzero(k_nearest <= config.radius_m * (1 + 1e-9)))
             else:
-                self._describe_batches(describe, store)
+                self._make_batches(describe)
         return self.report
 
     def _describe(self, describe: Callable, images: np.ndarray) -> np.ndarray:
@@ -376,348 +307,279 @@ class CliqueSampler(_BatchSampler):
         self._described["describe_calls"] += 1
         if values.ndim != 2 or len(values) != len(images):
             raise ValueError(
-                f"describe must return shape ({len(images)}, D), one row per image, got {values.shape}"
+                f"describe must return shape ({len(images)}, D), a row per image, got {values.shape}"
             )
-        check_finite(values, "image", images)
+        geo.check_finite(values, "image", images)
         return values
 
-    def _describe_all(self, describe: Callable, store: _Described) -> None:
-        """Describe every image that has enough neighbours to be in a batch."""
-        tree, k = self.graph.tree, self.config.images_per_place
-        enough = tree.query(tree.data, [k])[0][:, 0] <= self.config.radius_m * (1 + 1e-9)
-        images = np.flatnonzero(enough & ~store.has(np.arange(len(self.graph))))
+    def _add(self, describe: Callable, images: np.ndarray) -> None:
+        """Describe those of some images that are not described yet."""
+        images = np.array([i for i in images.tolist() if i not in self.graph.descriptors], dtype=np.int64)
         if len(images):
-            store.add(images, self._describe(describe, images))
+            values = self._describe(describe, images)
+            self.graph.descriptors.update(zip(images.tolist(), values, strict=True))
 
-    def _describe_batches(self, describe: Callable, store: _Described) -> None:
+    def _make_batches(self, describe: Callable) -> None:
         """Describe what the epochs up to the next refresh need, and make their batches.
 
-        Which cliques a batch meets depends on the images chosen before (with ``remove="chosen"``), and these on
-        descriptors. So batches are made in waves: where descriptors are missing, a batch goes on with a provisional
-        choice; then what was missing is described at once, and the batches that missed any are made again. Each wave
-        settles at least one more place of each batch, and in practice nearly all in the first.
+        Which cliques a batch meets depends on the images chosen before (with ``remove="chosen"``), and these
+        on descriptors. So batches are made in waves: where descriptors are missing, a batch goes on with a
+        provisional choice; then what was missing is described at once, and the batches that missed any are
+        made again. Each wave settles at least one more place of each batch, and in practice nearly all in the
+        first.
         """
         config, order = self.config, self._draws.order
-        self._counts = Counter()
+        self._counts.clear()
         for epoch in range(self.epoch, self.epoch + config.refresh_every):
-            batches = np.empty((len(self), config.places_per_batch, config.images_per_place), np.int32)
-            todo = range(len(self))
+            batches, todo = [None] * len(self), range(len(self))
             while todo:
                 self._missing, again = [], []
                 for i in todo:
-                    met, counts = len(self._missing), self._counts.copy()
+                    missing, counts = len(self._missing), self._counts.copy()
                     batches[i] = self._batch(epoch, i)
-                    if len(self._missing) > met:
+                    if len(self._missing) > missing:
                         again.append(i)
-                        self._counts = counts
-                if self._missing:
-                    wanted = np.zeros(len(self.graph), dtype=bool)
-                    wanted[np.concatenate(self._missing)] = True
-                    images = order[wanted[order]]
-                    store.add(images, self._describe(describe, images))
+                        self._counts.clear()
+                        self._counts.update(counts)
+                wanted = np.isin(order, self._missing)
+                self._add(describe, order[wanted])
                 todo = again
-            self._stored[epoch] = batches
+            self._stored[epoch] = np.array(batches, dtype=np.int32)
         self._missing, self.graph = None, self.graph.with_descriptors(None)  # every batch is made
-
-    # -- batches --
 
     def __iter__(self) -> Iterator[list[int]]:
         if self.needs_refresh(self.epoch):
-            described = (
+            have = (
                 "it has none yet"
                 if self._refreshed is None
                 else f"those it has are of epoch {self._refreshed}"
             )
             raise RuntimeError(
-                f"epoch {self.epoch} needs descriptors, and {described}: call refresh(epoch, describe)"
+                f"epoch {self.epoch} needs descriptors, and {have}: call refresh(epoch, describe)"
             )
         if self.epoch in self._stored:
             return (batch.ravel().tolist() for batch in self._stored[self.epoch])
-        self._counts = Counter()
+        self._counts.clear()
         return super().__iter__()
 
     def _batch(self, epoch: int, i: int) -> np.ndarray:
-        """(P, K) image indices of batch `i`."""
-        config = self.config
+        """(P, K) image indices of batch `i`, from draws or, if these do not fill it, passes over all places."""
+        size, k, seed = self.config.places_per_batch, self.config.images_per_place, self.config.seed
         places: list[MinedPlace] = []
-        draws = 4 * config.places_per_batch + 16
-        if not self._fill(places, (self._draws.draw(epoch, i, draw, self._counts) for draw in range(draws))):
-            # A batch not yet full takes systematic passes over all places.
-            self._counts["sweeps"] += 1
-            most = 0
-            for attempt in range(SWEEPS):
-                generator = rng(config.seed, "sampler", epoch, "sweep", i, attempt)
-                if self._fill(places, self._draws.sweep(generator)):
-                    break
-                most = max(most, len(places))
-                places = []
-            else:
-                raise RuntimeError(
-                    f"batch {i} of epoch {epoch} needs {config.places_per_batch} places of {config.images_per_place} "
-                    f"images, and at most {most} were found in {SWEEPS} passes over all places "
-                    f"({self._counts['cliques_dropped']} cliques dropped by pruning): lower places_per_batch by "
-                    f"{config.places_per_batch - most}, prune less (tau, top_k) or give more images"
-                )
+        full = self._fill(places, (self._draws.draw(epoch, i, draw) for draw in range(4 * size + 16)))
+        self._counts["sweeps"] += not full
+        most = 0
+        for attempt in range(0 if full else SWEEPS):
+            if full := self._fill(
+                places, self._draws.sweep(rng(seed, "sampler", epoch, "sweep", i, attempt))
+            ):
+                break
+            most = max(most, len(places))
+            places = []
+        if not full:
+            raise RuntimeError(
+                f"batch {i} of epoch {epoch} needs {size} places of {k} images, and at most {most} were found "
+                f"({self._counts['cliques_dropped']} cliques dropped by pruning): lower places_per_batch by "
+                f"{size - most}, prune less (tau, top_k) or give more images"
+            )
         self._counts["batches"] += 1
         return np.stack([place.images for place in places])
 
-    def _fill(self, places: list[MinedPlace], draws) -> bool:
+    def _fill(self, places: list[MinedPlace], draws: Iterable) -> bool:
         """Add places from one draw after the other; whether the batch became full."""
-        for clusters, generator in draws:
+        for images in draws:
             self._counts["draws"] += 1
-            images = self._draws.images(clusters, generator, self._counts)
-            if len(images) < self.config.images_per_place:
-                continue
             options = {"choose": self._choose, "before": tuple(places), "counts": self._counts}
-            for place in harvest(
-                self.graph, images[generator.permutation(len(images))], self.config, **options
-            ):
+            for place in harvest(self.graph, images, self.config, **options):
                 places.append(place)
                 if len(places) == self.config.places_per_batch:
                     return True
         return False
 
-    @property
-    def _any_images(self) -> bool:
-        """Whether a place is any K images of its clique, so that no affinity is looked at."""
-        config = self.config
-        unpruned = config.tau is None and config.top_k is None
-        return config.schedule == "none" or (config.prefer == "random" and unpruned)
-
     def _choose(self, clique: np.ndarray) -> np.ndarray | None:
         """The K of a clique's images that make a place, as positions among them."""
-        k = self.config.images_per_place
-        descriptors = self.graph.descriptors
-        if self._refreshed is None or self._any_images:
+        k, images, counts = self.config.images_per_place, self.graph.descriptors, self._counts
+        if self._refreshed is None or self._no_affinity:
             return np.arange(k)  # they are in random order already
-        if isinstance(descriptors, _Described) and not (has := descriptors.has(clique)).all():
-            self._missing.append(clique[~has])
+        if self._missing is not None and (missing := [i for i in clique.tolist() if i not in images]):
+            self._missing += missing
             return np.arange(k)
         part = self.graph.subgraph(clique)
         chosen = greedy_weighted_clique(part.weight, k, prefer=self.config.prefer)
         if chosen is not None:
-            pairs = chosen[:, None], chosen
-            weight = np.where(np.eye(k, dtype=bool), 0.0, part.weight[pairs])
-            self._counts["pairs"] += k * (k - 1) // 2
-            self._counts["mean_d_geo_m"] += part.d_geo[pairs].sum() / 2
-            self._counts["mean_d_vis"] += part.d_vis[pairs].sum() / 2
-            self._counts["mean_weight"] += weight.sum() / 2
-            self._counts["zero_weight_decisions"] += sum(not weight[t, :t].any() for t in range(1, k))
+            pairs = np.ix_(chosen, chosen)
+            counts["pairs"] += k * (k - 1) // 2
+            counts["d_geo_m"] += part.d_geo[pairs].sum() / 2
+            counts["d_vis"] += part.d_vis[pairs].sum() / 2
+            weight = part.weight[pairs]
+            np.fill_diagonal(weight, 0.0)
+            counts["weight"] += weight.sum() / 2
+            counts["zero_weight_decisions"] += sum(not weight[t, :t].any() for t in range(1, k))
         return chosen
 
     def _check_room(self) -> None:
         """Refuse places that cannot fill a batch, before an epoch is spent on finding out."""
-        config, most = self.config, 0
+        config, most, wanted = self.config, 0, self.config.places_per_batch
         for attempt in range(8):
             places: list[MinedPlace] = []
-            full = self._fill(places, self._draws.sweep(rng(config.seed, "sampler", "room", attempt)))
+            self._fill(places, self._draws.sweep(rng(config.seed, "sampler", "room", attempt)))
             most = max(most, len(places))
-            if full or 2 * most < config.places_per_batch:
+            if most == wanted or 2 * most < wanted:
                 break
-        self._counts = Counter()
-        if most < config.places_per_batch:
+        self._counts.clear()
+        if most < wanted:
             least = config.min_clique if config.fallback is None else config.images_per_place
             raise ValueError(
-                f"{len(self.graph)} images have room for about {most} places of {config.images_per_place} images more "
-                f"than {config.radius_m:g} m apart (each within a clique of at least {least}), and a batch needs "
-                f"{config.places_per_batch}: lower places_per_batch by {config.places_per_batch - most}, or give more "
-                "images"
+                f"{len(self.graph)} images have room for about {most} places of {config.images_per_place} "
+                f"images more than {config.radius_m:g} m apart (each within a clique of at least {least}), and "
+                f"a batch needs {wanted}: lower places_per_batch by {wanted - most}, or give more images"
             )
 
     @property
     def report(self) -> dict:
-        """What the last refresh described and what the batches made since then, or in the last pass, are like.
+        """What the last refresh described, and what the batches made since then or in the last pass are like.
 
-        ``geographic_edges`` are the pairs of images within the radius, however they face. Counts of one pass over
-        the epoch: ``batches``, ``draws``, ``sweeps`` (batches that needed systematic passes), ``cliques_found``,
-        ``cliques_dropped`` (no K images left connected by the pruning), ``places``, ``fallback_places`` (from cliques
-        under `min_clique`), ``mean_clique_size``, ``zero_weight_decisions`` (greedy decisions won at W = 0),
-        ``uniform_draws`` (all places equally far: similar ones at random), ``thinned_places`` (that lent a random
-        part of their images), ``searches_cut`` (of the clique searches), and ``mean_d_geo_m``, ``mean_d_vis``,
-        ``mean_weight`` over the pairs chosen.
+        ``geographic_edges``: pairs of images within the radius, however they face. ``sweeps``: batches that
+        needed passes over all places. ``cliques_dropped``: no K images left connected by the pruning.
+        ``fallback_places``: from cliques under `min_clique`. ``zero_weight_decisions``: greedy decisions won
+        at
+        W = 0. ``uniform_draws``: all places equally far, so similar ones were drawn at random.
+        ``thinned_places``: lent a random part of their images. ``searches_cut``: out of steps. Means are over
+        the pairs chosen.
         """
-        counts = self._counts
-        whole = (
-            "batches draws sweeps cliques_found cliques_dropped places fallback_places zero_weight_decisions"
+        counts, pairs = self._counts, self._counts["pairs"] or np.nan
+        names = (
+            "batches draws sweeps cliques_found cliques_dropped places fallback_places zero_weight_decisions "
+            "uniform_draws thinned_places searches_cut"
         )
-        whole += " uniform_draws thinned_places searches_cut"
-        means = {"mean_d_geo_m": "pairs", "mean_d_vis": "pairs", "mean_weight": "pairs"}
-        report = {
+        return {
             "epoch": self.epoch,
             "refreshed_epoch": self._refreshed,
             "schedule": self.config.schedule,
-            "node_descriptor": self.config.node_descriptor,
-            "graph_context": self.config.graph_context,
             "images": len(self.graph),
-            "clusters": len(self._draws.start) - 1,
+            "clusters": len(self._draws.city),
             "cities": int(self.graph.city.max()) + 1,
-            "geographic_edges": self.graph.n_near,
+            "geographic_edges": self._near_pairs,
             **self._described,
-            **{name: int(counts[name]) for name in whole.split()},
+            **{name: int(counts[name]) for name in names.split()},
+            "mean_clique_size": counts["clique_images"] / (counts["cliques_found"] or np.nan),
+            **{f"mean_{name}": float(counts[name] / pairs) for name in ("d_geo_m", "d_vis", "weight")},
         }
-        report["mean_clique_size"] = counts["clique_images"] / (counts["cliques_found"] or np.nan)
-        return report | {name: float(counts[name] / (counts[per] or np.nan)) for name, per in means.items()}
 
 
-# ------------------------------------------------------------------------------------------------
-# Draws: which places look alike
-# ------------------------------------------------------------------------------------------------
+class _Described(dict):
+    """Descriptors of some images by their index; an array of images indexes it like an array."""
+
+    def __getitem__(self, images: np.ndarray) -> np.ndarray:
+        return np.stack([super(_Described, self).__getitem__(i) for i in images.tolist()])
 
 
 class _Draws:
-    """Places that are looked at together.
+    """Draws of places that look alike: the images of each, in random order.
 
-    The draws of `PLANNED` batches are planned at once, so that distances to a city's places are one matrix product.
-    A plan covers them all whatever part of it is used: a product has the same shape, and rounds the same way,
-    wherever iteration begins.
-
-    Parameters
-    ----------
-    graph, config
-    descriptors : (n_clusters, D) float, optional
-        None: places are drawn at random.
+    The draws of `PLANNED` batches are planned together, so that distances to a city's places are one matrix
+    product. A plan covers them all whatever part of it is used: a product has the same shape, and rounds the
+    same way, wherever iteration begins. `descriptors`, (n_clusters, D), may be None: places are drawn at
+    random.
     """
 
-    def __init__(self, graph: GeoVisualGraph, config: SamplerConfig, descriptors: np.ndarray | None = None):
-        self.config, self.descriptors = config, descriptors
+    def __init__(self, graph: GeoVisualGraph, config: SamplerConfig, counts: Counter, descriptors=None):
+        self.config, self.counts, self.descriptors, self._chunk = config, counts, descriptors, None
         # Sorted by city and cluster: images of a cluster, and clusters of a city, are ranges.
         self.order = np.argsort(graph.cluster, kind="stable")
         self.start = np.concatenate([[0], np.cumsum(np.bincount(graph.cluster))])
         self.city = graph.city[self.order[self.start[:-1]]]
-        self.city_start = np.searchsorted(self.city, np.arange(self.city.max(initial=-1) + 2))
-        self._chunk = None
+        self.city_start = np.searchsorted(self.city, np.arange(self.city.max() + 2))
         if descriptors is not None:
-            norms = np.empty(len(descriptors))
-            for at in range(0, len(norms), COLUMNS):
-                block = np.asarray(descriptors[at : at + COLUMNS], dtype=np.float32)
-                norms[at : at + COLUMNS] = np.sqrt(np.einsum("ij,ij->i", block, block))
-            bad = np.flatnonzero(norms == 0)
-            if len(bad):
-                raise ValueError(
-                    f"the descriptor of cluster {bad[0]} is zero ({len(bad)} of {len(norms)} are)"
-                )
+            blocks = (descriptors[at : at + COLUMNS] for at in range(0, len(descriptors), COLUMNS))
+            norms = [np.sqrt(np.einsum("ij,ij->i", block, block)) for block in map(np.float32, blocks)]
+            norms = np.concatenate(norms).astype(np.float64)
+            for cluster in np.flatnonzero(norms == 0):
+                raise ValueError(f"the descriptor of cluster {cluster} is zero")
             self.inverse_norm = (1.0 / norms).astype(np.float32)
 
-    def images(self, clusters, generator: np.random.Generator, counts: Counter) -> np.ndarray:
-        """The images of some clusters, of crowded ones a random choice."""
-        parts = []
-        for cluster in np.asarray(clusters).tolist():
-            part = self.order[self.start[cluster] : self.start[cluster + 1]]
-            if len(part) > max(MOST_IMAGES, self.config.images_per_place):
-                part = generator.choice(part, MOST_IMAGES, replace=False)
-                counts["thinned_places"] += 1
-            parts.append(part)
-        return np.concatenate(parts)
+    def draw(self, epoch: int, i: int, draw: int) -> np.ndarray:
+        """Images of one draw of batch `i`."""
+        config, chunk = self.config, i // PLANNED
+        if self._chunk != (epoch, chunk):
+            self._chunk, self._planned = (epoch, chunk), {}
+        if (i, draw) not in self._planned:
+            batches = range(chunk * PLANNED, min((chunk + 1) * PLANNED, config.batches_per_epoch))
+            ahead = -(-config.places_per_batch // (config.similar_places + 1)) + 1
+            names = [(b, d) for d in range(draw, max(ahead, draw + 1)) for b in batches]
+            streams = [rng(config.seed, "sampler", epoch, "draw", *name) for name in names]
+            self._planned |= zip(names, zip(self._plan(streams), streams, strict=True), strict=True)
+        clusters, stream = self._planned[i, draw]
+        return self._images(clusters, copy.deepcopy(stream))  # a batch may be made again
 
-    def sweep(self, generator: np.random.Generator) -> Iterator[tuple[np.ndarray, np.random.Generator]]:
-        """Every place of every city once, in random order and as many at a time as a draw has."""
+    def sweep(self, stream: np.random.Generator) -> Iterator[np.ndarray]:
+        """Images of every place of every city once, in random order, as many places at a time as in a draw."""
         size, groups = self.config.similar_places + 1, []
         for start, stop in zip(self.city_start[:-1], self.city_start[1:], strict=True):
-            clusters = generator.permutation(np.arange(start, stop))
-            groups.extend(clusters[at : at + size] for at in range(0, len(clusters), size))
-        for index in generator.permutation(len(groups)):
-            yield groups[index], generator
+            clusters = stream.permutation(np.arange(start, stop))
+            groups += [clusters[at : at + size] for at in range(0, len(clusters), size)]
+        for index in stream.permutation(len(groups)):
+            yield self._images(groups[index], stream)
 
-    def draw(self, epoch: int, i: int, draw: int, counts: Counter) -> tuple[np.ndarray, np.random.Generator]:
-        """Clusters of one draw of batch `i`, the drawn one first, and the draw's stream where it goes on."""
-        if self._chunk != (epoch, i // PLANNED):
-            self._chunk, self._planned = (epoch, i // PLANNED), []
-        first = i // PLANNED * PLANNED
-        batches = range(first, min(first + PLANNED, self.config.batches_per_epoch))
-        while draw >= len(self._planned):
-            rounds = 1
-            if not self._planned:
-                rounds = -(-self.config.places_per_batch // (self.config.similar_places + 1)) + 1
-            names = [(b, len(self._planned) + d) for d in range(rounds) for b in batches]
-            drawn = self._plan(
-                [rng(self.config.seed, "sampler", epoch, "draw", *name) for name in names], counts
-            )
-            self._planned += [drawn[at : at + len(batches)] for at in range(0, len(drawn), len(batches))]
-        clusters, generator = self._planned[draw][i - first]
-        return clusters, copy.deepcopy(generator)  # a batch may be made again
+    def _images(self, clusters: np.ndarray, stream: np.random.Generator) -> np.ndarray:
+        parts = [self.order[self.start[c] : self.start[c + 1]] for c in clusters.tolist()]
+        for at, part in enumerate(parts):
+            if len(part) > MOST_IMAGES:
+                parts[at] = stream.choice(part, MOST_IMAGES, replace=False)
+                self.counts["thinned_places"] += 1
+        images = np.concatenate(parts)
+        return (
+            images[stream.permutation(len(images))] if len(images) >= self.config.images_per_place else images
+        )
 
-    def _plan(self, generators: list[np.random.Generator], counts: Counter) -> list:
-        """A draw for each random stream."""
+    def _plan(self, streams: list[np.random.Generator]) -> list[np.ndarray]:
+        """Clusters of a draw for each random stream, the one drawn first before those similar to it."""
         n = len(self.city)
         if self.descriptors is None:  # random places of all cities
             size = min(self.config.similar_places + 1, n)
-            return [(generator.choice(n, size, replace=False), generator) for generator in generators]
+            return [stream.choice(n, size, replace=False) for stream in streams]
         share = np.cumsum(np.diff(self.city_start)) / n
-        seeds = np.empty(len(generators), dtype=np.int64)
-        for at, generator in enumerate(generators):
-            city = min(int(np.searchsorted(share, generator.random(), side="right")), len(share) - 1)
-            seeds[at] = generator.integers(self.city_start[city], self.city_start[city + 1])
-        drawn: list = [None] * len(seeds)
-        for city in np.unique(self.city[seeds]):
-            of_city = np.flatnonzero(self.city[seeds] == city)
-            for at in range(0, len(of_city), ROWS):
-                part = of_city[at : at + ROWS]
-                similar = self._similar(seeds[part], int(city), [generators[p] for p in part], counts)
-                for p, others in zip(part, similar, strict=True):
-                    drawn[p] = np.concatenate([[seeds[p]], others]), generators[p]
+        first = np.empty(len(streams), dtype=np.int64)
+        for at, stream in enumerate(streams):
+            city = min(int(np.searchsorted(share, stream.random(), side="right")), len(share) - 1)
+            first[at] = stream.integers(self.city_start[city], self.city_start[city + 1])
+        drawn = [None] * len(streams)
+        for city in np.unique(self.city[first]):
+            of_city = np.flatnonzero(self.city[first] == city)
+            for rows in (of_city[at : at + ROWS] for at in range(0, len(of_city), ROWS)):
+                similar = self._similar(first[rows], int(city), [streams[row] for row in rows])
+                for row, others in zip(rows, similar, strict=True):
+                    drawn[row] = np.concatenate([[first[row]], others])
         return drawn
 
-    def _similar(self, seeds: np.ndarray, city: int, generators: list, counts: Counter) -> list[np.ndarray]:
-        """For each seed, up to `similar_places` other clusters of its city, without replacement.
+    def _similar(self, first: np.ndarray, city: int, streams: list) -> list[np.ndarray]:
+        """For each of some clusters up to `similar_places` others of its city, without replacement.
 
-        Weighted sampling without replacement as by Efraimidis and Spirakis (2006): the smallest of ``E_j / w_j``
-        with independent exponential E_j are distributed as draws one after the other with probabilities proportional
-        to w, here ``d_max - d`` with ``d = 1 - cosine``.
+        Weighted sampling without replacement as by Efraimidis and Spirakis (2006): the smallest of ``E_j /
+        w_j`` with independent exponential E_j are distributed as draws one after the other with probabilities
+        proportional to w, here ``d_max - d`` with ``d = 1 - cosine``.
         """
         start, stop = int(self.city_start[city]), int(self.city_start[city + 1])
         wanted = min(self.config.similar_places, stop - start - 1)
-        if wanted <= 0:
-            return [np.empty(0, dtype=np.int64)] * len(seeds)
-        keys = np.stack([g.standard_exponential(stop - start, dtype=np.float32) for g in generators])
-        own = np.arange(len(seeds)), seeds - start
-        distance = 1.0 - self._cosines(seeds, start, stop)
+        if wanted == 0:
+            return [np.empty(0, dtype=np.int64)] * len(first)
+        keys = np.stack([stream.standard_exponential(stop - start, dtype=np.float32) for stream in streams])
+        cosine, query = np.empty_like(keys), np.float32(self.descriptors[first])
+        for at in range(start, stop, COLUMNS):
+            end = min(at + COLUMNS, stop)
+            cosine[:, at - start : end - start] = query @ np.float32(self.descriptors[at:end]).T
+        distance = 1.0 - cosine * self.inverse_norm[first][:, None] * self.inverse_norm[start:stop]
+        own = np.arange(len(first)), first - start
         distance[own] = -np.inf
         weight = distance.max(axis=1, keepdims=True) - distance
         weight[own] = 0.0
-        flat = ~(weight > 0).any(axis=1)
-        counts["uniform_draws"] += int(flat.sum())
+        flat = ~(weight > 0).any(axis=1)  # all equally far
+        self.counts["uniform_draws"] += int(flat.sum())
         weight[flat] = 1.0
         weight[own] = 0.0
-        with np.errstate(divide="ignore", invalid="ignore"):
-            keys = np.where(weight > 0, keys / weight, np.inf)
-        drawable = np.minimum(wanted, (weight > 0).sum(axis=1))
+        keys = np.divide(keys, weight, out=np.full_like(keys, np.inf), where=weight > 0)
         best = np.argsort(keys, axis=1, kind="stable")[:, :wanted]
-        return [start + row[:count] for row, count in zip(best, drawable, strict=True)]
-
-    def _cosines(self, rows: np.ndarray, start: int, stop: int) -> np.ndarray:
-        """(len(rows), stop - start) float32: cosines of clusters `rows` to the clusters of a range."""
-        query = np.asarray(self.descriptors[rows], dtype=np.float32)
-        result = np.empty((len(rows), stop - start), dtype=np.float32)
-        for at in range(start, stop, COLUMNS):
-            end = min(at + COLUMNS, stop)
-            result[:, at - start : end - start] = (
-                query @ np.asarray(self.descriptors[at:end], dtype=np.float32).T
-            )
-        return result * self.inverse_norm[rows][:, None] * self.inverse_norm[start:stop]
-
-
-class _Described:
-    """Descriptors of some of the images, in blocks as they were described; indexable by images like an array."""
-
-    def __init__(self, n: int):
-        self.blocks: list[np.ndarray] = []
-        self.block, self.row = np.full(n, -1), np.zeros(n, dtype=np.int64)
-
-    def add(self, images: np.ndarray, values: np.ndarray) -> None:
-        self.block[images], self.row[images] = len(self.blocks), np.arange(len(images))
-        self.blocks.append(values)
-
-    def has(self, images: np.ndarray) -> np.ndarray:
-        return self.block[images] >= 0
-
-    def __getitem__(self, images: np.ndarray) -> np.ndarray:
-        rows = zip(self.block[images].tolist(), self.row[images].tolist(), strict=True)
-        return np.stack([self.blocks[block][row] for block, row in rows])
-
-
-# ------------------------------------------------------------------------------------------------
-# Labelled places
-# ------------------------------------------------------------------------------------------------
+        return [start + row[weight[at, row] > 0] for at, row in enumerate(best)]
 
 
 class PlaceSampler(_BatchSampler):
@@ -726,10 +588,11 @@ class PlaceSampler(_BatchSampler):
     Parameters
     ----------
     place_labels : (n,) int or str
-        The place of each image; a label names one place in the whole data. Negative integers: no place, left out.
+        The place of each image; a label names one place in the whole data. Negative integers: no place, left
+        out.
     config : SamplerConfig
-        Its `places_per_batch`, `images_per_place`, `batches_per_epoch` (more than a pass: further passes, each in a
-        new order) and `seed`. Places of too few images are left out, and counted in `report`.
+        Of it `places_per_batch`, `images_per_place`, `batches_per_epoch` (more than one pass: further passes,
+        each in a new order) and `seed`. Places of too few images are left out, and counted in `report`.
 
     Raises
     ------
@@ -738,27 +601,25 @@ class PlaceSampler(_BatchSampler):
     """
 
     def __init__(self, place_labels, config: SamplerConfig):
-        self.config = config
-        labels = np.asarray(place_labels)
-        with_place = labels >= 0 if labels.dtype.kind in "if" else np.ones(len(labels), dtype=bool)
-        images = np.flatnonzero(with_place)
+        size, k, labels = config.places_per_batch, config.images_per_place, np.asarray(place_labels)
+        labelled = labels >= 0 if labels.dtype.kind in "if" else np.ones(len(labels), dtype=bool)
+        images = np.flatnonzero(labelled)
         _, code, sizes = np.unique(labels[images], return_inverse=True, return_counts=True)
         members = np.split(images[np.argsort(code, kind="stable")], np.cumsum(sizes)[:-1])
-        self._members = [part for part in members if len(part) >= config.images_per_place]
+        self._members = [part for part in members if len(part) >= k]
         n = len(self._members)
-        if n < config.places_per_batch:
+        if n < size:
             raise ValueError(
-                f"{n} of {len(sizes)} places have at least {config.images_per_place} images, and a batch needs "
-                f"{config.places_per_batch} places: lower places_per_batch to {n} or less, or images_per_place"
+                f"{n} of {len(sizes)} places have at least {k} images, and a batch needs {size} places: "
+                f"lower places_per_batch to {n} or less, or images_per_place"
             )
-        self._per_pass = n // config.places_per_batch
-        self.batches_per_epoch = config.batches_per_epoch or self._per_pass
-        self._pass: tuple[int, int, np.ndarray] | None = None
+        self._per_pass, self._pass = n // size, None
+        super().__init__(config, config.batches_per_epoch or self._per_pass)
         self.report = {
             "places": n,
             "places_left_out": len(sizes) - n,
             "images": sum(map(len, self._members)),
-            "images_without_place": int((~with_place).sum()),
+            "images_without_place": int((~labelled).sum()),
             "described_images": 0,
         }
 
@@ -767,24 +628,17 @@ class PlaceSampler(_BatchSampler):
         return False
 
     def _batch(self, epoch: int, i: int) -> np.ndarray:
+        size, k, seed = self.config.places_per_batch, self.config.images_per_place, self.config.seed
         number, at = divmod(i, self._per_pass)
-        if self._pass is None or self._pass[:2] != (epoch, number):
-            order = rng(self.config.seed, "places", epoch, "order", number).permutation(len(self._members))
-            self._pass = (epoch, number, order)
-        generator = rng(self.config.seed, "places", epoch, "batch", i)
-        size, k = self.config.places_per_batch, self.config.images_per_place
-        places = self._pass[2][at * size : (at + 1) * size]
-        return np.stack([generator.choice(self._members[place], k, replace=False) for place in places])
+        if self._pass != (epoch, number):
+            self._pass = (epoch, number)
+            self._order = rng(seed, "places", epoch, "order", number).permutation(len(self._members))
+        stream = rng(seed, "places", epoch, "batch", i)
+        places = self._order[at * size : (at + 1) * size]
+        return np.stack([stream.choice(self._members[place], k, replace=False) for place in places])
 
 
-# ------------------------------------------------------------------------------------------------
-# What a sampler picks
-# ------------------------------------------------------------------------------------------------
-
-
-def batch_statistics(
-    batches, descriptors, east_m, north_m, *, images_per_place: int = 4
-) -> dict[str, np.ndarray]:
+def batch_statistics(batches, descriptors, east_m, north_m, *, images_per_place: int = 4) -> dict:
     """How hard the batches of a sampler are, to compare samplers.
 
     Parameters
@@ -800,10 +654,11 @@ def batch_statistics(
     Returns
     -------
     dict of arrays
-        Per image of the batches: ``hardest_negative``, the greatest cosine to an image of another place of its
-        batch. Per pair of images of one place: ``positive_similarity`` (cosine) and ``positive_distance_m``.
+        Per image of the batches: ``hardest_negative``, the greatest cosine to an image of another place of
+        its batch. Per pair of images of one place: ``positive_similarity`` (cosine) and
+        ``positive_distance_m``.
     """
-    result = {"hardest_negative": [], "positive_similarity": [], "positive_distance_m": []}
+    found = []
     for batch in map(np.asarray, batches):
         if len(batch) % images_per_place:
             raise ValueError(f"a batch of {len(batch)} images is not made of places of {images_per_place}")
@@ -814,9 +669,8 @@ def batch_statistics(
         same = place[:, None] == place
         i, j = np.nonzero(np.triu(same, 1))
         a, b = batch[i], batch[j]
-        hardest = np.full(len(batch), np.nan) if same.all() else np.where(same, -np.inf, cosine).max(axis=1)
-        result["hardest_negative"].append(hardest)
-        result["positive_similarity"].append(cosine[i, j])
         metres = np.sqrt((east_m[a] - east_m[b]) ** 2 + (north_m[a] - north_m[b]) ** 2)
-        result["positive_distance_m"].append(metres)
-    return {name: np.concatenate(values) if values else np.empty(0) for name, values in result.items()}
+        hardest = np.where(same, np.nan if same.all() else -np.inf, cosine).max(axis=1)
+        found.append((hardest, cosine[i, j], metres))
+    names = ("hardest_negative", "positive_similarity", "positive_distance_m")
+    return dict(zip(names, map(np.concatenate, zip(*found, strict=True)), strict=True))

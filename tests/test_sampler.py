@@ -474,7 +474,7 @@ def test_the_sampler_refuses(options, message):
 
 def test_a_graph_of_other_rules_is_refused():
     east, north, labels, _ = make_town()
-    with pytest.raises(ValueError, match="the graph has the rules .*'radius_m': 20.0"):
+    with pytest.raises(ValueError, match="graph and sampler differ: .*'radius_m': 20.0"):
         CliqueSampler(GeoVisualGraph(east, north, **labels, radius_m=20.0), SamplerConfig(**SMALL))
 
 
@@ -496,7 +496,7 @@ def test_descriptors_that_are_not_finite_are_refused(dtype):
     [
         (np.ones((5, 4)), r"shape \(288, D\).*or \(24, D\).*got \(5, 4\)"),
         (np.ones((24, 4)), "node_descriptor='image' needs descriptors of all 288 images"),
-        (lambda images: np.ones((3, 4)), r"must return shape \(24, D\), one row per image, got \(3, 4\)"),
+        (lambda images: np.ones((3, 4)), r"must return shape \(24, D\), a row per image, got \(3, 4\)"),
         (np.zeros((288, 4)), "is zero"),
         (None, "needs describe"),
     ],

@@ -407,7 +407,10 @@ def draw_places(
         The images of each place, in the order chosen.
     """
     config = SamplerConfig(
-        images_per_place=images_per_place, min_clique=max(10, images_per_place), prefer=prefer, **graph.rules
+        images_per_place=images_per_place,
+        min_clique=max(10, images_per_place),
+        prefer=prefer,
+        **vars(graph.rules),
     )
     images = np.random.default_rng(seed).permutation(len(graph))
     return [place.images.tolist() for place in itertools.islice(harvest(graph, images, config), places)]
@@ -458,7 +461,7 @@ def graph_view(
     cosine = (values[first] * values[second]).sum(axis=1) / (length[first] * length[second])
     numbers = {
         "edges": graph.n_edges,
-        "pruned": graph.n_pruned,
+        "pruned": graph.statistics()["pruned_edges"],
         "degree": float(graph.degrees().mean()),
         "places": len(chosen),
         "mean_weight": _mean(-metres * apart),
