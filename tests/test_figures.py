@@ -243,8 +243,6 @@ def test_the_colours_differ_for_the_colour_blind():
         (r"shape \(1, 80\)", lambda: figures.greedy_steps(EAST, NORTH, EDGES, [[0]], np.zeros((2, 6)))),
         ("got 2 for 1 images", lambda: figures.heatmap_overlay(IMAGES[:1], [np.eye(2)] * 2, title="")),
         ("got 1 for 60 images", lambda: figures.tsne_plotly(POINTS, PLACE, files=["a"])),
-        ("two cases have the same query", lambda: figures.review_html([review_case()] * 2, **ABOUT)),
-        ("must name the run, got model", lambda: figures.review_html([], **ABOUT | {"about": {"model": ""}})),
     ],
 )
 def test_arrays_that_do_not_fit_are_refused(words, draw):
@@ -463,38 +461,6 @@ def test_tsne_points_name_their_file_and_place():
     assert written.count("0.80") == 40
     again = figures.tsne_plotly(POINTS, PLACE, files=FILES, aid=AID, class_aid=CLASS_AID)
     assert json.loads(chart.to_json()) == json.loads(again.to_json()), "the same numbers give the same JSON"
-
-
-def review_case(query=7, **changes):
-    wrong = {"path": "database/<d1>.jpg", "image": IMAGES[1], "metres": 26.0, "positive": False}
-    right = {"path": "database/d2.jpg", "image": IMAGES[2], "metres": np.nan, "positive": True}
-    case = {
-        "query": query,
-        "query_path": "queries/q7.jpg",
-        "query_image": IMAGES[0],
-        "note": "</script>night",
-    }
-    case |= {"score": 0.93, "n_positives": 1, "found": [wrong, right]}
-    case["truth"] = {"path": "database/d2.jpg", "image": IMAGES[2], "metres": 3.0, "rank": 0}
-    return case | changes
-
-
-def test_a_review_page_is_whole_and_says_what_is_known():
-    page = figures.review_html([review_case(), review_case(8, truth=None, score=np.nan)], **ABOUT)
-    assert page.count("<section") == 2 and page.count("data:image/jpeg;base64,") == 3 + 1 + 3
-    elsewhere = re.search(r"""(src|href)=["'](?!data:)|https?://|@import|url\(""", page)
-    assert not elsewhere and page.count("</script>") == 1, "a name cannot end the script"
-    for words in (
-        *("#1  26 m", "✗ no positive", "✓ a positive", "3 m, not among the first 20", "&lt;d1&gt;"),
-        *("1 reference counts as a positive (25 m).", "more alike than 93 % of the right first answers"),
-    ):
-        assert words in page, words
-    assert page.count('type="radio"') == 8 and page.count('type="checkbox"') == 4
-    cases = json.loads(re.search(r"cases = (\[.*?\]), key", page).group(1))
-    assert list(cases[0])[:2] == ["query", "query_path"], "columns of the CSV in their order"
-    assert cases[0]["nearest_positive_m"] == 3.0 and cases[1]["nearest_positive_m"] is None
-    assert cases[1]["score"] is None and cases[0]["first_reference_path"] == "database/<d1>.jpg"
-    assert "nothing to review" in figures.review_html([], **ABOUT)
 
 
 def test_a_page_holds_a_thumbnail_for_every_point():

@@ -36,7 +36,7 @@ from workbench.figures.maps import (
     place_map,
     places_plotly,
 )
-from workbench.figures.photographs import contact_sheet, retrieval_panel, review_html, review_page
+from workbench.figures.photographs import contact_sheet, retrieval_panel, review_page
 from workbench.figures.style import PALETTE, RIGHT, WRONG, to_png
 from workbench.figures.tables import (
     ablation_figure,

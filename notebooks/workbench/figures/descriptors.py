@@ -64,7 +64,7 @@ def tsne_plotly(coordinates, place, *, files: Sequence[str], aid=None, class_aid
     """Draw t-SNE maps as in `tsne_figure`, to be hovered over; `files` names the n images.
 
     The ``customdata`` of a point is (image index, file, place, method), from which a widget
-    (`workbench.widgets.tsne_browser`) or a page (`thumbnail_page`) shows the photograph.
+    (`workbench.widgets.tsne_explorer`) or a page (`thumbnail_page`) shows the photograph.
     """
     import pandas as pd
     import plotly.express as px

@@ -1,7 +1,5 @@
 """Photographs side by side: contact sheets, what was retrieved, pages on which a person judges the truth."""
 
-from pathlib import Path
-
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -84,49 +82,3 @@ def review_page(
     figure.suptitle("Is the ground truth right?")
     figure.supxlabel(notes, fontsize=11)
     return figure
-
-
-def review_html(cases, *, about: dict, rule: str, searched: int, size_px: int = 220) -> str:
-    """Make an HTML file with a page for each query, on which a person judges the ground truth.
-
-    It needs neither kernel nor network. The browser keeps the verdicts where it can; buttons save them as CSV
-    or JSON and load JSON again. Printed, each query starts a sheet.
-
-    Parameters
-    ----------
-    cases : sequence of mappings
-        ``query`` (int, different in each), ``query_path``, ``query_image``, ``note`` (text, may be empty),
-        ``score`` (0 to 1, NaN unknown), ``n_positives``; ``found``: mappings of path, image, metres (NaN
-        unknown) and positive, in order of rank; ``truth``: a mapping of path, image, metres and rank (0 if
-        not searched), or None.
-    about : mapping of str to str
-        ``run``, which keys what the browser keeps, and what else goes into each saved row, such as the model.
-    rule : str
-        When a reference is a positive, in words.
-    searched, size_px : int
-        How many ranks were searched; the longer side of the photographs in the page.
-    """
-    import jinja2
-
-    if "run" not in about:
-        raise ValueError("about must name the run, got " + ", ".join(about))
-    if len({int(case["query"]) for case in cases}) != len(cases):
-        raise ValueError("two cases have the same query")
-
-    def rounded(value) -> float | None:
-        return round(float(value), 4) if np.isfinite(value) else None
-
-    rows = []
-    for case in cases:
-        row = {"query": int(case["query"]), "query_path": str(case["query_path"])}
-        for name, one in (("first_reference", case["found"][0]), ("nearest_positive", case["truth"])):
-            row[f"{name}_path"] = str(one["path"]) if one else ""
-            row[f"{name}_m"] = rounded(one["metres"]) if one else None
-        rows.append(row | {"score": rounded(case["score"])})
-    folder = jinja2.FileSystemLoader(Path(__file__).parent.parent)
-    page = jinja2.Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    page.policies["json.dumps_kwargs"] = {}  # fields in this order, not sorted
-    page.filters["metres"] = style.metres
-    page.filters["jpeg"] = lambda image: style.jpeg(image, size_px)
-    template = page.get_template("review.html.j2")
-    return template.render(about=about, cases=cases, rows=rows, rule=rule, searched=searched)
