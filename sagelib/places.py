@@ -15,6 +15,7 @@ import csv
 import dataclasses
 import filecmp
 import io
+import itertools
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -100,8 +101,8 @@ class Places:
     def labels(self) -> np.ndarray:
         """One integer per place, (N,) int64 from 0, that two cities never share; -1 where there is none."""
         labels, known = np.full(len(self), -1, dtype=np.int64), self.place >= 0
-        pairs = np.column_stack([np.unique(self.city[known], return_inverse=True)[1], self.place[known]])
-        labels[known] = np.unique(pairs, axis=0, return_inverse=True)[1]
+        city, place = (np.unique(c[known], return_inverse=True)[1] for c in (self.city, self.place))
+        labels[known] = np.unique(city * len(self) + place, return_inverse=True)[1]
         return labels
 
     def with_clusters(self, radius_m: float) -> Places:
@@ -240,10 +241,8 @@ def positives(database: Places, queries: Places, rule: PositiveRule | None = Non
     for kind, table in (("reference", database), ("query", queries)):
         unknown = ~(np.isfinite(table.east_m) & np.isfinite(table.north_m))
         if unknown.any():
-            count = f"{unknown.sum()} of {len(table)} have none"
-            raise ValueError(
-                f"{table.path[unknown][0]}: this {kind} has no position ({count}), so no positives"
-            )
+            path, count = table.path[unknown][0], unknown.sum()
+            raise ValueError(f"{path}: this {kind} has no position ({count} of {len(table)} have none)")
     if rule.frames is not None:  # the same search, in frames instead of metres
         database, queries = _in_frames(database, queries)
     reach = rule.radius_m + ROUNDING_M if rule.frames is None else rule.frames + 0.25
@@ -331,9 +330,8 @@ class _Reading:
         if self.check_pictures:
             with ThreadPoolExecutor(8) as pool:
                 wrong = list(pool.map(_undecodable, [path[row] for row in rows]))
-            for row, why in zip(rows, wrong, strict=True):
-                if why:
-                    self.problems.append(f"{table.where(row) + ': ' if table else ''}{path[row]}: {why}")
+            names = [f"{table.where(row)}: {path[row]}" if table else path[row] for row in rows]
+            self.problems += [f"{name}: {why}" for name, why in zip(names, wrong, strict=True) if why]
             rows = rows[[why is None for why in wrong]]
         if not len(rows):
             return
@@ -388,15 +386,17 @@ class _Csv:
     def __init__(self, path: Path, problems: list, columns: str, beside: _Csv | None = None) -> None:
         self.path, self.problems = path, problems
         try:
-            lines = csv.reader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline=""))
+            text = path.read_bytes().decode("utf-8-sig")
+            lines = csv.reader(io.StringIO(text, newline=""), strict=True)
+            rows = [(lines.line_num, [cell.strip() for cell in row]) for row in lines]
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {lines.line_num}: no values between commas ({error})") from None
         except (FileNotFoundError, IsADirectoryError):
             raise FileNotFoundError(f"{path}: there is no such file") from None
         except UnicodeDecodeError as error:
             line = error.object.count(b"\n", 0, error.start) + 1
             raise ValueError(f"{path}, line {line}: not UTF-8 text; save it as UTF-8") from None
-        rows = [(lines.line_num, [cell.strip() for cell in row]) for row in lines]
-        rows = [(line, row) for line, row in rows if any(row)]
-        if not rows:
+        if not (rows := [(line, row) for line, row in rows if any(row)]):
             raise ValueError(f"{path}, line 1: the file is empty; it needs the columns {columns}")
         (line, header), *rows = rows
         names = [name.lower() for name in header]
@@ -416,9 +416,10 @@ class _Csv:
             if len(row) > len(names):
                 problem = f"{path}, line {line}: {len(row)} values under {len(names)} columns"
                 problems.append(f"{problem}; write decimals with a point, and text with a comma in quotes")
-        rows = [(line, row + [""] * (len(names) - len(row))) for line, row in rows if len(row) <= len(names)]
+        rows = [(line, row) for line, row in rows if len(row) <= len(names)]
         self.lines, self.good = [line for line, _ in rows], np.ones(len(rows), dtype=bool)
-        self.cells = {n: np.array([row[i] for _, row in rows], object) for i, n in enumerate(names)}
+        columns = itertools.zip_longest(names, *(row for _, row in rows), fillvalue="")
+        self.cells = {name: np.array(cells, dtype=object) for name, *cells in columns}
         if beside is not None:
             if len(self.lines) != len(beside.lines):
                 raise ValueError(f"{path}: {len(rows)} rows, but {beside.path.name} has {len(beside.lines)}")
@@ -578,8 +579,8 @@ def read_folder(part_folder, *, on_error: str = "raise", check_pictures: bool = 
             rows[path] = parse_name(path)
         except ValueError as error:
             reading.problems.append(f"{path}: {error}")
-    fields, same = rows.values(), ("east_m", "north_m", "utm_zone", "heading_deg", "note")
-    columns = {name: [row[name] for row in fields] for name in same}
+    fields = rows.values()
+    columns = {n: [row[n] for row in fields] for n in "east_m north_m utm_zone heading_deg note".split()}
     columns |= {"key": [row["pano_id"] for row in fields], "date": _dates(row["timestamp"] for row in fields)}
     reading.add(list(rows), city=[_city_in(row) or set_name for row in fields], **columns)
     return reading.places(folder)
@@ -980,18 +981,17 @@ def available(root):
     root, rows, taken = Path(root), [], set()
     for spec in BENCHMARKS.values():
         folder, missing = _find_benchmark(root, spec)
-        database, queries = counts(folder, spec.split) or (0, 0)
+        found = counts(folder, spec.split) or [0, 0]
         if folder and spec.name == "nordland-2760" and folder.name.lower() == "nordland":
-            database, queries = queries, -(-database // 10)
+            found = [found[1], -(-found[0] // 10)]
         if folder and spec.name == "msls-val":
             keys, downloaded = _query_keys(folder), (folder / "train_val").is_dir()
-            queries = len(keys) if keys else None if downloaded else 0
+            found[1] = len(keys) if keys else None if downloaded else 0
             if not keys and not downloaded:
                 missing = f"the list of the 740 query keys ({folder.name}/query_keys.txt)"
         taken.add(folder and folder.name)
-        expected = " / ".join(f"{n:,}" if n else "not stated" for n in (spec.n_database, spec.n_queries))
-        row = [spec.name, bool(folder), database, queries, expected, spec.rule, missing, spec.where_to_get]
-        rows.append(row)
+        stated = " / ".join(f"{n:,}" if n else "not stated" for n in (spec.n_database, spec.n_queries))
+        rows.append([spec.name, bool(folder), *found, stated, spec.rule, missing, spec.where_to_get])
     for folder in sorted(root.glob("[!.]*")):
         found = counts(folder, "test") or ([None, None] if (folder / "positions.csv").is_file() else [])
         if found and folder.name not in taken:

@@ -208,7 +208,7 @@ def test_zones_are_searched_apart_and_a_lonely_zone_is_refused():
     queries = Places.build(["q"], east_m=0.0, north_m=0.0, utm_zone="33U")
     assert positives(database, queries)[0].tolist() == [1]
     refused("1 queries lie in UTM zone '55 south'", positives, database, queries.replace(utm_zone="55H"))
-    refused("q.jpg: this query has no position", positives, database, Places.build(["q.jpg"]))
+    refused("q.jpg: this query has no position .1 of 1", positives, database, Places.build(["q.jpg"]))
 
 
 def test_frames_count_frames():
@@ -531,6 +531,7 @@ def test_readers_raise_once_with_the_first_five_problems(tmp_path):
         ("file,Lat,lon,LAT\n0.jpg,48,11,48\n", r"line 1: the columns \['Lat', 'LAT'\] have one name"),
         ("file,lat,lon\n\n0.jpg,48,11\n , ,\n1.jpg,north,11\n", "line 5, column 'lat'"),
         ("file,lat,lon,note\n0.jpg,48,11,a\n1.jpg,48,11,M\xfcnchen\n", "line 3: not UTF-8"),
+        ('file,lat,lon\n0.jpg,"48,11\n1.jpg,48,11\n', "line 3: no values between commas .unexpected end"),
     ],
 )
 def test_one_rule_for_tables(tmp_path, text, sentence):
