@@ -2,8 +2,7 @@
 
 `CliqueSampler` mines batches of P places x K images from the geo-visual graph; `PlaceSampler` draws them from
 labelled places. Both are batch samplers for a ``torch.utils.data.DataLoader``: iterating yields lists of
-image
-indices, place by place. A batch of `CliqueSampler` is made so:
+image indices, place by place. A batch of `CliqueSampler` is made so:
 
 1. *Draw places.* A city with probability proportional to its number of places, one place in it, and
    `similar_places` more with probability proportional to ``d_max - d`` of their descriptors.
@@ -14,12 +13,13 @@ indices, place by place. A batch of `CliqueSampler` is made so:
    and the harvest goes on; when no clique is left the next draw follows, until the batch has P places.
 
 Every draw has a random stream of its own, named by (seed, epoch, batch, draw): a batch depends on these and
-on the descriptors, and on nothing else.
+the descriptors, and on nothing else.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -51,29 +51,24 @@ class SamplerConfig(GraphRules):
     similar_places : int
         Places drawn beside each place drawn, by their descriptors; the paper's P = 15.
     batches_per_epoch : int, optional
-        The paper is silent; 4,000 in CliqueMining. None, for labelled places alone: one pass over them.
+        4,000 in CliqueMining. None, for labelled places alone: one pass over them.
     min_clique : int
         Fewest images of a clique; 10 in the paper.
     fallback : {"draw", None}
-        ``"draw"``: in a draw where no clique reaches `min_clique`, the largest of at least K images serve.
-        The paper is silent.
+        ``"draw"``: where no clique of a draw reaches `min_clique`, the largest of at least K images serve.
     prefer : {"closest", "farthest", "random"}
-        Of `greedy_weighted_clique`.
+        Of `greedy_weighted_clique`; the paper writes the first.
     node_descriptor : {"image", "cluster"}
-        ``d_vis`` between the images' own descriptors, or between those of their places. The paper is silent.
+        ``d_vis`` between the images' own descriptors, or their places'. The paper is silent.
     schedule : {"online", "static", "none"}
-        New descriptors every `refresh_every` epochs, once, or never: then places are drawn at random, and so
-        are the images of their cliques.
-    refresh_every : int
-        Epochs between refreshes of the online schedule.
+        New descriptors every `refresh_every` epochs (the paper: each), once, or never, which makes batches of
+        random places and random images of their cliques.
     remove : {"chosen", "clique"}
-        Whether the K chosen images and their neighbours leave the graph, or the clique and its neighbours.
+        What leaves the graph with its neighbours: the K chosen images or their clique. The paper is silent.
     graph_context : {"none", "solo", "anchors"}
         The cross-image head while the graph's descriptors are made: off, each image alone, or with the head's
         anchors. The paper is silent.
     seed : int
-    radius_m, max_heading_deg, tau, top_k, min_distance_m
-        Of `GraphRules`.
     """
 
     places_per_batch: int = 30
@@ -112,23 +107,14 @@ class MinedPlace(NamedTuple):
     images: np.ndarray  # the K images chosen of it, in the order chosen
 
 
-def harvest(
-    graph: GeoVisualGraph,
-    images: np.ndarray,
-    config: SamplerConfig,
-    *,
-    choose: Callable[[np.ndarray], np.ndarray | None] | None = None,
-    before: Iterable[MinedPlace] = (),
-    counts: Counter | None = None,
-) -> Iterator[MinedPlace]:
+def harvest(graph: GeoVisualGraph, images, config: SamplerConfig, *, choose=None, before=(), counts=None):
     """Places among some images, one after the other, until no clique is left.
 
     Parameters
     ----------
-    graph : GeoVisualGraph
+    graph, config : GeoVisualGraph, SamplerConfig
     images : (n,) int
         In random order: it decides which clique is first, and which of equal images.
-    config : SamplerConfig
     choose : callable, optional
         From the images of a clique to positions of K among them, or None to drop the clique. Default: the
         greedy weighted choice by the graph's descriptors.
@@ -136,6 +122,10 @@ def harvest(
         Places of the same batch; neither they nor their neighbours are taken again.
     counts : Counter, optional
         Counts what the search meets, by the names of `CliqueSampler.report`.
+
+    Yields
+    ------
+    MinedPlace
     """
     counts = Counter() if counts is None else counts
     k, size, take_all = config.images_per_place, config.min_clique, config.remove == "clique"
@@ -195,15 +185,9 @@ class _BatchSampler:
 class CliqueSampler(_BatchSampler):
     """Batches of `places_per_batch` x `images_per_place` image indices, mined from the geo-visual graph.
 
-    Use it as ``DataLoader(dataset, batch_sampler=sampler)``. In each epoch: ``if
-    sampler.needs_refresh(epoch): sampler.refresh(epoch, describe)``, else ``sampler.set_epoch(epoch)``; then
-    iterate.
-
-    Parameters
-    ----------
-    graph : GeoVisualGraph
-        Built by the rules of `config`; its descriptors, if any, are replaced by `refresh`.
-    config : SamplerConfig
+    Before each epoch ``sampler.refresh(epoch, describe)`` if ``sampler.needs_refresh(epoch)``, else
+    ``sampler.set_epoch(epoch)``. The graph is built by the rules of `config`; each refresh gives
+    ``sampler.graph`` new descriptors.
 
     Raises
     ------
@@ -218,14 +202,12 @@ class CliqueSampler(_BatchSampler):
             raise ValueError("mined places have no natural pass over them: give batches_per_epoch a number")
         check("min_clique", config.min_clique, config.images_per_place, whole=True)
         if not len(graph):
-            raise ValueError(
-                "there are no images: a sampler needs at least one place of images_per_place images"
-            )
+            raise ValueError("there are no images: a sampler needs at least one place of images_per_place")
         super().__init__(config, config.batches_per_epoch)
         self.graph, self._counts, self._near_pairs = graph, Counter(), graph.n_near
         self._draws = _Draws(graph, config, self._counts)
         self._refreshed: int | None = None
-        self._described = {"described_images": 0, "describe_calls": 0, "seconds_describe": 0.0}
+        self._described = _Described(None)
         self._stored: dict[int, np.ndarray] = {}  # batches (n, P, K) of epochs whose descriptors are gone
         self._missing: list[int] | None = None  # images that a wave of batches would have described
         unpruned = config.tau is None and config.top_k is None
@@ -242,38 +224,25 @@ class CliqueSampler(_BatchSampler):
         """Whether `refresh` has to be called before the batches of `epoch` can be made."""
         if self.config.schedule == "none" or epoch in self._stored:
             return False
-        if self._refreshed is None:
-            return True
-        age = epoch - self._refreshed
-        return self.config.schedule == "online" and not 0 <= age < self.config.refresh_every
+        if self._refreshed is None or self.config.schedule == "static":
+            return self._refreshed is None
+        return not 0 <= epoch - self._refreshed < self.config.refresh_every
 
     def refresh(self, epoch: int, describe: Callable | np.ndarray | None = None) -> dict:
-        """Take new descriptors, and set the epoch.
+        """Take new descriptors, set the epoch, and give the `report`.
 
         Parameters
         ----------
         epoch : int
         describe : callable or array
-            A callable from image indices, (m,) int64, to their descriptors, (m, D) float, made by the current
-            model. It is asked for one random image of each cluster and, with ``node_descriptor="image"``, for
-            the
-            images of the cliques that the epochs up to the next refresh are made of (with the static
-            schedule: for all images that have enough neighbours). Or an array: (n_images, D), or (n_clusters,
-            D) for ``node_descriptor="cluster"``.
-
-        Returns
-        -------
-        dict
-            `report`.
-
-        Raises
-        ------
-        ValueError
-            For descriptors of a wrong shape, not finite, or zero.
+            From image indices, (m,) int64, to their descriptors, (m, D) float, by the current model. Asked
+            for one random image of each cluster and, with ``node_descriptor="image"``, for the images of the
+            cliques that the epochs up to the next refresh are made of (static schedule: for all that can be
+            in one). Or an array: (n_images, D), or (n_clusters, D) for ``node_descriptor="cluster"``.
         """
         self.set_epoch(epoch)
         self._stored, config, graph = {}, self.config, self.graph
-        self._described = {"described_images": 0, "describe_calls": 0, "seconds_describe": 0.0}
+        store = self._described = _Described(describe)
         if config.schedule == "none":
             return self.report
         if describe is None:
@@ -282,8 +251,8 @@ class CliqueSampler(_BatchSampler):
             )
         representatives = self.representatives(epoch)
         if callable(describe):
-            clusters = self._describe(describe, representatives)
-            images = _Described(zip(representatives.tolist(), clusters, strict=True))
+            store.add(representatives)
+            images, clusters = store, store[representatives]
         else:
             images = graph.with_descriptors(describe).descriptors
             clusters = images if len(images) == len(representatives) else images[representatives]
@@ -291,35 +260,15 @@ class CliqueSampler(_BatchSampler):
                 raise ValueError(f"node_descriptor='image' needs descriptors of all {len(graph)} images")
         self.graph = graph.with_descriptors(images if config.node_descriptor == "image" else clusters)
         self._draws, self._refreshed = _Draws(graph, config, self._counts, clusters), epoch
-        if callable(describe) and config.node_descriptor == "image" and not self._no_affinity:
+        if images is store and config.node_descriptor == "image" and not self._no_affinity:
             if config.schedule == "static":
-                k_nearest = graph.tree.query(graph.tree.data, [config.images_per_place])[0][:, 0]
-                self._add(describe, np.flatnonzero(k_nearest <= config.radius_m * (1 + 1e-9)))
+                farthest = graph.tree.query(graph.tree.data, [config.images_per_place])[0][:, 0]
+                store.add(np.flatnonzero(farthest <= config.radius_m * (1 + 1e-9)))
             else:
-                self._make_batches(describe)
+                self._make_batches(store)
         return self.report
 
-    def _describe(self, describe: Callable, images: np.ndarray) -> np.ndarray:
-        started = time.perf_counter()
-        values = np.asarray(describe(images))
-        self._described["seconds_describe"] += time.perf_counter() - started
-        self._described["described_images"] += len(images)
-        self._described["describe_calls"] += 1
-        if values.ndim != 2 or len(values) != len(images):
-            raise ValueError(
-                f"describe must return shape ({len(images)}, D), a row per image, got {values.shape}"
-            )
-        geo.check_finite(values, "image", images)
-        return values
-
-    def _add(self, describe: Callable, images: np.ndarray) -> None:
-        """Describe those of some images that are not described yet."""
-        images = np.array([i for i in images.tolist() if i not in self.graph.descriptors], dtype=np.int64)
-        if len(images):
-            values = self._describe(describe, images)
-            self.graph.descriptors.update(zip(images.tolist(), values, strict=True))
-
-    def _make_batches(self, describe: Callable) -> None:
+    def _make_batches(self, store: _Described) -> None:
         """Describe what the epochs up to the next refresh need, and make their batches.
 
         Which cliques a batch meets depends on the images chosen before (with ``remove="chosen"``), and these
@@ -341,19 +290,14 @@ class CliqueSampler(_BatchSampler):
                         again.append(i)
                         self._counts.clear()
                         self._counts.update(counts)
-                wanted = np.isin(order, self._missing)
-                self._add(describe, order[wanted])
+                store.add(order[np.isin(order, self._missing)])
                 todo = again
             self._stored[epoch] = np.array(batches, dtype=np.int32)
         self._missing, self.graph = None, self.graph.with_descriptors(None)  # every batch is made
 
     def __iter__(self) -> Iterator[list[int]]:
         if self.needs_refresh(self.epoch):
-            have = (
-                "it has none yet"
-                if self._refreshed is None
-                else f"those it has are of epoch {self._refreshed}"
-            )
+            have = "has none yet" if self._refreshed is None else f"has those of epoch {self._refreshed}"
             raise RuntimeError(
                 f"epoch {self.epoch} needs descriptors, and {have}: call refresh(epoch, describe)"
             )
@@ -363,27 +307,21 @@ class CliqueSampler(_BatchSampler):
         return super().__iter__()
 
     def _batch(self, epoch: int, i: int) -> np.ndarray:
-        """(P, K) image indices of batch `i`, from draws or, if these do not fill it, passes over all places."""
-        size, k, seed = self.config.places_per_batch, self.config.images_per_place, self.config.seed
-        places: list[MinedPlace] = []
-        full = self._fill(places, (self._draws.draw(epoch, i, draw) for draw in range(4 * size + 16)))
-        self._counts["sweeps"] += not full
-        most = 0
-        for attempt in range(0 if full else SWEEPS):
-            if full := self._fill(
-                places, self._draws.sweep(rng(seed, "sampler", epoch, "sweep", i, attempt))
-            ):
-                break
+        """(P, K) image indices of batch `i`: from draws or, if these do not fill it, all places."""
+        size, k, most = self.config.places_per_batch, self.config.images_per_place, 0
+        for attempt in range(SWEEPS):
+            places: list[MinedPlace] = []
+            draws = range(0 if attempt else 4 * size + 16)
+            drawn = (self._draws.draw(epoch, i, draw) for draw in draws)
+            if self._fill(places, itertools.chain(drawn, self._draws.sweep(epoch, "sweep", i, attempt))):
+                self._counts["batches"] += 1
+                return np.stack([place.images for place in places])
             most = max(most, len(places))
-            places = []
-        if not full:
-            raise RuntimeError(
-                f"batch {i} of epoch {epoch} needs {size} places of {k} images, and at most {most} were found "
-                f"({self._counts['cliques_dropped']} cliques dropped by pruning): lower places_per_batch by "
-                f"{size - most}, prune less (tau, top_k) or give more images"
-            )
-        self._counts["batches"] += 1
-        return np.stack([place.images for place in places])
+        raise RuntimeError(
+            f"batch {i} of epoch {epoch} needs {size} places of {k} images, and at most {most} were found "
+            f"({self._counts['cliques_dropped']} cliques dropped by pruning): lower places_per_batch by "
+            f"{size - most}, prune less (tau, top_k) or give more images"
+        )
 
     def _fill(self, places: list[MinedPlace], draws: Iterable) -> bool:
         """Add places from one draw after the other; whether the batch became full."""
@@ -398,23 +336,17 @@ class CliqueSampler(_BatchSampler):
 
     def _choose(self, clique: np.ndarray) -> np.ndarray | None:
         """The K of a clique's images that make a place, as positions among them."""
-        k, images, counts = self.config.images_per_place, self.graph.descriptors, self._counts
+        k, images = self.config.images_per_place, self.graph.descriptors
         if self._refreshed is None or self._no_affinity:
             return np.arange(k)  # they are in random order already
         if self._missing is not None and (missing := [i for i in clique.tolist() if i not in images]):
             self._missing += missing
             return np.arange(k)
-        part = self.graph.subgraph(clique)
-        chosen = greedy_weighted_clique(part.weight, k, prefer=self.config.prefer)
+        weight = self.graph.subgraph(clique).weight
+        chosen = greedy_weighted_clique(weight, k, prefer=self.config.prefer)
         if chosen is not None:
-            pairs = np.ix_(chosen, chosen)
-            counts["pairs"] += k * (k - 1) // 2
-            counts["d_geo_m"] += part.d_geo[pairs].sum() / 2
-            counts["d_vis"] += part.d_vis[pairs].sum() / 2
-            weight = part.weight[pairs]
-            np.fill_diagonal(weight, 0.0)
-            counts["weight"] += weight.sum() / 2
-            counts["zero_weight_decisions"] += sum(not weight[t, :t].any() for t in range(1, k))
+            zero = weight[np.ix_(chosen, chosen)] == 0
+            self._counts["zero_weight_decisions"] += sum(zero[t, :t].all() for t in range(1, k))
         return chosen
 
     def _check_room(self) -> None:
@@ -422,7 +354,7 @@ class CliqueSampler(_BatchSampler):
         config, most, wanted = self.config, 0, self.config.places_per_batch
         for attempt in range(8):
             places: list[MinedPlace] = []
-            self._fill(places, self._draws.sweep(rng(config.seed, "sampler", "room", attempt)))
+            self._fill(places, self._draws.sweep("room", attempt))
             most = max(most, len(places))
             if most == wanted or 2 * most < wanted:
                 break
@@ -437,41 +369,50 @@ class CliqueSampler(_BatchSampler):
 
     @property
     def report(self) -> dict:
-        """What the last refresh described, and what the batches made since then or in the last pass are like.
+        """What the last refresh described, and how the batches made since then or in the last pass are.
 
-        ``geographic_edges``: pairs of images within the radius, however they face. ``sweeps``: batches that
-        needed passes over all places. ``cliques_dropped``: no K images left connected by the pruning.
-        ``fallback_places``: from cliques under `min_clique`. ``zero_weight_decisions``: greedy decisions won
-        at
-        W = 0. ``uniform_draws``: all places equally far, so similar ones were drawn at random.
-        ``thinned_places``: lent a random part of their images. ``searches_cut``: out of steps. Means are over
-        the pairs chosen.
+        ``geographic_edges``: pairs of images within the radius, however they face. ``sweeps``: passes over
+        all places. ``cliques_dropped``: the pruning left no K images connected. ``fallback_places``: from
+        cliques under `min_clique`. ``zero_weight_decisions``: greedy decisions won at W = 0.
+        ``uniform_draws``: of places all equally far. ``thinned_places``: lent a random part of their images.
+        ``searches_cut``: out of steps.
         """
-        counts, pairs = self._counts, self._counts["pairs"] or np.nan
-        names = (
-            "batches draws sweeps cliques_found cliques_dropped places fallback_places zero_weight_decisions "
-            "uniform_draws thinned_places searches_cut"
-        )
-        return {
-            "epoch": self.epoch,
-            "refreshed_epoch": self._refreshed,
-            "schedule": self.config.schedule,
-            "images": len(self.graph),
-            "clusters": len(self._draws.city),
-            "cities": int(self.graph.city.max()) + 1,
-            "geographic_edges": self._near_pairs,
-            **self._described,
-            **{name: int(counts[name]) for name in names.split()},
-            "mean_clique_size": counts["clique_images"] / (counts["cliques_found"] or np.nan),
-            **{f"mean_{name}": float(counts[name] / pairs) for name in ("d_geo_m", "d_vis", "weight")},
-        }
+        counts = self._counts
+        names = "batches draws sweeps cliques_found cliques_dropped places fallback_places uniform_draws"
+        names += " zero_weight_decisions thinned_places searches_cut"
+        report = {"epoch": self.epoch, "refreshed_epoch": self._refreshed, "schedule": self.config.schedule}
+        report |= {"images": len(self.graph), "clusters": len(self._draws.city)}
+        report |= {"cities": int(self.graph.city.max()) + 1, "geographic_edges": self._near_pairs}
+        report |= self._described.report | {name: int(counts[name]) for name in names.split()}
+        return report | {"mean_clique_size": counts["clique_images"] / (counts["cliques_found"] or np.nan)}
 
 
 class _Described(dict):
-    """Descriptors of some images by their index; an array of images indexes it like an array."""
+    """Descriptors of some images, described when added; an array of images indexes it like an array."""
+
+    def __init__(self, describe: Callable | None):
+        self.describe = describe
+        self.report = {"described_images": 0, "describe_calls": 0, "seconds_describe": 0.0}
+
+    def add(self, images: np.ndarray) -> None:
+        """Describe those of some images that are not described yet."""
+        images = np.array([i for i in images.tolist() if i not in self], dtype=np.int64)
+        if not len(images):
+            return
+        started = time.perf_counter()
+        values = np.asarray(self.describe(images))
+        self.report["seconds_describe"] += time.perf_counter() - started
+        self.report["described_images"] += len(images)
+        self.report["describe_calls"] += 1
+        if values.ndim != 2 or len(values) != len(images):
+            raise ValueError(
+                f"describe must return shape ({len(images)}, D), a row per image, got {values.shape}"
+            )
+        geo.check_finite(values, "image", images)
+        self.update(zip(images.tolist(), values, strict=True))
 
     def __getitem__(self, images: np.ndarray) -> np.ndarray:
-        return np.stack([super(_Described, self).__getitem__(i) for i in images.tolist()])
+        return np.stack([self.get(i) for i in images.tolist()])
 
 
 class _Draws:
@@ -512,9 +453,11 @@ class _Draws:
         clusters, stream = self._planned[i, draw]
         return self._images(clusters, copy.deepcopy(stream))  # a batch may be made again
 
-    def sweep(self, stream: np.random.Generator) -> Iterator[np.ndarray]:
-        """Images of every place of every city once, in random order, as many places at a time as in a draw."""
-        size, groups = self.config.similar_places + 1, []
+    def sweep(self, *names: str | int) -> Iterator[np.ndarray]:
+        """Images of all places of all cities once, in random order, as many places at a time as in a draw."""
+        stream, size = rng(self.config.seed, "sampler", *names), self.config.similar_places + 1
+        self.counts["sweeps"] += 1
+        groups = []
         for start, stop in zip(self.city_start[:-1], self.city_start[1:], strict=True):
             clusters = stream.permutation(np.arange(start, stop))
             groups += [clusters[at : at + size] for at in range(0, len(clusters), size)]
@@ -588,16 +531,10 @@ class PlaceSampler(_BatchSampler):
     Parameters
     ----------
     place_labels : (n,) int or str
-        The place of each image; a label names one place in the whole data. Negative integers: no place, left
-        out.
+        A label names one place in the whole data. Negative integers: no place, left out.
     config : SamplerConfig
-        Of it `places_per_batch`, `images_per_place`, `batches_per_epoch` (more than one pass: further passes,
-        each in a new order) and `seed`. Places of too few images are left out, and counted in `report`.
-
-    Raises
-    ------
-    ValueError
-        If fewer than P places have K images; the sentence says how many do.
+        Places of fewer than `images_per_place` images are left out, and counted in `report`. An epoch of more
+        `batches_per_epoch` than a pass over the places has is made of several, each in a new order.
     """
 
     def __init__(self, place_labels, config: SamplerConfig):
@@ -615,13 +552,8 @@ class PlaceSampler(_BatchSampler):
             )
         self._per_pass, self._pass = n // size, None
         super().__init__(config, config.batches_per_epoch or self._per_pass)
-        self.report = {
-            "places": n,
-            "places_left_out": len(sizes) - n,
-            "images": sum(map(len, self._members)),
-            "images_without_place": int((~labelled).sum()),
-            "described_images": 0,
-        }
+        self.report = {"places": n, "places_left_out": len(sizes) - n, "images": sum(map(len, self._members))}
+        self.report |= {"images_without_place": int((~labelled).sum()), "described_images": 0}
 
     def needs_refresh(self, epoch: int) -> bool:
         """Never: labelled places need no descriptors."""
@@ -644,12 +576,10 @@ def batch_statistics(batches, descriptors, east_m, north_m, *, images_per_place:
     Parameters
     ----------
     batches : iterable of (P * K,) int
-        Image indices, place by place.
+        Image indices, place by place; `images_per_place` is K.
     descriptors : (n, D) float
         Of all images; need not be normalised.
     east_m, north_m : (n,) float
-    images_per_place : int
-        K.
 
     Returns
     -------

@@ -1,7 +1,7 @@
-"""A plain clique sampler, as one would write it from the description with pandas and networkx.
+"""The method in a hundred lines: a plain clique sampler, as one writes it with pandas and networkx.
 
-It is the visible alternative to `sagelib.sampler`: short, without any of its arrays kept between draws. Each draw takes
-distances to a whole city, looks at all pairs of its candidates and starts a clique search anew for every place.
+It does what `sagelib.sampler` does by default, and is slow: each draw takes distances to a whole city and to all
+pairs of its candidates, and every place starts a new search for a clique.
 """
 
 import networkx as nx
@@ -44,7 +44,7 @@ class PlainSampler:
         return [seed, *others.tolist()]
 
     def graph(self, clusters, gone: set) -> nx.Graph:
-        """Candidate images of the clusters that have not left the batch, joined within the radius."""
+        """Images of the clusters that have not left the batch, joined within the radius."""
         rows = [i for c in clusters for i in self.groups[tuple(self.keys.loc[c])] if i not in gone]
         points = self.images.iloc[rows][["east", "north"]].to_numpy()
         metres = np.linalg.norm(points[:, None] - points, axis=2)
@@ -54,16 +54,16 @@ class PlainSampler:
         return graph
 
     def choose(self, clique) -> list[int] | None:
-        """Greedy weighted choice of `per_place` images of a clique."""
+        """Greedy weighted choice of `per_place` images of a clique, W = -(metres * distance of descriptors)."""
         clique = list(self.random.permutation(clique))
         points = self.images.iloc[clique][["east", "north"]].to_numpy()
         owner = pd.MultiIndex.from_frame(self.images.iloc[clique][["city", "cluster"]])
         rows = pd.Index(pd.MultiIndex.from_frame(self.keys)).get_indexer(owner)
-        looks = {row: self.descriptors[row].astype(np.float64) for row in set(rows)}
+        descriptor = {row: self.descriptors[row].astype(np.float64) for row in set(rows)}
         graph = nx.Graph()
         for i in range(len(clique)):
             for j in range(i):
-                d_vis = np.linalg.norm(looks[rows[i]] - looks[rows[j]])
+                d_vis = np.linalg.norm(descriptor[rows[i]] - descriptor[rows[j]])
                 graph.add_edge(i, j, weight=-np.linalg.norm(points[i] - points[j]) * d_vis)
         mean = {i: np.mean([edge["weight"] for edge in graph[i].values()]) for i in graph}
         for seed in sorted(graph, key=lambda i: (-mean[i], i)):
