@@ -1,11 +1,10 @@
-"""Pictures to descriptors on disk: streamed, resumable, and with the context of the InteractHead said aloud.
+"""Pictures to descriptors on disk: streamed, resumable, in a stated context; and tokens of a frozen prefix.
 
-Two passes. The first sends every picture through the model once and stores its descriptor *before* the InteractHead:
-a function of the picture alone. The second, much cheaper, reads those descriptors and sends them through the head in
-batches composed as a `Context` says. What a descriptor depends on is then written in its manifest, and trying another
-context costs no second run through the backbone.
+Two passes. The first stores each picture's descriptor before the InteractHead, a function of the picture alone.
+The second, much cheaper, sends stored descriptors through the head in batches composed as a `Context` says.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -13,23 +12,24 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from sagelib import runs
-from sagelib.images import IMAGENET_MEAN, IMAGENET_STD, load_image
+from sagelib.images import IMAGENET_MEAN, IMAGENET_STD, Preprocess, Views, load_image
 from sagelib.places import folder_name
 
-_CHECKPOINT_S = 2.0  # progress is recorded this often; a kill costs at most this much work and one batch
-_VALUES, _MANIFEST = "descriptors.npy", "manifest.json"
-_PART, _PROGRESS = ".descriptors.part.npy", ".progress.json"
+FLUSH_S = 2.0  # progress is recorded this often: a kill costs this much work and one batch
+FORMAT = 2  # of the stores; those of another one are made anew
 
 
 # --------------------------------------------------------------------------------------------------- context
@@ -37,20 +37,15 @@ _PART, _PROGRESS = ".descriptors.part.npy", ".progress.json"
 class Context:
     """Which images share a batch of the InteractHead, and so what a descriptor depends on.
 
-    ``none``: the head is off. ``solo``: each image alone. ``sorted-n``: batches of n images in the order of their file
-    names, the last one short; this is how the authors of SAGE evaluate, and where queries and references sort alike it
-    puts true pairs into like batches. ``shuffled-n``: batches of n in a random order. ``anchors``: each image with one fixed
-    set of reference descriptors, so that its descriptor depends on the image alone.
-
-    Queries and references are described separately, as by two loaders that each start at the first file: no batch
-    holds both.
+    ``none``: the head is off. ``solo``: each image alone. ``sorted-n``: batches of n images in the order of their
+    file names; this is how the authors of SAGE evaluate, and where queries and references sort alike it puts true
+    pairs into like batches. ``shuffled-n``: batches of n in a random order. ``anchors``: each image with one fixed
+    set of reference descriptors. No batch holds queries and references.
 
     Examples
     --------
     >>> Context.parse("sorted-8")
     Context(kind='sorted', n=8)
-    >>> str(Context.parse("sorted-8"))
-    'sorted-8'
     """
 
     kind: str
@@ -59,19 +54,19 @@ class Context:
     def __post_init__(self):
         if self.kind not in ("none", "solo", "sorted", "shuffled", "anchors"):
             raise ValueError(f"context {self.kind!r} is unknown; {_CONTEXTS}")
-        batched = self.kind in ("sorted", "shuffled")
-        if batched and (self.n is None or self.n < 1):
-            raise ValueError(
-                f"context {self.kind!r} needs a batch size of at least 1, as in {self.kind}-8; {_CONTEXTS}"
-            )
-        if not batched and self.n is not None:
+        if self.batched and not self.n:
+            raise ValueError(f"context {self.kind!r} needs a batch size of at least 1; {_CONTEXTS}")
+        if not self.batched and self.n is not None:
             raise ValueError(f"context {self.kind!r} takes no batch size, got {self.n}; {_CONTEXTS}")
+
+    @property
+    def batched(self) -> bool:
+        """Whether a descriptor depends on the other images of its batch."""
+        return self.kind in ("sorted", "shuffled")
 
     @classmethod
     def parse(cls, text: "str | Context") -> "Context":
         """Read ``none``, ``solo``, ``sorted-8``, ``shuffled-8`` or ``anchors``."""
-        if isinstance(text, Context):
-            return text
         match = re.fullmatch(r"([a-z]+)(?:-(\d+))?", str(text).strip())
         if match is None:
             raise ValueError(f"context {text!r} cannot be read; {_CONTEXTS}")
@@ -80,32 +75,20 @@ class Context:
     def __str__(self):
         return self.kind if self.n is None else f"{self.kind}-{self.n}"
 
-    def batches(
-        self, paths: Sequence[str], *, seed: int = 0, loader: str = "", batch_size: int = 256
-    ) -> list[np.ndarray]:
-        """Cut one loader's images into batches of the head.
+    def batches(self, names: Sequence[str], *, seed: int = 0, loader: str = "") -> list[np.ndarray]:
+        """Cut one loader's N images into batches of the head: int64 arrays, together every index once.
 
         Parameters
         ----------
-        paths : sequence of N str
-            Sorted as strings; the permutation of ``shuffled-n`` starts from that order.
-        seed : int
-        loader : str
-            The permutation comes from `seed` and this name: references and queries need different names, or as many of both
-            would be shuffled alike, and like batches would meet like batches as under ``sorted-n``.
-        batch_size : int
-            For the contexts in which batches have no influence.
-
-        Returns
-        -------
-        list of int64 arrays
-            Every index from 0 to N - 1 exactly once.
+        names : sequence of N str
+            Sorted as strings (`names_in_order`); the permutation of ``shuffled-n`` starts from that order.
+        seed, loader : int, str
+            Of the permutation. References and queries need different names: two sets that are shuffled alike
+            would share like batches, as under ``sorted-n``.
         """
-        paths = [str(p) for p in paths]
-        if self.kind not in ("sorted", "shuffled"):
-            order, n = np.arange(len(paths)), batch_size
-        else:
-            order, n = np.array(sorted(range(len(paths)), key=paths.__getitem__), np.int64), self.n
+        order, n = np.arange(len(names)), self.n or 128
+        if self.batched:
+            order = np.array(sorted(order, key=[str(name) for name in names].__getitem__), np.int64)
         if self.kind == "shuffled":
             order = order[runs.rng(seed, "context", str(self), loader).permutation(len(order))]
         return [order[start : start + n] for start in range(0, len(order), n)]
@@ -114,75 +97,238 @@ class Context:
 _CONTEXTS = "give one of none, solo, sorted-n, shuffled-n (n images a batch, as in sorted-8), anchors"
 
 
-# ----------------------------------------------------------------------------------------------- descriptors
-@dataclass(frozen=True)
-class Descriptors:
-    """Descriptors on disk and what they were made of.
+def names_in_order(places) -> list[str]:
+    """The names that ``sorted-n`` sorts by: the paths.
+
+    Pictures of Mapillary SLS as downloaded are sorted by their names in the ``@east@north@...`` layout, which is
+    what the authors' batches are cut from.
+    """
+    if any(places.sequence):
+        rows = zip(places.east_m, places.north_m, places.key, strict=True)
+        return [folder_name(east, north, pano_id=key) for east, north, key in rows]
+    return [str(p) for p in places.path]
+
+
+# ------------------------------------------------------------------------------------------------- one batch
+@contextlib.contextmanager
+def evaluating(model) -> Iterator[None]:
+    """Evaluation mode, without gradients, for the time of a block."""
+    modules = list(model.modules()) if isinstance(model, torch.nn.Module) else []
+    modes = [module.training for module in modules]
+    try:
+        for module in modules:
+            module.training = False
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
+
+
+def describe_batch(model, images, context="none", *, anchors=None, autocast=None) -> Tensor:
+    """Descriptors (B, D) float32 of one batch, in evaluation mode and without gradients.
+
+    Parameters
+    ----------
+    model : SAGE or callable
+        See `describe`.
+    images : Tensor (B, 3, H, W), or pair of tokens (B, T, M) and grid
+        On the model's device; tokens as ``model.backbone.prefix`` gives them.
+    context, anchors
+        See `in_context`.
+    autocast : torch.dtype, optional
+        Lower precision of the pass.
+    """
+    x, *grid = images if isinstance(images, tuple) else (images,)
+    with evaluating(model), torch.autocast(x.device.type, dtype=autocast, enabled=autocast is not None):
+        values = model.embed_tokens(x, *grid) if grid else getattr(model, "embed", model)(x)
+        if not torch.is_tensor(values) or values.ndim != 2 or len(values) != len(x):
+            got = f"shape {tuple(values.shape)}" if torch.is_tensor(values) else type(values).__name__
+            raise ValueError(f"the model must give a tensor ({len(x)}, D) for {len(x)} images, got {got}")
+        return in_context(model, values.float(), context, anchors).float()
+
+
+def in_context(model, descriptors: Tensor, context, anchors: Tensor | None = None) -> Tensor:
+    """The InteractHead of `model` on one batch of descriptors (B, D), in this context; with gradients.
+
+    For ``sorted-n`` and ``shuffled-n`` the batch is the context. `anchors` (m, D) are by default the model's.
+    """
+    context = Context.parse(context)
+    if context.kind == "none":
+        return descriptors
+    _check_head(model, context, anchors)
+    if context.kind == "solo":
+        anchors = descriptors[:0]
+    elif context.kind == "anchors":
+        anchors = model.anchors if anchors is None else anchors
+    return model.interact(descriptors, anchors=None if context.batched else anchors)
+
+
+def _check_head(model, context, anchors):
+    if not getattr(model, "has_head", hasattr(model, "interact")):
+        raise ValueError(f"context is {context}, but this model has no InteractHead: take context none")
+    if context.kind == "anchors" and anchors is None and getattr(model, "anchors", None) is None:
+        raise ValueError("context is anchors, but none are given and the model has none: see choose_anchors")
+
+
+# ---------------------------------------------------------------------------------------------- rows on disk
+class RowStore:
+    """The rows (n, ...) of one array on disk, in a folder named by a key of all that they depend on.
+
+    Rows are written in blocks; a call that is killed goes on when it is made again. Only the whole is read.
 
     Attributes
     ----------
-    values : memmap (n, dim), float16 or float32, read-only
-    context : str
+    values : memmap (n, ...), read-only
     manifest : dict
-        context, seed, anchors, model (fingerprint), data (fingerprint), preprocess, n, dim, dtype, seconds,
-        images_per_s, and the pictures that were left out, with the reason.
+        The key, seconds, and the pictures that were skipped, with the reason.
     path : Path
-        Their directory.
     """
 
-    values: np.ndarray
-    context: str
-    manifest: dict
-    path: Path
+    def __init__(self, path):
+        self.path = Path(path)
+        if not self._is_whole(self.path):
+            raise FileNotFoundError(f"there are no finished {type(self).__name__} in {path}")
+        self.manifest = runs.read_json(self.path / "manifest.json")
+        self.values = np.load(self.path / "rows.npy", mmap_mode="r")
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.values)
+
+    @staticmethod
+    def _is_whole(path: Path) -> bool:
+        return (path / "manifest.json").exists() and (path / "rows.npy").exists()
+
+    @classmethod
+    def make(cls, folder, label: str, key: dict, n: int, blocks: Callable, *, bar: bool = False, **facts):
+        """The rows of `key`, written now where they are missing; a second process waits for the first.
+
+        Parameters
+        ----------
+        folder : path
+            Where the store has its own folder, ``<label>-<hash of key>``.
+        n : int
+            Rows to be made, or skipped.
+        blocks : callable
+            From the numbers of rows read and skipped before to an iterator of positions, values (None where there
+            are none) and a list of ``{"row", "path", "reason"}`` of what is skipped.
+        bar : bool
+            Show a progress bar.
+        **facts
+            For the manifest.
+        """
+        path = Path(folder) / f"{label}-{runs.fingerprint([FORMAT, key])}"
+        path.mkdir(parents=True, exist_ok=True)
+        with runs.alone(path):
+            if not cls._is_whole(path):
+                with tqdm(total=n, unit="img", desc=label, disable=not bar) as shown:
+                    cls._write(path, {**key, **facts}, n, blocks, shown)
+        return cls(path)
+
+    @staticmethod
+    def _write(path, facts, n, blocks, shown):
+        part, progress = path / ".rows.part.npy", path / ".progress.json"
+        values, state = None, {"read": 0, "skipped": [], "seconds": 0.0}
+        if part.exists() and progress.exists():
+            values, state = np.lib.format.open_memmap(part, mode="r+"), runs.read_json(progress)
+        flushed = time.perf_counter()
+        shown.update(state["read"])
+        for positions, block, skipped in blocks(state["read"], len(state["skipped"])):
+            if block is not None:
+                if values is None:
+                    values = runs.new_array(part, block.dtype, (n, *block.shape[1:]))
+                values[positions] = block
+            state["read"] += len(positions) + len(skipped)
+            state["skipped"] += skipped
+            shown.update(len(positions) + len(skipped))
+            now = time.perf_counter()
+            if values is not None and (now - flushed >= FLUSH_S or state["read"] == n):
+                values.flush()
+                state["seconds"] += now - flushed
+                runs.write_json(progress, state)
+                flushed = now
+        if values is None:
+            raise ValueError(f"none of the {n} pictures decodes; the first: {state['skipped'][0]['reason']}")
+        if state["skipped"]:
+            runs.save_array(path / "rows.npy", values[: n - len(state["skipped"])])
+        del values  # a mapped file cannot be renamed on Windows
+        pace = {"images_per_s": round(n / max(state["seconds"], 1e-9), 2)}
+        runs.write_json(path / "manifest.json", {**state, **facts, **pace})
+        if state["skipped"]:
+            part.unlink()
+        else:
+            part.replace(path / "rows.npy")
+        progress.unlink()
+
+
+class _Pictures(Dataset):
+    """(row, tensor, None) of a picture, or (row, None, sentence) where it does not decode."""
+
+    def __init__(self, paths, preprocess):
+        self.paths, self.preprocess = paths, preprocess
+
+    def __getitem__(self, row):
+        try:
+            picture = load_image(self.paths[row])
+        except (OSError, ValueError) as error:
+            return row, None, str(error)
+        takes_index = getattr(self.preprocess, "takes_index", False)
+        return row, self.preprocess(picture, row) if takes_index else self.preprocess(picture), None
+
+
+def _collate(items):
+    decoded = [(row, image) for row, image, _ in items if image is not None]
+    if len(shapes := {tuple(image.shape) for _, image in decoded}) > 1:
+        raise ValueError(f"preprocess gave tensors of several shapes {sorted(shapes)}: it must give one size")
+    images = torch.stack([image for _, image in decoded]) if decoded else None
+    return [row for row, _ in decoded], images, {row: s for row, image, s in items if image is None}
+
+
+def _batches(paths, preprocess, start, size, workers):
+    """Rows, images (None where there are none) and {row: sentence} of failures, from row `start` on."""
+    return DataLoader(
+        _Pictures(paths, preprocess),
+        batch_sampler=[range(i, min(i + size, len(paths))) for i in range(start, len(paths), size)],
+        collate_fn=_collate,
+        num_workers=workers,
+        generator=torch.Generator(),  # otherwise a draw from torch's global one
+    )
+
+
+def _stored(values: Tensor, dtype: str, paths, advice: str) -> np.ndarray:
+    """Rows in the type in which they are kept, or an error where that type cannot hold them."""
+    kept = values.to(getattr(torch, dtype))
+    lost, length = (torch.linalg.vector_norm(x.flatten(1).float(), dim=1) for x in (values - kept, values))
+    fits = lost <= 0.01 * length  # not for a NaN
+    if not fits.all():
+        path = paths[int(fits.int().argmin())]
+        raise ValueError(f"{path}: its values are too large, too small or not finite for {dtype}; {advice}")
+    return kept.cpu().numpy()
+
+
+# ----------------------------------------------------------------------------------------------- descriptors
+class Descriptors(RowStore):
+    """Descriptors on disk, `values` (n, D) float16 or float32, of which model, pictures and context."""
+
+    @property
+    def context(self) -> str:
+        return self.manifest["context"]
 
     @property
     def rows(self) -> np.ndarray:
         """Which images of the Places that were given have a descriptor, in order; shape (n,)."""
-        left_out = [skipped["row"] for skipped in self.manifest["skipped"]]
-        return np.setdiff1d(np.arange(self.manifest["n_given"]), left_out)
+        return np.setdiff1d(np.arange(self.manifest["n_given"]), [s["row"] for s in self.manifest["skipped"]])
 
     def kept(self, places):
         """The Places of the rows of `values`; what did not decode is added to its ``left_out``."""
-        if not self.manifest["skipped"]:
-            return places
         reasons = tuple(skipped["reason"] for skipped in self.manifest["skipped"])
-        return places[self.rows].replace(left_out=(*places.left_out, *reasons))
-
-
-def load_descriptors(path) -> Descriptors:
-    """Open finished descriptors.
-
-    Raises
-    ------
-    FileNotFoundError
-        If the directory has none, or only unfinished ones.
-    ValueError
-        If the array is not what its manifest says.
-    """
-    path = Path(path)
-    if not (path / _MANIFEST).is_file():
-        state = (
-            "unfinished descriptors: call describe again to go on" if (path / _PROGRESS).exists() else "none"
-        )
-        raise FileNotFoundError(f"no finished descriptors in {path} ({state})")
-    manifest = runs.read_json(path / _MANIFEST)
-    values = np.load(path / _VALUES, mmap_mode="r")
-    expected = (manifest["n"], manifest["dim"])
-    if values.shape != expected or values.dtype != manifest["dtype"]:
-        raise ValueError(
-            f"{path / _VALUES} holds {values.dtype} {values.shape} but its manifest says {manifest['dtype']} "
-            f"{expected}: remove the folder and describe again"
-        )
-    return Descriptors(values, manifest["context"], manifest, path)
+        return places[self.rows].replace(left_out=(*places.left_out, *reasons)) if reasons else places
 
 
 def describe(
     model: Callable,
     places,
-    out_dir,
+    folder,
     *,
     preprocess: Callable | None = None,
     context: str | Context = "none",
@@ -193,510 +339,143 @@ def describe(
     workers: int = 0,
     seed: int = 0,
     loader: str = "",
-    autocast: str | None = None,
     on_error: str = "raise",
-    overwrite: bool = False,
+    fingerprint: "ModelFingerprint | None" = None,
     progress: bool = True,
 ) -> Descriptors:
-    """Describe pictures, streaming to disk; go on where an earlier call was stopped.
-
-    The descriptors before the head lie in `out_dir` itself, those of another context in a folder inside it whose name starts
-    with the context.
-    Descriptors that are there already, from the same model, pictures and settings, are returned at once. A call
-    that was killed, at any moment, is continued by the same call, and ends with the same bytes as one that was not.
+    """Describe pictures, streaming to disk; what was described before, or begun, is found again.
 
     Parameters
     ----------
     model : SAGE or callable
-        With ``embed`` (and ``interact``, for contexts other than none), or any callable from images (B, 3, H, W) to descriptors
-        (B, D). It is moved to `device` and run in evaluation mode.
+        With ``embed`` (and ``interact``, for contexts other than none), or any callable from images
+        (B, 3, H, W) to descriptors (B, D). It is moved to `device` and run in evaluation mode.
     places : Places
         The pictures of one loader: references and queries are described by two calls.
-    out_dir : path
+    folder : path
+        For the descriptors before the head and those of every context, each in a folder of its own.
     preprocess : callable, optional
-        From a PIL picture to a tensor, equal in shape for all pictures; default: ``model.preprocess``.
+        From a PIL picture to a tensor, equal in shape for all; default: the model's, see `preprocess_of`.
     context : str or Context
     anchors : array (m, D), optional
         For ``context="anchors"``: descriptors before the head, see `choose_anchors`; default: the model's own.
-    batch_size : int
-        Pictures in memory at once, besides two batches that each worker reads ahead. Results do not depend on it, up to
-        rounding; a started call that is to be continued with another one begins again.
+    batch_size, workers : int
+        Pictures at once, and processes that decode them. Both change results by rounding at most.
     dtype : {"float16", "float32"}
         Of the stored values. With unit-length descriptors float16 rounds distances by less than 1e-3.
     device : str
         See `pick_device`.
-    workers : int
-        Processes that decode pictures.
     seed, loader : int, str
-        Of the batches of ``shuffled-n``. Name the loaders of references and queries differently, see `Context.batches`.
-    autocast : {None, "bfloat16", "float16"}
-        Mixed precision for the pass through the model.
+        Of the batches of ``shuffled-n``, see `Context.batches`.
     on_error : {"raise", "skip"}
-        A picture that does not decode raises an error with its name, or is left out: it then has no row, the manifest
-        lists it, and ``Descriptors.kept(places)`` are the Places of the rows.
-    overwrite : bool
-        Replace descriptors of another model, of other pictures or settings, which otherwise are refused.
+        A picture that does not decode raises an error, or has no row, see `Descriptors.kept`.
+    fingerprint : ModelFingerprint, optional
+        Of `model`, where the caller has it: making it reads all weights.
     progress : bool
         Show a bar with pictures per second.
 
     Raises
     ------
     ValueError
-        For bad settings, pictures that do not decode, descriptors that are not finite, or if `out_dir` holds descriptors
-        of other settings.
+        For bad settings, pictures that do not decode, and descriptors that are not finite.
     """
-    context = Context.parse(context)
-    preprocess = getattr(model, "preprocess", None) if preprocess is None else preprocess
-    _check_settings(places, preprocess, batch_size, dtype, workers, autocast, on_error)
-    if context.kind != "none":
-        _check_head(model, context, anchors)
-    device = pick_device(device)
-    if isinstance(model, torch.nn.Module):
-        model.to(device)
-    identity = {
-        "model": model_fingerprint(model, head=False),
-        "data": runs.fingerprint([places.fingerprint(), pictures_fingerprint(places)]),
-        "preprocess": describe_callable(preprocess),
-        "dtype": dtype,
-        "autocast": autocast,
-        "n_given": len(places),
-    }
-    out_dir = Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    advice = (
-        f"not enough memory to describe {batch_size} pictures at a time on {device}: lower batch_size, or take smaller pictures"
-        + (f"; the head sees {context.n} at a time (context {context})" if context.n else "")
-    )
-    with runs.alone(out_dir), runs.memory_errors(advice):
-        embedded = _finished(out_dir, identity, overwrite)
-        if embedded is None:
-            embedded = _embed(
-                model, places, out_dir, identity, preprocess, batch_size, device, workers, on_error, progress
-            )
-        elif embedded.manifest["skipped"] and on_error == "raise":
-            raise ValueError(
-                f"{embedded.manifest['skipped'][0]['reason']} (descriptors without it are in {out_dir}; on_error='skip' takes them)"
-            )
-        if context.kind == "none":
-            return embedded
-        return _describe_in_context(
-            model, embedded, places, context, anchors, seed, loader, device, dtype, overwrite, progress
-        )
-
-
-def _check_settings(places, preprocess, batch_size, dtype, workers, autocast, on_error):
+    context, preprocess = Context.parse(context), preprocess_of(model, preprocess)
+    runs.check("dtype", dtype, choices=("float16", "float32"))
+    runs.check("on_error", on_error, choices=("raise", "skip"))
+    runs.check("batch_size", batch_size, 1, whole=True)
+    runs.check("workers", workers, 0, whole=True)
     if len(places) == 0:
         raise ValueError("there is no picture to describe: places is empty")
-    if preprocess is None:
-        raise ValueError(
-            "this model names no preprocess of its own: give one, as in preprocess=Preprocess(322)"
-        )
-    for name, value, allowed in (
-        ("dtype", dtype, ("float16", "float32")),
-        ("autocast", autocast, (None, "bfloat16", "float16")),
-        ("on_error", on_error, ("raise", "skip")),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}")
-    for name, value, least in (("batch_size", batch_size, 1), ("workers", workers, 0)):
-        if value < least:
-            raise ValueError(f"{name} is {value}; it must be at least {least}")
+    if context.kind != "none":
+        _check_head(model, context, anchors)
+    fingerprint, device = fingerprint or model_fingerprint(model), move_to(model, device)
+    paths = [str(path) for path in places.path]
+    advice = "try dtype='float32'" if dtype == "float16" else "the model gives NaN or infinity"
 
-
-def _check_head(model, context, anchors):
-    if not getattr(model, "has_head", hasattr(model, "interact")):
-        raise ValueError(
-            f"context is {context}, but this model has no InteractHead; describe it with context='none'"
-        )
-    if context.kind == "anchors" and anchors is None and own_anchors(model) is None:
-        raise ValueError("context is anchors, but none are given and the model has none: see choose_anchors")
-
-
-def _finished(directory, identity, overwrite):
-    """Descriptors that are there already; None if there are none, an error if they are others."""
-    if not (directory / _MANIFEST).exists():
-        return None
-    found = load_descriptors(directory)
-    changed = [
-        f"{key}: {found.manifest.get(key)!r} -> {value!r}"
-        for key, value in identity.items()
-        if found.manifest.get(key) != value
-    ]
-    if not changed:
-        return found
-    if not overwrite:
-        raise ValueError(
-            f"{directory} holds descriptors of other settings ({'; '.join(changed)}): choose another folder, or "
-            "give overwrite=True"
-        )
-    (directory / _MANIFEST).unlink()
-    return None
-
-
-# ------------------------------------------------------------------------------------------------ first pass
-class _Pictures(Dataset):
-    """Decoded pictures; one that does not decode is given back as a sentence, for the caller to decide."""
-
-    def __init__(self, paths, preprocess):
-        self.paths, self.preprocess = paths, preprocess
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, row):
-        try:
-            picture = load_image(self.paths[row])
-        except (OSError, ValueError) as error:
-            return row, None, str(error)
-        return row, self.preprocess(picture), None
-
-
-def _collate(items):
-    """(rows, images, failures): a batch of what decoded, and {row: sentence} of what did not."""
-    failures = {row: sentence for row, image, sentence in items if image is None}
-    kept = [(row, image) for row, image, _ in items if image is not None]
-    shapes = {tuple(image.shape) for _, image in kept}
-    if len(shapes) > 1:
-        raise ValueError(f"preprocess gave tensors of several shapes {sorted(shapes)}: it must give one size")
-    images = torch.stack([image for _, image in kept]) if kept else None
-    return [row for row, _ in kept], images, failures
-
-
-def _embed(model, places, out_dir, identity, preprocess, batch_size, device, workers, on_error, progress):
-    part, progress_file, final = out_dir / _PART, out_dir / _PROGRESS, out_dir / _VALUES
-    # Equal bytes after a kill need equal batches on an equal device: with others, begin again.
-    settings = {**identity, "batch_size": batch_size, "device": device.type, "on_error": on_error}
-    state = {"settings": settings, "done": 0, "dim": None, "skipped": [], "seconds": 0.0}
-    values = None
-    if progress_file.exists():
-        found = runs.read_json(progress_file)
-        if found["settings"] == settings and part.exists():
-            state, values = found, np.lib.format.open_memmap(part, mode="r+")
-        elif found["settings"] == settings and final.exists() and found["done"] == len(places):
-            state = found  # killed between the renaming and the manifest
-    n = len(places)
-    paths = [str(p) for p in places.path]
-    embed = getattr(model, "embed", model)
-    loader = DataLoader(
-        _Pictures(paths, preprocess),
-        batch_sampler=[
-            range(start, min(start + batch_size, n)) for start in range(state["done"], n, batch_size)
-        ],
-        collate_fn=_collate,
-        num_workers=workers,
-        prefetch_factor=2 if workers else None,
-        pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # otherwise a draw from torch's global one
-    )
-    started = saved = time.perf_counter()
-    seconds_before = state["seconds"]
-
-    def save_progress():
-        if values is not None:
-            values.flush()
-        state["seconds"] = seconds_before + time.perf_counter() - started
-        runs.write_json(progress_file, state)
-
-    with (
-        evaluating(model),
-        torch.inference_mode(),
-        tqdm(total=n, initial=state["done"], unit="img", desc="describe", disable=not progress) as bar,
-    ):
-        for rows, images, failures in loader:
-            for row, sentence in sorted(failures.items()):
-                if on_error == "raise":
-                    raise ValueError(sentence)
-                state["skipped"].append({"row": row, "path": paths[row], "reason": sentence})
+    def embedded(start, n_skipped):
+        for rows, images, failures in _batches(paths, preprocess, start, batch_size, workers):
+            if failures and on_error == "raise":
+                raise ValueError(failures[min(failures)])
+            skipped = [{"row": r, "path": paths[r], "reason": failures[r]} for r in sorted(failures)]
+            values, positions = None, np.arange(len(rows)) + start - n_skipped
             if images is not None:
-                with _autocast(device, identity["autocast"]):
-                    described = embed(images.to(device, non_blocking=True))
-                described = _checked(described, rows, paths, identity["dtype"], state["dim"])
-                if values is None:
-                    state["dim"] = described.shape[1]
-                    values = runs.new_array(part, identity["dtype"], (n, state["dim"]))
-                values[rows] = described
-                images = described = None  # the next batch is decoded before this name is bound again
-            state["done"] = min(state["done"] + batch_size, n)
-            bar.update(len(rows) + len(failures))
-            if time.perf_counter() - saved >= _CHECKPOINT_S:
-                save_progress()
-                saved = time.perf_counter()
-    if state["dim"] is None:
-        raise ValueError(f"none of the {n} pictures decodes; the first: {state['skipped'][0]['reason']}")
-    if values is not None:
-        save_progress()
-        if state["skipped"]:
-            keep = np.setdiff1d(np.arange(n), [skipped["row"] for skipped in state["skipped"]])
-            with runs.atomic_path(final) as temporary:
-                packed = runs.new_array(temporary, identity["dtype"], (len(keep), state["dim"]))
-                for start in range(0, len(keep), 4096):
-                    packed[start : start + 4096] = values[keep[start : start + 4096]]
-                packed.flush()
-                del packed
-        del values  # a mapped file cannot be renamed on Windows
-        if state["skipped"]:
-            part.unlink()
-        else:
-            os.replace(part, final)
-    manifest = {
-        **{"context": "none", "seed": None, "anchors": None},
-        **identity,
-        "n": n - len(state["skipped"]),
-        "dim": state["dim"],
-        "batch_size": batch_size,
-        "device": str(device),
-        "seconds": round(state["seconds"], 3),
-        "images_per_s": round(n / max(state["seconds"], 1e-9), 2),
-        "skipped": state["skipped"],
+                values, images = describe_batch(model, images.to(device)), None
+                values = _stored(values, dtype, [paths[r] for r in rows], advice)
+            yield positions, values, skipped
+            start, n_skipped = start + len(rows) + len(failures), n_skipped + len(failures)
+
+    key = {
+        "model": fingerprint.embedding,
+        "data": runs.fingerprint([places.fingerprint(), pictures_fingerprint(places)]),
+        "preprocess": describe_callable(preprocess),
+        "context": "none",
+        "dtype": dtype,
+        "n_given": len(places),
     }
-    runs.write_json(out_dir / _MANIFEST, manifest)
-    progress_file.unlink(missing_ok=True)
-    return load_descriptors(out_dir)
+    lack = f"not enough memory to describe {batch_size} pictures at a time on {device}: lower batch_size"
+    lack += f"; the head sees {context.n} at a time (context {context})" if context.n else ""
+    with runs.memory_errors(lack):
+        base = Descriptors.make(folder, "none", key, len(places), embedded, bar=progress, device=str(device))
+        if base.manifest["skipped"] and on_error == "raise":
+            raise ValueError(f"{base.manifest['skipped'][0]['reason']} (on_error='skip' leaves it out)")
+        if context.kind == "none":
+            return base
+        key |= {"model": fingerprint.whole, "context": str(context), "skipped": base.manifest["skipped"]}
+        if context.kind == "shuffled":
+            key |= {"seed": seed, "loader": loader}
+        if context.kind == "anchors":
+            anchors = np.asarray(own_anchors(model) if anchors is None else anchors, np.float32)
+            key |= {"anchors": runs.fingerprint(anchors)}
+        names = names_in_order(places[base.rows])
+        settings = (context, anchors, seed, loader, dtype, device)
+        blocks = functools.partial(_through_head, model, base.values, names, *settings)
+        facts = {"device": str(device), "embedding_seconds": base.manifest["seconds"]}
+        made = Descriptors.make(folder, str(context), key, len(base), blocks, bar=progress, **facts)
+        if context.kind == "anchors":
+            runs.save_array(made.path / "anchors.npy", anchors)  # to describe one more picture, later
+        return made
 
 
-def _checked(described, rows, paths, dtype, dim):
-    """The model's output as a numpy array of the stored dtype, or an error that says what is wrong with it."""
-    if not torch.is_tensor(described) or described.ndim != 2 or len(described) != len(rows):
-        got = f"shape {tuple(described.shape)}" if torch.is_tensor(described) else type(described).__name__
-        raise ValueError(f"the model must give a tensor ({len(rows)}, D) for {len(rows)} images, got {got}")
-    if dim is not None and described.shape[1] != dim:
-        raise ValueError(f"the model gave descriptors of {described.shape[1]} dimensions after {dim}")
-    return _stored(described.float().cpu().numpy(), dtype, [paths[row] for row in rows])
-
-
-def _stored(values, dtype, paths):
-    """Descriptors (B, D) in the type in which they are kept, or an error where that type cannot hold them."""
-    with np.errstate(over="ignore"):
-        kept = values.astype(dtype)
-    finite = np.isfinite(kept).all(axis=1)
-    if not finite.all():
-        first = int(np.argmin(finite))
-        fits = dtype == "float16" and np.isfinite(values[first]).all()
-        raise ValueError(
-            f"{paths[first]}: its descriptor is not finite in {dtype}"
-            + (
-                "; try dtype='float32'"
-                if fits
-                else ": the model gives a NaN or an infinity; mend it, or try without autocast"
-            )
-        )
-    if kept.dtype == np.float16:
-        norm, lost = np.linalg.norm(values, axis=1), np.linalg.norm(values - kept.astype(np.float32), axis=1)
-        if (lost > 0.01 * norm).any():
-            first = int(np.argmax(lost > 0.01 * norm))
-            raise ValueError(
-                f"{paths[first]}: its descriptor, of length {norm[first]:.2g}, is too small for float16; give dtype='float32'"
-            )
-    return kept
-
-
-class evaluating:
-    """Evaluation mode for the time of a block, and the mode of before after it."""
-
-    def __init__(self, model):
-        self.modules = list(model.modules()) if isinstance(model, torch.nn.Module) else []
-
-    def __enter__(self):
-        self.modes = [module.training for module in self.modules]
-        if self.modules:
-            self.modules[0].eval()
-
-    def __exit__(self, *error):
-        for module, mode in zip(self.modules, self.modes, strict=True):
-            module.training = mode
-
-
-def _autocast(device, name):
-    return torch.autocast(device.type, dtype=getattr(torch, name or "bfloat16"), enabled=name is not None)
-
-
-# ----------------------------------------------------------------------------------------------- second pass
-def _describe_in_context(
-    model, embedded, places, context, anchors, seed, loader, device, dtype, overwrite, progress
-):
-    if context.kind == "anchors":
-        anchors = own_anchors(model) if anchors is None else np.asarray(anchors, np.float32)
-    folder, source = str(context), embedded.manifest
-    identity = {key: source[key] for key in ("data", "preprocess", "dtype", "autocast", "n_given")}
-    identity |= {
-        "model": model_fingerprint(model),
-        "context": str(context),
-        "seed": None,
-        "anchors": None,
-        "skipped": source["skipped"],
-    }
-    if context.kind == "shuffled":
-        identity |= {"seed": seed, "loader": loader}
-        folder = f"{context}-seed{seed}"
-    if context.kind == "anchors":
-        identity["anchors"] = runs.fingerprint(anchors)
-        folder = f"{context}-{len(anchors)}-{identity['anchors'][:8]}"
-    # Another head over the same embedding has a folder of its own.
-    folder += f"-{identity['model'][:8]}"
-    directory = embedded.path / folder
-    found = _finished(directory, identity, overwrite)
-    if found is not None:
-        return found
-    directory.mkdir(parents=True, exist_ok=True)
-    started = time.perf_counter()
-    with runs.atomic_path(directory / _VALUES) as temporary:
-        out = runs.new_array(temporary, dtype, embedded.values.shape)
-        names = names_in_order(places[embedded.rows])
-        compose(
-            model,
-            embedded.values,
-            names,
-            context,
-            out,
-            anchors=anchors,
-            seed=seed,
-            loader=loader,
-            device=device,
-            progress=progress,
-        )
-        out.flush()
-        del out
-    if context.kind == "anchors":
-        runs.save_array(directory / "anchors.npy", anchors)  # to describe one more picture, later
-    seconds = time.perf_counter() - started
-    manifest = {
-        **identity,
-        "n": source["n"],
-        "dim": source["dim"],
-        "device": str(device),
-        "seconds": round(seconds, 3),
-        "images_per_s": round(source["n"] / max(seconds, 1e-9), 2),
-        "embedding_seconds": source["seconds"],
-    }
-    runs.write_json(directory / _MANIFEST, manifest)
-    return load_descriptors(directory)
+def _through_head(model, values, names, context, anchors, seed, loader, dtype, device, start=0, _=0):
+    """Rows of stored descriptors in their context, batch by batch, without the first `start`."""
+    if anchors is not None:
+        anchors = torch.as_tensor(np.asarray(anchors, np.float32), device=device)
+    for rows in context.batches(names, seed=seed, loader=loader):
+        if start > 0:
+            start -= len(rows)
+            continue
+        batch = torch.from_numpy(np.asarray(values[rows], np.float32)).to(device)
+        with evaluating(model):
+            batch = in_context(model, batch, context, anchors).float()
+        yield rows, _stored(batch, dtype, [names[row] for row in rows], f"the head, {context}"), []
 
 
 def compose(
-    model,
-    values: np.ndarray,
-    paths: Sequence[str],
-    context: str | Context,
-    out: np.ndarray | None = None,
-    *,
-    anchors: np.ndarray | None = None,
-    seed: int = 0,
-    loader: str = "",
-    batch_size: int = 128,
-    device: str | torch.device = "auto",
-    progress: bool = False,
+    model, values, names, context, out=None, *, anchors=None, seed=0, loader="", device="auto"
 ) -> np.ndarray:
     """Send stored descriptors through the InteractHead in the batches of a context.
 
     Parameters
     ----------
-    model : with ``interact(descriptors (B, D), anchors=None or (m, D))``
     values : array (N, D)
         Descriptors before the head, of one loader.
-    paths : sequence of N str
-        Their files; ``sorted-n`` sorts them.
-    context : str or Context
+    names : sequence of N str
+        See `names_in_order`.
     out : array (N, D), optional
         Written row by row, may be a memmap; default: a new float32 array.
-    anchors : array (m, D), optional
-        For ``anchors``; default: the model's own.
-    seed, loader : int, str
-        Of ``shuffled-n``, see `Context.batches`.
-    batch_size : int
-        For ``solo`` and ``anchors``, where it makes no difference beyond rounding.
-    device, progress
+    others
         As for `describe`.
 
     Returns
     -------
     array (N, D)
-        `out`, in the order of `values`. With the context none, the values themselves.
+        `out`. With the context none, the values themselves.
     """
-    context = Context.parse(context)
-    if len(paths) != len(values):
-        raise ValueError(f"there are {len(values)} descriptors and {len(paths)} paths; they must be as many")
     out = np.empty(values.shape, np.float32) if out is None else out
-    if context.kind != "none":
-        _check_head(model, context, anchors)
-    device = pick_device(device)
-    fixed = None
-    if context.kind == "solo":
-        fixed = torch.zeros(0, values.shape[1], device=device)
-    elif context.kind == "anchors":
-        fixed = own_anchors(model) if anchors is None else anchors
-        fixed = torch.as_tensor(np.asarray(fixed, np.float32), device=device)
-        if fixed.ndim != 2 or fixed.shape[1] != values.shape[1]:
-            raise ValueError(f"anchors must have shape (m, {values.shape[1]}), got {tuple(fixed.shape)}")
-    if isinstance(model, torch.nn.Module):
-        model.to(device)
-    batches = context.batches(paths, seed=seed, loader=loader, batch_size=batch_size)
-    with (
-        evaluating(model),
-        torch.inference_mode(),
-        tqdm(total=len(values), unit="img", desc=str(context), disable=not progress) as bar,
-    ):
-        for batch in batches:
-            block = np.asarray(values[batch], np.float32)
-            if context.kind != "none":
-                block = (
-                    model.interact(torch.from_numpy(block).to(device), anchors=fixed).float().cpu().numpy()
-                )
-            if not np.isfinite(block).all():
-                raise ValueError(f"the InteractHead gave values that are not finite in the context {context}")
-            out[batch] = _stored(block, str(out.dtype), [paths[row] for row in batch])
-            bar.update(len(batch))
+    settings = (Context.parse(context), anchors, seed, loader, str(out.dtype), move_to(model, device))
+    for rows, block, _ in _through_head(model, values, names, *settings):
+        out[rows] = block
     return out
-
-
-def rerank_in_context(
-    model,
-    database_values: np.ndarray,
-    query_values: np.ndarray,
-    indices: np.ndarray,
-    m: int,
-    *,
-    device: str | torch.device = "auto",
-) -> np.ndarray:
-    """Order each query's first m references anew, seen among each other: its anchors are these m references.
-
-    This second stage is not in the paper. The query and each of its m references attend over themselves and the same m anchors, and are
-    compared by the Euclidean distance of what the head gives. The result depends on the query and the data base, on no other query; but
-    these descriptors belong to one query, so nothing can be indexed once: every query costs m + 1 passes through the head.
-
-    Parameters
-    ----------
-    model : with ``interact(descriptors (B, D), anchors=(m, D))``
-    database_values : array (N, D), query_values : array (Q, D)
-        Descriptors before the head.
-    indices : array (Q, depth), int
-        References found by a first stage, nearest first, -1 for none (`sagelib.retrieval.search`).
-    m : int
-        From 1 to depth. References behind the first m stay where they are.
-    device : as for `describe`
-
-    Returns
-    -------
-    array (Q, depth), int64
-    """
-    indices = np.array(indices, np.int64)
-    if indices.ndim != 2 or len(indices) != len(query_values) or not 1 <= m <= indices.shape[1]:
-        raise ValueError(
-            f"m is {m}; it must be from 1 to the depth of indices, which must have a row for each of the {len(query_values)} queries, "
-            f"got {indices.shape}"
-        )
-    _check_head(model, Context("solo"), None)
-    device = pick_device(device)
-    if isinstance(model, torch.nn.Module):
-        model.to(device)
-    with evaluating(model), torch.inference_mode():
-        for row, query in zip(indices, query_values, strict=True):
-            first = row[:m][row[:m] >= 0]
-            values = np.concatenate([np.asarray(query, np.float32)[None], database_values[first]])
-            values = torch.from_numpy(values.astype(np.float32)).to(device)
-            seen = model.interact(values, anchors=values[1:]).double()
-            distances = (seen[1:] - seen[0]).square().sum(1).cpu().numpy()
-            row[: len(first)] = first[np.argsort(distances, kind="stable")]
-    return indices
 
 
 def own_anchors(model) -> np.ndarray | None:
@@ -706,39 +485,29 @@ def own_anchors(model) -> np.ndarray | None:
 
 
 def choose_anchors(descriptors, m: int, method: str = "sample", seed: int = 0) -> np.ndarray:
-    """Choose the fixed reference descriptors of the context ``anchors``.
-
-    This context is not in the paper.
+    """Choose the fixed reference descriptors (m, D), float32, of ``anchors``, a context that is not in the paper.
 
     Parameters
     ----------
-    descriptors : array (N, D) or Descriptors of the context none
+    descriptors : array (N, D), or Descriptors of the context none
         Of the data base, or of training pictures; never of queries.
     m : int
         How many, from 1 to N.
     method : {"sample", "kmeans"}
-        Rows drawn without replacement; or centres of k-means (at most 256 m rows), scaled to the mean
-        length of the descriptors, because a mean of unit vectors is shorter than they are.
-    seed : int
-
-    Returns
-    -------
-    array (m, D), float32
+        Rows drawn without replacement; or centres of k-means (of at most 256 m rows), scaled to the mean length
+        of the descriptors, because a mean of unit vectors is shorter than they are.
     """
     if isinstance(descriptors, Descriptors):
-        if descriptors.context != "none":
-            raise ValueError(
-                f"anchors are chosen before the head, not among descriptors of context {descriptors.context}"
-            )
+        runs.check(
+            "the context of descriptors among which anchors are", descriptors.context, choices=("none",)
+        )
         descriptors = descriptors.values
     n = len(descriptors)
-    if not 1 <= m <= n:
-        raise ValueError(f"m is {m}; it must be from 1 to the number of descriptors, {n}")
+    runs.check("m", m, 1, n, whole=True)
+    runs.check("method", method, choices=("sample", "kmeans"))
     rng = runs.rng(seed, "anchors", method)
     if method == "sample":
         return np.asarray(descriptors[np.sort(rng.choice(n, m, replace=False))], np.float32)
-    if method != "kmeans":
-        raise ValueError(f"method is {method!r}; it must be 'sample' or 'kmeans'")
     from sklearn.cluster import KMeans
 
     rows = np.sort(rng.choice(n, min(n, 256 * m), replace=False))
@@ -748,131 +517,176 @@ def choose_anchors(descriptors, m: int, method: str = "sample", seed: int = 0) -
     return (centres * (length / np.linalg.norm(centres, axis=1, keepdims=True))).astype(np.float32)
 
 
-# ---------------------------------------------------------------------------------- devices and fingerprints
-def pick_device(name: str | torch.device = "auto") -> torch.device:
-    """The device of that name; ``auto`` is CUDA where there is one, then Apple's MPS, then the CPU.
+# ---------------------------------------------------------------------------------------------------- tokens
+class TokenStore(RowStore):
+    """Tokens after a backbone's frozen prefix, `values` (N, T, M) float16: what no training changes."""
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the patches."""
+        return tuple(self.manifest["grid"])
+
+    def __getitem__(self, rows: np.ndarray) -> Tensor:
+        """The tokens (n, T, M), float32, of rows (n,)."""
+        return torch.from_numpy(np.asarray(self.values[np.asarray(rows)])).float()
+
+
+def open_tokens(
+    folder, model, places, *, preprocess, limit_gb, batch_size=32, workers=0, autocast=None, progress=True
+) -> TokenStore:
+    """The stored tokens of `places`, computed now where they are missing.
+
+    Parameters
+    ----------
+    folder : path
+        Where all token stores live.
+    model : module with ``backbone.prefix`` and ``backbone.prefix_fingerprint``
+    preprocess : Preprocess or Views
+        With V views, row ``V i + v`` is version v of image i.
+    limit_gb : float
+        Gigabytes (1e9 bytes) that this store may take.
+    autocast : torch.dtype, optional
+        Lower precision in which the prefix runs.
+    batch_size, workers, progress
+        As for `describe`.
 
     Raises
     ------
     ValueError
-        If the name is unknown or this machine (or this build of PyTorch) has no such device.
+        If the tokens would take more than `limit_gb`, do not fit into float16, or a picture does not decode.
     """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda", "mps"):
-        raise ValueError(f"device is {name!r}; it must be auto, cpu, cuda (or cuda:1, ...) or mps")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    plain, views = (preprocess.plain, preprocess.count) if isinstance(preprocess, Views) else (preprocess, 1)
+    size = (plain.image_size,) * 2 if isinstance(plain.image_size, int) else plain.image_size
+    device, paths = next(model.parameters()).device, np.repeat(places.path, views)
+
+    def prefix(images):
+        lower = torch.autocast(device.type, dtype=autocast, enabled=autocast is not None)
+        with evaluating(model), lower:
+            return model.backbone.prefix(images.to(device)).float()
+
+    tokens, width = prefix(torch.zeros(1, 3, *size)).shape[1:]
+    need_gb = len(paths) * tokens * width * 2 / 1e9
+    need = (
+        f"frozen tokens of {len(paths)} images ({tokens} x {width} in float16 each): {need_gb:.3g} GB on disk"
+    )
+    if need_gb > limit_gb:
         raise ValueError(
-            f"device is {str(device)!r}, but PyTorch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices here; "
-            "use device='auto', or install a build of PyTorch for your GPU"
+            f"{need}, more than cache_limit_gb = {limit_gb:g}; raise it, or set it to None: no cache"
         )
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("device is 'mps', which needs PyTorch for macOS on Apple silicon; use device='auto'")
-    return device
+
+    def blocks(start, _):
+        if progress:
+            print(need)
+        for rows, images, failures in _batches(paths, preprocess, start, batch_size, workers):
+            if failures:
+                raise ValueError(failures[min(failures)])
+            values, images = prefix(images), None
+            yield rows, _stored(values, "float16", paths[rows], "set cache_limit_gb to None: no cache"), []
+
+    key = {
+        "prefix": model.backbone.prefix_fingerprint(),
+        "data": pictures_fingerprint(places),
+        "preprocess": repr(preprocess),
+        "autocast": str(autocast),
+    }
+    grid = model.backbone.grid((1, 3, *size))
+    return TokenStore.make(folder, "tokens", key, len(paths), blocks, bar=progress, grid=grid)
 
 
-def model_fingerprint(model, *, head: bool = True) -> str:
-    """A short text that is equal for models that compute the same, and changes with whatever changes their descriptors.
+# --------------------------------------------------------------------- what identifies a model, and pictures
+class ModelFingerprint(NamedTuple):
+    """Two hashes, equal for models that compute the same: without the InteractHead, and with it."""
 
-    An attribute ``fingerprint`` (a str, or a method that gives one) is believed; for a module it stands for code and settings, and
-    its weights count besides. Modules of this package and of the libraries that it builds on are hashed by their classes, plain
-    attributes, ``config`` (without the places that weights were read from), weights and buffers. Any other callable may depend on
-    what cannot be seen from outside (globals, closures, other objects), so it gets another text at every call: nothing that was
-    stored for it is used again, until it has an attribute ``fingerprint``.
+    embedding: str
+    whole: str
 
-    Parameters
-    ----------
-    model : callable
-    head : bool
-        False leaves the InteractHead of a SAGE out: descriptors of the context none do not depend on it.
+    def under(self, context: str | Context) -> str:
+        """The one on which descriptors of this context depend."""
+        return self.embedding if str(context) == "none" else self.whole
+
+
+def model_fingerprint(model) -> ModelFingerprint:
+    """Hashes that change with whatever changes a model's descriptors.
+
+    Modules of this package and of its libraries count with their classes, plain attributes, weights and buffers.
+    Other code needs an attribute ``fingerprint``, a text that changes whenever code or settings do (weights count
+    besides); without one the hashes are new at every call, and nothing that was stored for it is used again.
     """
-    own = getattr(model, "fingerprint", None)
-    own = str(own() if callable(own) else own) if own is not None else None
-    if isinstance(model, torch.nn.Module):
-        parts = dict(model.named_modules(remove_duplicate=False))
-        settings = dict(getattr(model, "config", None) or {}) if hasattr(model, "has_head") else {}
-        skipped = {"weights", "pretrained"}
-        if not head and hasattr(model, "has_head"):
-            parts = {name: part for name, part in parts.items() if f"{name}.".partition(".")[0] != "head"}
-            skipped |= {"interact", "interact_options"}
-        if own is None and not all(_is_known(part) for part in parts.values()):
-            return _never_again(model)
-        settings = {str(key): repr(value) for key, value in settings.items() if key not in skipped}
-        state = {name: _module_state(part)[0 if own is None else 2 :] for name, part in parts.items()}
-        return runs.fingerprint([type(model).__qualname__, own, settings, state])
-    if own is not None:
-        return own
-    if dataclasses.is_dataclass(model) and _of_package(type(model), "sagelib"):
-        return runs.fingerprint([type(model).__qualname__, repr(model)])
-    return _never_again(model)
+    own, name = getattr(model, "fingerprint", None), type(model).__qualname__
+    parts = dict(model.named_modules(remove_duplicate=False)) if isinstance(model, torch.nn.Module) else {}
+    if own is None and not (parts and all(map(_is_of_a_library, parts.values()))):
+        own, parts = secrets.token_hex(8), {}
+    state = {name: _state(part)[0 if own is None else 2 :] for name, part in parts.items()}
+    config = getattr(model, "config", None) or {} if hasattr(model, "has_head") else {}
+    state |= {
+        f"config.{key}": repr(config[key])
+        for key in config
+        if key not in ("weights", "pretrained", "preprocessing")
+    }
+    head = ("head", "config.interact", "config.interact_options")
+    below = {
+        name: value for name, value in state.items() if name not in head and not name.startswith("head.")
+    }
+    below = below if hasattr(model, "has_head") else state
+    return ModelFingerprint(runs.fingerprint([name, own, below]), runs.fingerprint([name, own, state]))
 
 
-def _never_again(thing) -> str:
-    name = getattr(thing, "__qualname__", None) or type(thing).__qualname__
-    return (
-        f"{name} without a fingerprint, {secrets.token_hex(4)} (it is recognised again only by an attribute "
-        "fingerprint, a text that changes whenever its results would)"
-    )
-
-
-def _of_package(kind, *packages):
-    return kind.__module__.partition(".")[0] in packages
-
-
-def _is_known(part):
-    """Whether a module computes what its library's class says: no code of its own, no hooks."""
-    hooks = part._forward_hooks or part._forward_pre_hooks
+def _is_of_a_library(part) -> bool:
+    """Whether a module computes what its class in a library says: it has no hooks, and no methods of its own."""
+    package = type(part).__module__.partition(".")[0]
     patched = any(callable(getattr(type(part), name, None)) for name in vars(part))
-    return (
-        _of_package(type(part), "sagelib", "torch", "timm", "torchvision", "peft")
-        and not hooks
-        and not patched
-    )
+    hooked = part._forward_hooks or part._forward_pre_hooks or patched
+    return package in ("sagelib", "torch", "timm", "torchvision", "peft") and not hooked
 
 
-def _module_state(part):
-    """The class, plain attributes, weights and buffers of one module, without its submodules."""
-    plain = (bool, int, float, str, type(None), tuple, list, dict)
-    skipped = {"training", "config", "_fingerprints"}
-    settings = {
-        key: repr(value)
-        for key, value in vars(part).items()
-        if isinstance(value, plain) and key not in skipped and not key.startswith("_")
+def _state(part):
+    """Class, plain attributes, weights and buffers of one module, without its submodules."""
+    plain, skipped = (bool, int, float, str, type(None), tuple, list, dict), ("training", "preprocessing")
+    attributes = {
+        name: repr(value)
+        for name, value in vars(part).items()
+        if isinstance(value, plain) and name not in skipped and not name.startswith("_")
     }
-    tensors = {
-        **part._parameters,
-        **part._buffers,
-        **{k: v for k, v in vars(part).items() if torch.is_tensor(v)},
-    }
+    loose = {name: value for name, value in vars(part).items() if torch.is_tensor(value)}
+    tensors = {**part._parameters, **part._buffers, **loose}
     weights = {
-        name: [str(tensor.dtype), list(tensor.shape), runs.fingerprint(_bytes(tensor))]
-        for name, tensor in tensors.items()
-        if tensor is not None
+        name: [str(t.dtype), list(t.shape), t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()]
+        for name, t in tensors.items()
+        if t is not None
     }
-    return [type(part).__qualname__, settings, weights]
+    return [type(part).__qualname__, attributes, weights]
 
 
-def _bytes(tensor):
-    tensor = tensor.detach().cpu().contiguous()
-    return tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else np.zeros(0, np.uint8)
+def describe_callable(preprocess) -> str:
+    """A preprocess as text for a manifest: the repr of one of this package, name and fingerprint of another."""
+    if dataclasses.is_dataclass(preprocess) and type(preprocess).__module__.startswith("sagelib."):
+        return repr(preprocess)
+    name = getattr(preprocess, "__qualname__", type(preprocess).__qualname__)
+    return f"{name} {getattr(preprocess, 'fingerprint', None) or secrets.token_hex(8)}"
+
+
+def preprocess_of(model, preprocess: Callable | None = None) -> Callable:
+    """`preprocess`, or the model's ``preprocess``, or that of the dict ``preprocessing`` saved with a model."""
+    preprocess = preprocess or getattr(model, "preprocess", None)
+    if preprocess is None and getattr(model, "preprocessing", None):
+        preprocess = Preprocess(**model.preprocessing)
+    if preprocess is None:
+        raise ValueError("this model names no preprocess: give one, as in preprocess=Preprocess(322)")
+    return preprocess
 
 
 def pictures_fingerprint(places) -> str:
-    """A short hash of what the files hold, in order: a picture that was replaced under its old name is another one."""
+    """A short hash of what the files hold, in order: a picture that was replaced under its name is another."""
     return runs.fingerprint([file_digest(path) for path in places.path])
 
 
 def file_digest(path) -> str:
-    """A hash of a file's bytes, empty where there is no file; read again only when the system says that it changed."""
+    """A hash of a file's bytes, empty where there is none; read again only when the system says it changed."""
     try:
-        found = os.stat(path)
+        stat = os.stat(path)
     except OSError:
         return ""
-    return _digest(str(path), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
+    return _digest(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
 
 
 @functools.lru_cache(maxsize=1_000_000)
@@ -884,59 +698,52 @@ def _digest(path, *stat):
         return f"unreadable: {error.strerror}"
 
 
-def names_in_order(places) -> list[str]:
-    """The names that ``sorted-n`` sorts by: the paths.
-
-    Pictures of Mapillary SLS as downloaded are sorted by the names that they would have in the ``@east@north@...`` layout, which
-    is what the authors' batches are cut from.
-    """
-    if any(places.sequence):
-        rows = zip(places.east_m, places.north_m, places.key, strict=True)
-        return [folder_name(east, north, pano_id=key) for east, north, key in rows]
-    return [str(p) for p in places.path]
-
-
-def describe_callable(preprocess) -> str:
-    """A preprocess as text for a manifest: the repr of one of this package, the name and `model_fingerprint` of another."""
-    if dataclasses.is_dataclass(preprocess) and _of_package(type(preprocess), "sagelib"):
-        return repr(preprocess)
-    name = getattr(preprocess, "__qualname__", None) or type(preprocess).__qualname__
-    known = model_fingerprint(preprocess)
-    return known if known.startswith(name) else f"{name} {known}"
+# --------------------------------------------------------------------------------- devices and a first model
+def pick_device(name: str | torch.device = "auto") -> torch.device:
+    """The device of that name, if there is one; ``auto``: CUDA where there is one, then Apple's MPS, then CPU."""
+    cuda, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if cuda else "mps" if mps else "cpu"
+    runs.check("device", str(name).partition(":")[0], choices=("auto", "cpu", "cuda", "mps"))
+    device = torch.device(name)
+    if (device.type == "cuda" and (device.index or 0) >= cuda) or (device.type == "mps" and not mps):
+        raise ValueError(
+            f"device is {str(device)!r}, but PyTorch {torch.__version__} sees {cuda} CUDA devices and "
+            f"{'an' if mps else 'no'} MPS here: use device='auto', or a build of PyTorch for your GPU"
+        )
+    return device
 
 
-# -------------------------------------------------------------------------------------------- a first model
+def move_to(model, device: str | torch.device) -> torch.device:
+    """Move a model, where it is a module, to the device of that name (`pick_device`); return the device."""
+    device = pick_device(device)
+    if isinstance(model, torch.nn.Module):
+        model.to(device)
+    return device
+
+
 @dataclass(frozen=True)
 class GreyPixels:
-    """Preprocess of `baseline_pixels`: 8-bit grey, then the mean over boxes, as a tensor (1, size, size) in [0, 1]."""
+    """Preprocess of `baseline_pixels`: 8-bit grey, the mean over boxes, as a tensor (1, size, size) in [0, 1]."""
 
     size: int = 32
 
-    def __call__(self, picture: Image.Image) -> torch.Tensor:
+    def __call__(self, picture: Image.Image) -> Tensor:
         grey = picture.convert("L").resize((self.size, self.size), Image.Resampling.BOX)
         return torch.from_numpy(np.asarray(grey, np.float32) / 255)[None]
 
 
-def baseline_pixels(images: torch.Tensor) -> torch.Tensor:
-    """The first model of all, without weights: grey pixels of a 32 x 32 thumbnail, less their mean, to unit length.
+def baseline_pixels(images: Tensor) -> Tensor:
+    """The first model of all: grey thumbnails of 32 x 32 pixels, (B, 1024), less their mean, to unit length.
 
-    Their inner product is the correlation of two thumbnails.
-
-    Parameters
-    ----------
-    images : Tensor (B, 1, H, W) grey, or (B, 3, H, W) RGB with ImageNet normalisation
-        Shrunk to 32 x 32 by averaging where they are larger.
-
-    Returns
-    -------
-    Tensor (B, 1024)
+    Images are (B, 1, H, W) grey, or (B, 3, H, W) RGB with ImageNet normalisation. The inner product of two
+    descriptors is the correlation of their thumbnails.
     """
     if images.shape[1] == 3:
-        colours = [torch.tensor(c, device=images.device).view(3, 1, 1) for c in (IMAGENET_MEAN, IMAGENET_STD)]
-        images = images * colours[1] + colours[0]
         # Rec. 601, as Pillow's "L".
-        weights = torch.tensor([0.299, 0.587, 0.114], device=images.device).view(3, 1, 1)
-        images = (images * weights).sum(dim=1, keepdim=True)
+        colours = (IMAGENET_MEAN, IMAGENET_STD, (0.299, 0.587, 0.114))
+        mean, std, grey = (torch.tensor(c, device=images.device).view(3, 1, 1) for c in colours)
+        images = ((images * std + mean) * grey).sum(dim=1, keepdim=True)
     pixels = torch.nn.functional.adaptive_avg_pool2d(images, 32).flatten(1)
     return torch.nn.functional.normalize(pixels - pixels.mean(dim=1, keepdim=True), dim=1)
 

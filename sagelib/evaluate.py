@@ -18,15 +18,16 @@ from sagelib.describe import (
     Context,
     Descriptors,
     baseline_pixels,
-    compose,
     describe,
+    describe_batch,
     describe_callable,
-    evaluating,
     file_digest,
     model_fingerprint,
+    move_to,
     own_anchors,
     pick_device,
     pictures_fingerprint,
+    preprocess_of,
 )
 from sagelib.images import load_image
 from sagelib.model import build_model
@@ -235,7 +236,6 @@ def evaluate(
     device: str | torch.device = "auto",
     workers: int = 0,
     seed: int = 0,
-    autocast: str | None = None,
     on_error: str = "raise",
     ks: Sequence[int] = KS,
     progress: bool = True,
@@ -265,7 +265,7 @@ def evaluate(
         Applied to the descriptors before the search.
     ks : sequence of int
         Recall is counted at these ranks; where there are fewer references than a rank, all of them are counted.
-    preprocess, anchors, batch_size, dtype, device, workers, seed, autocast, on_error, progress
+    preprocess, anchors, batch_size, dtype, device, workers, seed, on_error, progress
         See `describe`.
 
     Raises
@@ -276,11 +276,7 @@ def evaluate(
         For settings that do not fit, and for what `describe` refuses.
     """
     context = _resolve_context(context, test_set.name)
-    preprocess = getattr(model, "preprocess", None) if preprocess is None else preprocess
-    if preprocess is None:
-        raise ValueError(
-            "this model names no preprocess of its own: give one, as in preprocess=Preprocess(322)"
-        )
+    preprocess = preprocess_of(model, preprocess)
     ks = _check_ks(ks)
     device = pick_device(device)
     model_name = model_name or _name_of(model)
@@ -291,10 +287,10 @@ def evaluate(
                 "context is anchors, but none are given and the model has none: see choose_anchors"
             )
     shuffled = context.kind == "shuffled"
-    data_fingerprint = _data_fingerprint(test_set)
+    data_fingerprint, fingerprint = _data_fingerprint(test_set), model_fingerprint(model)
     config = {
         "model": model_name,
-        "model_fingerprint": model_fingerprint(model, head=context.kind != "none"),
+        "model_fingerprint": fingerprint.under(context),
         "dataset": test_set.name,
         "split": test_set.split,
         "rule": str(test_set.rule),
@@ -302,7 +298,6 @@ def evaluate(
         "anchors": runs.fingerprint(anchors) if context.kind == "anchors" else None,
         "preprocess": describe_callable(preprocess),
         "dtype": dtype,
-        "autocast": autocast,
         "pca": None if pca is None else runs.fingerprint(pca),
         "on_error": on_error,
         "ks": list(ks),
@@ -333,12 +328,12 @@ def evaluate(
         device=device,
         workers=workers,
         seed=seed,
-        autocast=autocast,
         on_error=on_error,
+        fingerprint=fingerprint,
         progress=progress,
     )
     test_set.positives()  # positions that are missing are better noticed before the pictures are described
-    store = _store(root, model, model_name, test_set, options)
+    store = _store(root, model_name, test_set, options)
     references = describe(model, test_set.database, store / "database", loader="database", **options)
     asked = describe(model, test_set.queries, store / "queries", loader="queries", **options)
     database, queries = references.kept(test_set.database), asked.kept(test_set.queries)
@@ -520,14 +515,13 @@ def _data_fingerprint(test_set):
     )
 
 
-def _store(root, model, model_name, test_set, options):
+def _store(root, model_name, test_set, options):
     """The folder of a test set's descriptors: its name changes with whatever changes them."""
     what = [
-        model_fingerprint(model, head=False),
+        options["fingerprint"].embedding,
         _data_fingerprint(test_set),
         describe_callable(options["preprocess"]),
         options["dtype"],
-        options["autocast"],
     ]
     return Path(root) / STORE / _plain_name(f"{model_name}-{test_set.name}-{runs.fingerprint(what)[:8]}")
 
@@ -583,28 +577,24 @@ def locate(
             f"one photograph has no place in context {context}, where a descriptor depends on its batch; describe the "
             "folder with none, solo or anchors"
         )
-    preprocess = getattr(model, "preprocess", None) if preprocess is None else preprocess
+    preprocess = preprocess_of(model, preprocess)
     if len(places) != descriptors.manifest["n_given"]:
         raise ValueError(
             f"places has {len(places)} pictures, but the descriptors were made of {descriptors.manifest['n_given']}"
         )
     for what, mine, theirs in (
-        ("model", model_fingerprint(model, head=context.kind != "none"), descriptors.manifest["model"]),
+        ("model", model_fingerprint(model).under(context), descriptors.manifest["model"]),
         ("preprocess", describe_callable(preprocess), descriptors.manifest["preprocess"]),
     ):
         if mine != theirs:
             raise ValueError(
                 f"the descriptors in {descriptors.path} were made with {what} {theirs}, not {mine}"
             )
-    picture = load_image(photo)
-    device = pick_device(device)
-    if isinstance(model, torch.nn.Module):
-        model.to(device)
-    with evaluating(model), torch.inference_mode():
-        value = getattr(model, "embed", model)(preprocess(picture)[None].to(device)).float().cpu().numpy()
-    if context.kind != "none":
-        anchors = np.load(descriptors.path / "anchors.npy") if context.kind == "anchors" else None
-        value = compose(model, value, ["photo"], context, anchors=anchors, device=device)
+    device, anchors = move_to(model, device), None
+    if context.kind == "anchors":
+        anchors = torch.from_numpy(np.load(descriptors.path / "anchors.npy")).to(device)
+    image = preprocess(load_image(photo))[None].to(device)
+    value = describe_batch(model, image, context, anchors=anchors).cpu().numpy()
     indices, distances = search(descriptors.values, value, min(k, len(descriptors)))
     rows = descriptors.rows[indices[0]]
     found = places[rows]

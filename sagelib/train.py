@@ -43,7 +43,7 @@ from tqdm.auto import tqdm
 
 from sagelib import runs
 from sagelib.backbone import read_checkpoint as read_weights
-from sagelib.describe import pick_device
+from sagelib.describe import TokenStore, describe_batch, in_context, open_tokens, pick_device
 from sagelib.graph import GeoVisualGraph
 from sagelib.images import MODES, Preprocess, TrainTransform, Views, loader
 from sagelib.model import SAGE
@@ -56,7 +56,6 @@ from sagelib.places import (
 from sagelib.retrieval import recall, search
 from sagelib.runs import Run
 from sagelib.sampler import CliqueSampler, PlaceSampler, SamplerConfig
-from sagelib.tokens import TokenStore, open_tokens
 
 __all__ = [
     "Result",
@@ -975,7 +974,7 @@ class _Loop:
             self.model.eval()
             return np.concatenate(
                 [
-                    self._alone(part, context).cpu().numpy()
+                    in_context(self.model, part, context).cpu().numpy()
                     for part in values.split(self.config.describe_batch)
                 ]
             )
@@ -1109,17 +1108,7 @@ class _Loop:
             return self.model.interact(descriptors)
         if context == "half":
             return torch.cat([self.model.interact(half) for half in descriptors.chunk(2)])
-        return self._alone(descriptors, context)
-
-    def _alone(self, descriptors: Tensor, context: str) -> Tensor:
-        """Descriptors as functions of one image each: without the head, through it alone, or over its anchors."""
-        if context == "none":
-            return descriptors
-        if not self.has_head:
-            raise ValueError(
-                f"context {context!r} needs a cross-image head: set interact, or take context 'none'"
-            )
-        return self.model.interact(descriptors, descriptors[:0] if context == "solo" else self.model.anchors)
+        return in_context(self.model, descriptors, context)
 
     def _losses(self, descriptors: Tensor) -> tuple[Tensor, dict[str, float]]:
         """The losses of the sources, added, and what there is to tell of them."""
@@ -1276,9 +1265,8 @@ class _Loop:
         share = np.array_split(np.asarray(indices), self.processes.world)[self.processes.rank]
         parts = [np.empty((0, self.model.width), np.float32)]
         for tokens, grid in feed.batches(share, self.config.describe_batch):
-            with self._autocast():
-                values = self.embed_tokens(tokens, grid).float()
-                parts.append(self._alone(values, context).float().cpu().numpy())
+            values = describe_batch(self.model, (tokens, grid), context, autocast=self.dtype)
+            parts.append(values.cpu().numpy())
         return np.concatenate(self.processes.everyones(np.concatenate(parts)))
 
     def _autocast(self) -> torch.autocast:

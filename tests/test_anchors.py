@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from sagelib.describe import choose_anchors, describe, own_anchors, rerank_in_context
+from sagelib.describe import choose_anchors, describe, own_anchors
 from sagelib.evaluate import evaluate
 from sagelib.images import Preprocess, load_image
 from sagelib.model import SAGE
 from sagelib.places import open_set
 from workbench.audit import audit_contexts
+from workbench.grids import rerank_in_context
 
 PREPROCESS = Preprocess(56)
 OPTIONS = {"preprocess": PREPROCESS, "dtype": "float32", "device": "cpu", "progress": False}
@@ -92,7 +93,7 @@ def test_a_second_stage_is_a_function_of_the_query_and_the_data_base():
     again = rerank_in_context(model, database, queries, short, 8, device="cpu")
     assert (again[:, 3:] == -1).all() and (np.sort(again[:, :3]) == np.sort(indices[:, :3])).all()
     for m in (0, 11):
-        with pytest.raises(ValueError, match=f"m is {m}; it must be from 1 to the depth"):
+        with pytest.raises(ValueError, match=f"rerank must be a whole number from 1 to 10, got {m}"):
             rerank_in_context(model, database, queries, indices, m, device="cpu")
 
 

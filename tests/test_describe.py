@@ -1,4 +1,4 @@
-"""Streaming description: equal bytes after a kill, batches of contexts, refusals, and the first model without weights."""
+"""Description: equal bytes after a kill, batches of contexts, stores found by their key, the first model."""
 
 import os
 import signal
@@ -18,21 +18,25 @@ from sagelib import describe as describe_module
 from sagelib import runs
 from sagelib.describe import (
     Context,
+    Descriptors,
     GreyPixels,
     baseline_pixels,
     choose_anchors,
     compose,
     describe,
-    load_descriptors,
+    describe_batch,
     model_fingerprint,
     names_in_order,
     pick_device,
+    pictures_fingerprint,
+    preprocess_of,
 )
 from sagelib.images import Preprocess, load_image
 from sagelib.interact import InteractHead
 from sagelib.places import Places, folder_name
 
 N = 11
+QUIET = {"device": "cpu", "progress": False}
 
 
 def write_pictures(folder, n=N, seed=0):
@@ -74,9 +78,6 @@ class Headed(torch.nn.Module):
     def interact(self, descriptors, anchors=None):
         return self.head(descriptors, anchors)
 
-    def forward(self, images):
-        return self.interact(self.embed(images))
-
 
 # --------------------------------------------------------------------------------------------------- context
 @pytest.mark.parametrize("text", ["none", "solo", "sorted-8", "shuffled-32", "anchors"])
@@ -88,7 +89,7 @@ def test_context_reads_and_writes(text):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("sorted", "'sorted' needs a batch size of at least 1, as in sorted-8"),
+        ("sorted", "'sorted' needs a batch size of at least 1"),
         ("shuffled-0", "'shuffled' needs a batch size of at least 1"),
         ("solo-3", "'solo' takes no batch size, got 3"),
         ("batch-8", "context 'batch' is unknown; give one of none, solo"),
@@ -109,10 +110,10 @@ def test_sorted_batches_follow_the_names_and_the_last_is_short():
 
 def test_shuffled_batches_depend_on_seed_and_set_but_not_on_the_order_given():
     names = [f"database/{i:03d}.jpg" for i in range(50)]
-    context = Context.parse("shuffled-8")
 
     def composed(names, seed, loader="database"):
-        return [[names[i] for i in batch] for batch in context.batches(names, seed=seed, loader=loader)]
+        batches = Context.parse("shuffled-8").batches(names, seed=seed, loader=loader)
+        return [[names[i] for i in batch] for batch in batches]
 
     first = composed(names, 0)
     assert [len(b) for b in first] == [8] * 6 + [2]
@@ -125,58 +126,84 @@ def test_shuffled_batches_depend_on_seed_and_set_but_not_on_the_order_given():
 
 
 def test_pictures_of_msls_as_downloaded_sort_by_their_converted_names():
-    keys, east = ["zz", "aa"], np.array([500000.0, 600000.0])
-    places = Places.build(
-        ["m/zz.jpg", "m/aa.jpg"], east_m=east, north_m=[5e6, 5e6], key=keys, sequence=["s", "s"]
+    files, keys, east = ["m/zz.jpg", "m/aa.jpg"], ["zz", "aa"], np.array([500000.0, 600000.0])
+    names = names_in_order(
+        Places.build(files, east_m=east, north_m=[5e6, 5e6], key=keys, sequence=["s", "s"])
     )
-    names = names_in_order(places)
     assert names == [folder_name(e, 5e6, pano_id=k) for e, k in zip(east, keys, strict=True)]
     assert [b.tolist() for b in Context.parse("sorted-1").batches(names)] == [[0], [1]]
-    plain = Places.build(["m/zz.jpg", "m/aa.jpg"], east_m=east, north_m=[5e6, 5e6])
-    assert names_in_order(plain) == ["m/zz.jpg", "m/aa.jpg"]
+    assert names_in_order(Places.build(files, east_m=east, north_m=[5e6, 5e6])) == files
 
 
 # -------------------------------------------------------------------------------------------------- describe
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_descriptors_are_those_of_the_model(places, tmp_path, dtype):
-    model = Headed()
-    d = describe(model, places, tmp_path / "d", batch_size=4, dtype=dtype, progress=False)
-    with torch.inference_mode():
-        images = torch.stack([model.preprocess(load_image(p)) for p in places.path])
-        expected = model.embed(images).numpy()
-    assert d.values.dtype == dtype and d.values.shape == (N, 32)
+    model, before = Headed(), torch.random.get_rng_state()
+    d = describe(model, places, tmp_path / "d", batch_size=4, dtype=dtype, **QUIET)
+    assert torch.equal(before, torch.random.get_rng_state())
+    images = torch.stack([model.preprocess(load_image(p)) for p in places.path])
+    expected = describe_batch(model, images).numpy()
+    np.testing.assert_array_equal(expected, model.embed(images).detach().numpy())
+    assert d.values.dtype == dtype and d.values.shape == (N, 32) and len(d) == N
     np.testing.assert_allclose(d.values, expected, atol=1e-6 if dtype == "float32" else 1e-3)
-    manifest = d.manifest
-    assert (manifest["context"], manifest["n"], manifest["dim"], manifest["dtype"]) == ("none", N, 32, dtype)
-    assert manifest["preprocess"] == "Preprocess(image_size=14, mode='paper')"
-    assert manifest["images_per_s"] > 0 and manifest["skipped"] == []
-    assert not list((tmp_path / "d").glob(".tmp-*")), "no temporary file is left"
-    again = load_descriptors(tmp_path / "d")
-    assert np.array_equal(again.values, d.values) and again.manifest == manifest
+    assert (d.context, d.manifest["dtype"], d.manifest["skipped"]) == ("none", dtype, [])
+    assert d.manifest["preprocess"] == "Preprocess(image_size=14, mode='paper')"
+    assert d.manifest["images_per_s"] > 0
+    assert {p.name for p in d.path.iterdir()} - {".lock"} == {"manifest.json", "rows.npy"}
+    again = Descriptors(d.path)
+    assert np.array_equal(again.values, d.values) and again.manifest == d.manifest
 
 
 def test_batch_size_and_workers_make_no_difference_beyond_rounding(places, tmp_path):
-    model = Headed()
-    a = describe(model, places, tmp_path / "a", batch_size=11, dtype="float32", progress=False)
-    b = describe(model, places, tmp_path / "b", batch_size=2, dtype="float32", workers=2, progress=False)
+    a = describe(Headed(), places, tmp_path / "a", batch_size=11, dtype="float32", **QUIET)
+    b = describe(Headed(), places, tmp_path / "b", batch_size=2, dtype="float32", workers=2, **QUIET)
     np.testing.assert_allclose(a.values, b.values, atol=1e-6)
 
 
-def test_mixed_precision_on_request(places, tmp_path):
-    exact = describe(Headed(), places, tmp_path / "a", dtype="float32", device="cpu", progress=False)
-    mixed = describe(
-        Headed(), places, tmp_path / "b", dtype="float32", device="cpu", autocast="bfloat16", progress=False
-    )
-    error = np.abs(mixed.values - exact.values).max()
-    assert 1e-6 < error < 0.02 and mixed.manifest["autocast"] == "bfloat16"
+def test_every_descriptor_is_found_by_all_that_it_depends_on(places, tmp_path):
+    model, made = Headed(), []
+
+    def again(model=model, places=places, **options):
+        made.append(describe(model, places, tmp_path / "d", **QUIET, **options).path)
+        return model.embedded
+
+    assert again() == N and again(batch_size=3) == N and made[0] == made[1]
+    assert again(dtype="float32") == 2 * N
+    assert again(preprocess=Preprocess(14, "antialias")) == 3 * N
+    assert again(places=places[:5]) == 3 * N + 5
+    Image.new("RGB", (50, 40)).save(places.path[3])
+    assert again() == 4 * N + 5, "a picture was replaced under its name"
+    other = Headed()
+    torch.nn.init.zeros_(other.project.bias)
+    assert again(model=other) == N
+    assert len(set(made)) == len(made) - 1
 
 
-def test_finished_descriptors_are_not_made_again(places, tmp_path):
+def test_without_a_fingerprint_everything_is_described_anew(places, tmp_path):
+    def flat(images):
+        return images.flatten(1)
+
+    paths = [describe(flat, places, tmp_path, preprocess=Preprocess(14), **QUIET).path for _ in range(2)]
+    grey = [
+        describe(baseline_pixels, places, tmp_path, preprocess=grey, **QUIET).path
+        for grey in [GreyPixels()] * 2
+    ]
+    assert paths[0] != paths[1] and grey[0] == grey[1]
+    own = [
+        describe(baseline_pixels, places, tmp_path, preprocess=lambda p: GreyPixels()(p), **QUIET).path
+        for _ in range(2)
+    ]
+    assert own[0] != own[1]
+
+
+def test_the_weights_are_hashed_by_the_caller_or_here(places, tmp_path, monkeypatch):
     model = Headed()
-    describe(model, places, tmp_path / "d", batch_size=4, progress=False)
-    assert model.embedded == N
-    describe(model, places, tmp_path / "d", batch_size=3, progress=False)
-    assert model.embedded == N
+    made = describe(model, places, tmp_path, context="solo", **QUIET)
+    fingerprint = model_fingerprint(model)
+    monkeypatch.setattr(describe_module, "model_fingerprint", None)
+    assert (
+        describe(model, places, tmp_path, context="solo", fingerprint=fingerprint, **QUIET).path == made.path
+    )
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no lock on a directory")
@@ -188,36 +215,9 @@ def test_two_at_once_describe_once(places, tmp_path):
 
     model = Slow()
     with ThreadPoolExecutor(2) as pool:
-        jobs = [
-            pool.submit(describe, model, places, tmp_path / "d", batch_size=2, progress=False)
-            for _ in range(2)
-        ]
+        jobs = [pool.submit(describe, model, places, tmp_path / "d", batch_size=2, **QUIET) for _ in range(2)]
         a, b = [job.result() for job in jobs]
     assert model.embedded == N and np.array_equal(a.values, b.values)
-
-
-def test_other_settings_are_refused_by_name_or_replaced_on_request(places, tmp_path):
-    model = Headed()
-    describe(model, places, tmp_path / "d", progress=False)
-    with pytest.raises(ValueError, match="dtype: 'float16' -> 'float32'"):
-        describe(model, places, tmp_path / "d", dtype="float32", progress=False)
-    with pytest.raises(ValueError, match=r"preprocess: .*mode='paper'.* -> .*mode='antialias'"):
-        describe(model, places, tmp_path / "d", preprocess=Preprocess(14, "antialias"), progress=False)
-    with pytest.raises(ValueError, match="other settings .*model:"):
-        other = Headed()
-        torch.nn.init.zeros_(other.project.bias)
-        describe(other, places, tmp_path / "d", progress=False)
-    with pytest.raises(ValueError, match="other settings .*data:"):
-        describe(model, places[:5], tmp_path / "d", progress=False)
-    again = describe(model, places[:5], tmp_path / "d", overwrite=True, progress=False)
-    assert len(again) == 5
-
-
-def test_a_picture_replaced_under_its_name_is_noticed(places, tmp_path):
-    describe(baseline_pixels, places, tmp_path / "d", progress=False)
-    Image.new("RGB", (50, 40)).save(places.path[3])
-    with pytest.raises(ValueError, match="other settings .*data:"):
-        describe(baseline_pixels, places, tmp_path / "d", progress=False)
 
 
 def test_only_one_batch_of_images_lives_in_memory(places, tmp_path):
@@ -232,9 +232,7 @@ def test_only_one_batch_of_images_lives_in_memory(places, tmp_path):
         assert not any(batch() is not None for batch in alive), "an earlier batch is still there"
         return Preprocess(14)(picture)
 
-    describe(
-        Watched(), places, tmp_path / "d", preprocess=preprocess, batch_size=2, device="cpu", progress=False
-    )
+    describe(Watched(), places, tmp_path / "d", preprocess=preprocess, batch_size=2, **QUIET)
     assert len(alive) == 6
 
 
@@ -245,27 +243,20 @@ def test_the_model_returns_to_the_mode_it_was_in(places, tmp_path):
 
     model = Dropping()
     model.project.eval()  # a frozen part inside a model that trains
-    a = describe(model, places, tmp_path / "a", progress=False)
+    a = describe(model, places, tmp_path / "a", **QUIET)
     assert model.training and not model.project.training
-    b = describe(model, places, tmp_path / "b", progress=False)
-    assert np.array_equal(a.values, b.values)
-
-
-def test_torch_random_state_is_left_alone(places, tmp_path):
-    before = torch.random.get_rng_state()
-    describe(Headed(), places, tmp_path / "a", progress=False)
-    assert torch.equal(before, torch.random.get_rng_state())
+    assert np.array_equal(a.values, describe(model, places, tmp_path / "b", **QUIET).values)
 
 
 # ---------------------------------------------------------------------------------------------- interruption
 SLOW = """
-    import sys, time, pathlib
+    import sys, time
     import torch
     from sagelib import describe as module
     from sagelib.places import read_folder
     from sagelib.images import Preprocess
 
-    module._CHECKPOINT_S = 0.0
+    module.FLUSH_S = 0.0
     folder, log, pause, *outs = sys.argv[1:]
 
     class Slow(torch.nn.Module):
@@ -298,29 +289,25 @@ def test_killed_and_continued_gives_equal_bytes(tmp_path):
         try:
             deadline = time.monotonic() + 120
             while not log.exists() or len(log.read_text().split()) < kills:
-                assert process.poll() is None and time.monotonic() < deadline, (
-                    "never came to the batch to be killed in"
-                )
+                assert process.poll() is None and time.monotonic() < deadline, "never came to its batch"
                 time.sleep(0.01)
             os.kill(process.pid, getattr(signal, "SIGKILL", signal.SIGTERM))
         finally:
             process.wait()
-        with pytest.raises(FileNotFoundError, match="unfinished descriptors: call describe again"):
-            load_descriptors(tmp_path / "killed")
+        with pytest.raises(FileNotFoundError, match="there are no finished Descriptors in"):
+            Descriptors(next((tmp_path / "killed").iterdir()))
     subprocess.run(command(0, "killed", "whole"), check=True)
     # At most the batch in which it was killed, and one not yet recorded, were done twice at each kill.
     batches = 14
     assert 2 * batches < len(log.read_text().split()) <= 2 * batches + 4
-    whole, killed = (tmp_path / name / "descriptors.npy" for name in ("whole", "killed"))
-    assert killed.read_bytes() == whole.read_bytes()
+    whole, killed = (next((tmp_path / name).iterdir()) / "rows.npy" for name in ("whole", "killed"))
+    assert killed.read_bytes() == whole.read_bytes() and killed.parent.name == whole.parent.name
 
 
 class Stopping(Headed):
     """Fails at a given call, as an interruption that Python sees."""
 
-    def __init__(self, at):
-        super().__init__()
-        self.at, self.calls = at, 0
+    at, calls = 4, 0
 
     def embed(self, images):
         self.calls += 1
@@ -328,54 +315,57 @@ class Stopping(Headed):
             raise KeyboardInterrupt
         return super().embed(images)
 
-
-def interrupt(places, out, monkeypatch, **options):
-    monkeypatch.setattr(describe_module, "_CHECKPOINT_S", 0.0)
-    model = Stopping(at=4)
-    with pytest.raises(KeyboardInterrupt):
-        describe(model, places, out, progress=False, **options)
-    model.at = None
-    return model
+    def interact(self, descriptors, anchors=None):
+        self.calls += 1
+        if self.calls == self.at:
+            raise KeyboardInterrupt
+        return super().interact(descriptors, anchors)
 
 
-def test_continued_with_another_batch_size_begins_again(places, tmp_path, monkeypatch):
-    model = interrupt(places, tmp_path / "d", monkeypatch, batch_size=2)
-    model.embedded = 0
-    describe(model, places, tmp_path / "d", batch_size=2, progress=False)
-    assert model.embedded == N - 6
-    model = interrupt(places, tmp_path / "e", monkeypatch, batch_size=2)
-    model.embedded = 0
-    d = describe(model, places, tmp_path / "e", batch_size=3, progress=False)
-    assert model.embedded == N and d.manifest["batch_size"] == 3
-
-
-def test_killed_between_renaming_and_manifest(places, tmp_path, monkeypatch):
+@pytest.mark.parametrize("stop", ["manifest.json", "rows.npy"])
+def test_killed_at_the_very_end(places, tmp_path, monkeypatch, stop):
     model = Headed()
-    real = runs.write_json
     with monkeypatch.context() as patch:
 
-        def fails_at_the_manifest(path, obj):
-            if path.name == "manifest.json":
-                raise KeyboardInterrupt
-            return real(path, obj)
+        def fails(*args, **options):
+            raise KeyboardInterrupt
 
-        patch.setattr(runs, "write_json", fails_at_the_manifest)
+        write = runs.write_json
+        if stop == "manifest.json":
+            patch.setattr(runs, "write_json", lambda p, obj: fails() if p.name == stop else write(p, obj))
+        else:
+            patch.setattr("pathlib.Path.replace", fails)
         with pytest.raises(KeyboardInterrupt):
-            describe(model, places, tmp_path / "d", progress=False)
-    d = describe(model, places, tmp_path / "d", progress=False)
-    assert model.embedded == N and len(d) == N and not list((tmp_path / "d").glob(".tmp-*"))
+            describe(model, places, tmp_path / "d", **QUIET)
+    d = describe(model, places, tmp_path / "d", **QUIET)
+    assert model.embedded == N and len(d) == N and not list(d.path.glob(".[!l]*"))
+
+
+def test_both_passes_go_on_where_they_stopped(places, tmp_path, monkeypatch):
+    monkeypatch.setattr(describe_module, "FLUSH_S", 0.0)
+    options = dict(QUIET, batch_size=2, context="sorted-2")
+    whole = describe(Headed(), places, tmp_path / "whole", **options)
+    model = Stopping()
+    for calls in (4, 4 + 4 + 2):  # in the first pass, and in the second after the rest of the first
+        model.at = calls
+        with pytest.raises(KeyboardInterrupt):
+            describe(model, places, tmp_path / "d", **options)
+    model.at = None
+    assert np.array_equal(describe(model, places, tmp_path / "d", **options).values, whole.values)
+    assert model.embedded == N and model.calls == 6 + 6 + 2
 
 
 # -------------------------------------------------------------------------------------------------- bad data
 def test_a_picture_that_does_not_decode(places, tmp_path, monkeypatch):
-    good = describe(Headed(), places, tmp_path / "good", batch_size=2, progress=False)
+    good = describe(Headed(), places, tmp_path / "good", batch_size=2, **QUIET)
     for row in (0, 1, 7):
         with open(places.path[row], "wb") as stream:
             stream.write(b"not a picture")
     with pytest.raises(ValueError, match="@0@0@@@@@0000.*does not decode") as error:
-        describe(Headed(), places, tmp_path / "raise", batch_size=2, workers=1, progress=False)
+        describe(Headed(), places, tmp_path / "raise", batch_size=2, workers=1, **QUIET)
     assert "Traceback" not in str(error.value), "one sentence, also from a worker"
-    d = describe(Headed(), places, tmp_path / "skip", batch_size=2, on_error="skip", progress=False)
+    skip = dict(QUIET, batch_size=2, on_error="skip")
+    d = describe(Headed(), places, tmp_path / "skip", **skip)
     kept = [2, 3, 4, 5, 6, 8, 9, 10]
     assert d.rows.tolist() == kept and len(d) == 8
     assert np.array_equal(d.values, good.values[kept])
@@ -383,70 +373,83 @@ def test_a_picture_that_does_not_decode(places, tmp_path, monkeypatch):
     assert table.path.tolist() == places.path[kept].tolist() and len(table.left_out) == 3
     assert [s["row"] for s in d.manifest["skipped"]] == [0, 1, 7]
     # Continued after an interruption: the same bytes and the same list.
-    model = interrupt(places, tmp_path / "again", monkeypatch, batch_size=2, on_error="skip")
-    e = describe(model, places, tmp_path / "again", batch_size=2, on_error="skip", progress=False)
-    assert [s["row"] for s in e.manifest["skipped"]] == [0, 1, 7] and np.array_equal(e.values, d.values)
+    monkeypatch.setattr(describe_module, "FLUSH_S", 0.0)
+    model = Stopping()
+    with pytest.raises(KeyboardInterrupt):
+        describe(model, places, tmp_path / "again", **skip)
+    e = describe(model, places, tmp_path / "again", **skip)
+    assert e.manifest["skipped"] == d.manifest["skipped"] and np.array_equal(e.values, d.values)
     # The head sees the rows that are there.
-    composed = describe(
-        Headed(), places, tmp_path / "skip", on_error="skip", context="sorted-3", progress=False
-    )
+    composed = describe(Headed(), places, tmp_path / "skip", context="sorted-3", **skip)
     assert composed.values.shape == (8, 32) and composed.kept(places).path.tolist() == table.path.tolist()
-    with pytest.raises(ValueError, match="on_error='skip' takes them"):
-        describe(Headed(), places, tmp_path / "skip", progress=False)
+    with pytest.raises(ValueError, match="does not decode .*on_error='skip' leaves it out"):
+        describe(Headed(), places, tmp_path / "skip", **QUIET)
 
 
 def test_no_picture_decodes(places, tmp_path):
     for path in places.path:
         open(path, "wb").close()
     with pytest.raises(ValueError, match="none of the 11 pictures decodes"):
-        describe(Headed(), places, tmp_path / "d", on_error="skip", progress=False)
+        describe(Headed(), places, tmp_path / "d", on_error="skip", **QUIET)
 
 
 @pytest.mark.parametrize(
-    ("output", "sentence"),
+    ("output", "dtype", "sentence"),
     [
-        (
-            lambda images: torch.full((len(images), 4), torch.nan),
-            "@0@0@.*its descriptor is not finite in float16",
-        ),
-        (lambda images: torch.full((len(images), 4), 1e6), "not finite in float16; try dtype='float32'"),
-        (lambda images: images, r"must give a tensor \(11, D\) for 11 images, got shape \(11, 3, 14, 14\)"),
-        (lambda images: [1], "got list"),
+        (lambda x: x.flatten(1) * torch.nan, "float32", "@0@0@.*not finite for float32; the model gives NaN"),
+        (lambda x: x.flatten(1)[:, :8] * 1e6, "float16", "too large, .* for float16; try dtype='float32'"),
+        (lambda x: x.flatten(1)[:, :8] * 1e-9, "float16", "too small .* for float16; try dtype='float32'"),
+        (lambda x: x, "float16", r"must give a tensor \(11, D\) for 11 images, got shape \(11, 3, 14, 14\)"),
+        (lambda x: [1], "float16", "got list"),
     ],
 )
-def test_models_that_give_no_descriptors(places, tmp_path, output, sentence):
+def test_models_that_give_no_descriptors(places, tmp_path, output, dtype, sentence):
     with pytest.raises(ValueError, match=sentence):
-        describe(output, places, tmp_path / "d", preprocess=Preprocess(14), progress=False)
+        describe(output, places, tmp_path / "d", dtype=dtype, preprocess=Preprocess(14), **QUIET)
 
 
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"dtype": "float64"}, "dtype is 'float64'; it must be one of 'float16', 'float32'"),
-        ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
-        ({"workers": -1}, "workers is -1"),
-        ({"on_error": "ignore"}, "on_error is 'ignore'"),
-        ({"autocast": "half"}, "autocast is 'half'"),
-        ({"device": "tpu"}, "device is 'tpu'; it must be auto, cpu"),
+        ({"dtype": "float64"}, "dtype must be one of float16, float32, got 'float64'"),
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
+        ({"workers": -1}, "workers must be"),
+        ({"on_error": "ignore"}, "on_error must be one of raise, skip, got 'ignore'"),
+        ({"device": "tpu"}, "device must be one of auto, cpu, cuda, mps, got 'tpu'"),
         ({"device": "cuda:99"}, "'cuda:99', but PyTorch .* sees"),
-        ({"preprocess": lambda p: torch.zeros(3, *p.size)}, None),
+        ({"preprocess": lambda p: torch.zeros(3, *p.size)}, "tensors of several shapes"),
+        ({"context": "anchors"}, "none are given and the model has none"),
+        (
+            {"context": "anchors", "anchors": np.zeros((3, 8))},
+            r"anchors must have shape \(n, 32\); got \(3, 8\)",
+        ),
     ],
 )
 def test_settings_out_of_range(places, tmp_path, options, sentence):
-    if sentence is None:
-        Image.new("RGB", (9, 9)).save(places.path[1])
-        sentence = "tensors of several shapes"
+    Image.new("RGB", (9, 9)).save(places.path[1])
     with pytest.raises(ValueError, match=sentence):
-        describe(Headed(), places, tmp_path / "d", progress=False, **options)
+        describe(Headed(), places, tmp_path / "d", **(QUIET | options))
 
 
-def test_needs_pictures_and_a_preprocess(places, tmp_path):
+def test_needs_pictures_a_preprocess_and_for_contexts_a_head(places, tmp_path):
     with pytest.raises(ValueError, match="places is empty"):
         describe(Headed(), places[:0], tmp_path / "d")
-    with pytest.raises(ValueError, match="names no preprocess of its own"):
+    with pytest.raises(ValueError, match="names no preprocess: give one"):
         describe(lambda images: images.flatten(1), places, tmp_path / "d")
-    with pytest.raises(FileNotFoundError, match=r"no finished descriptors in .*\(none\)"):
-        load_descriptors(tmp_path / "nothing")
+    for model in (Headed(head=False), baseline_pixels):
+        with pytest.raises(ValueError, match="context is solo, but this model has no InteractHead"):
+            describe(model, places, tmp_path / "d", context="solo", **QUIET)
+    with pytest.raises(FileNotFoundError, match="there are no finished Descriptors in"):
+        Descriptors(tmp_path / "nothing")
+
+
+def test_the_preprocess_is_the_one_given_or_the_models_own():
+    class Model:
+        preprocessing = {"image_size": 28, "mode": "antialias"}
+
+    assert preprocess_of(Model()) == Preprocess(28, "antialias")
+    assert preprocess_of(Headed()) == Preprocess(14)
+    assert preprocess_of(Headed(), Preprocess(70)) == Preprocess(70)
 
 
 def test_pick_device():
@@ -456,90 +459,68 @@ def test_pick_device():
 
 
 # ---------------------------------------------------------------------------------------- contexts, for real
-def head_alone(model, values, batches, anchors=None):
-    out = np.empty(values.shape, np.float32)
-    with torch.inference_mode():
-        for batch in batches:
-            out[batch] = (
-                model.eval().interact(torch.tensor(np.asarray(values[batch], np.float32)), anchors).numpy()
-            )
-    return out
-
-
 def test_contexts_are_composed_from_one_embedding(places, tmp_path):
     model = Headed()
-    options = dict(dtype="float32", batch_size=4, progress=False)
+    options = dict(QUIET, dtype="float32", batch_size=4)
     base = describe(model, places, tmp_path / "d", **options)
-    contexts = {
-        c: describe(model, places, tmp_path / "d", context=c, **options) for c in ("solo", "sorted-4")
-    }
-    for seed in (0, 1):
-        contexts[f"shuffled-4/{seed}"] = describe(
-            model, places, tmp_path / "d", context="shuffled-4", seed=seed, **options
-        )
     anchors = choose_anchors(base, 3)
-    contexts["anchors"] = describe(
-        model, places, tmp_path / "d", context="anchors", anchors=anchors, **options
-    )
+    made = {
+        (context, seed): describe(
+            model, places, tmp_path / "d", context=context, seed=seed, anchors=anchors, **options
+        )
+        for context, seed in (
+            ("solo", 0),
+            ("sorted-4", 0),
+            ("shuffled-4", 0),
+            ("shuffled-4", 1),
+            ("anchors", 0),
+        )
+    }
     assert model.embedded == N, "the backbone saw every picture once"
 
+    def by_hand(batches, anchors=None):
+        out = np.empty(base.values.shape, np.float32)
+        for batch in batches:
+            with torch.no_grad():
+                out[batch] = model.eval().interact(torch.from_numpy(base.values[batch]), anchors)
+        return out
+
     order = np.argsort(places.path.astype(str))
-    expected = head_alone(model, base.values, [order[:4], order[4:8], order[8:]])
-    np.testing.assert_allclose(contexts["sorted-4"].values, expected, atol=1e-5)
-    alone = head_alone(model, base.values, np.arange(N)[:, None])
-    np.testing.assert_allclose(contexts["solo"].values, alone, atol=1e-5)
-    np.testing.assert_allclose(
-        contexts["anchors"].values,
-        head_alone(model, base.values, [np.arange(N)], torch.tensor(anchors)),
-        atol=1e-5,
-    )
-    different = [d.values for d in contexts.values()]
+    expected = {
+        "sorted-4": by_hand([order[:4], order[4:8], order[8:]]),
+        "solo": by_hand(np.arange(N)[:, None]),
+        "anchors": by_hand([np.arange(N)], torch.from_numpy(anchors)),
+    }
+    for context, values in expected.items():
+        np.testing.assert_allclose(made[context, 0].values, values, atol=1e-5)
+    different = [d.values for d in made.values()]
     for i, a in enumerate(different):
         for b in different[:i]:
             assert np.abs(a - b).max() > 0.05
-    for label, d in contexts.items():
-        assert d.context == d.manifest["context"] == label.split("/")[0]
-        assert np.array_equal(load_descriptors(d.path).values, d.values)
-    assert [contexts[f"shuffled-4/{s}"].manifest["seed"] for s in (0, 1)] == [0, 1]
+    for (context, seed), d in made.items():
+        assert d.context == context and d.manifest.get("seed", 0) == seed
+        assert np.array_equal(Descriptors(d.path).values, d.values)
 
 
-def test_permuting_the_table_permutes_the_descriptors(places, tmp_path):
+def test_permuting_the_table_permutes_the_descriptors(places):
     model, order = Headed(), np.random.default_rng(0).permutation(N)
     values = np.random.default_rng(1).normal(size=(N, 32)).astype(np.float32)
     names = np.array(names_in_order(places))
-    anchors = values[:2]
     for context in ("solo", "sorted-3", "shuffled-3", "anchors"):
-        a = compose(model, values, names, context, anchors=anchors, device="cpu")
-        b = compose(model, values[order], names[order], context, anchors=anchors, device="cpu")
+        a = compose(model, values, names, context, anchors=values[:2], device="cpu")
+        b = compose(model, values[order], names[order], context, anchors=values[:2], device="cpu")
         np.testing.assert_allclose(a[order], b, atol=1e-5)
-    for context in ("solo", "anchors"):  # nor do they depend on the batch size
-        a = compose(model, values, names, context, anchors=anchors, device="cpu", batch_size=1)
-        b = compose(model, values, names, context, anchors=anchors, device="cpu", batch_size=7)
-        np.testing.assert_allclose(a, b, atol=1e-5)
     assert np.array_equal(compose(model, values, names, "none", device="cpu"), values)
 
 
 def test_a_new_head_needs_no_new_embedding(places, tmp_path):
     model = Headed()
-    before = describe(model, places, tmp_path / "d", context="solo", progress=False)
+    before = describe(model, places, tmp_path / "d", context="solo", **QUIET)
     torch.nn.init.normal_(model.head.layers[0].linear1.weight)
-    assert model_fingerprint(model, head=False) == model_fingerprint(Headed(), head=False)
-    after = describe(model, places, tmp_path / "d", context="solo", progress=False)
+    assert model_fingerprint(model).under("none") == model_fingerprint(Headed()).under("none")
+    after = describe(model, places, tmp_path / "d", context="solo", **QUIET)
     assert model.embedded == N
     assert before.path != after.path and np.abs(before.values - after.values).max() > 0.01
-
-
-def test_contexts_need_a_head_and_anchors(places, tmp_path):
-    with pytest.raises(ValueError, match="context is solo, but this model has no InteractHead"):
-        describe(Headed(head=False), places, tmp_path / "d", context="solo", progress=False)
-    with pytest.raises(ValueError, match="context is sorted-2, but this model has no InteractHead"):
-        describe(baseline_pixels, places, tmp_path / "d", context="sorted-2", progress=False)
-    with pytest.raises(ValueError, match="none are given and the model has none"):
-        describe(Headed(), places, tmp_path / "d", context="anchors", progress=False)
-    with pytest.raises(ValueError, match=r"anchors must have shape \(m, 32\), got \(3, 8\)"):
-        describe(
-            Headed(), places, tmp_path / "d", context="anchors", anchors=np.zeros((3, 8)), progress=False
-        )
 
 
 @pytest.mark.parametrize("method", ["sample", "kmeans"])
@@ -556,22 +537,23 @@ def test_anchors(method):
         assert all((x.astype(np.float32) == a).all(1).any() for a in anchors)
     else:
         assert sorted((anchors @ centres.T).argmax(1)) == [0, 1, 2, 3]
-    with pytest.raises(ValueError, match="m is 401; it must be from 1 to the number of descriptors, 400"):
+    with pytest.raises(ValueError, match="m must be a whole number from 1 to 400, got 401"):
         choose_anchors(x, 401)
-    with pytest.raises(ValueError, match="method is 'random'"):
+    with pytest.raises(ValueError, match="method must be one of sample, kmeans, got 'random'"):
         choose_anchors(x, 4, "random")
 
 
 # ---------------------------------------------------------------------------------------------- fingerprints
 def test_model_fingerprints_tell_models_apart():
     a, b = Headed(), Headed()
-    assert model_fingerprint(a) == model_fingerprint(b)
+    assert model_fingerprint(a) == model_fingerprint(b) == model_fingerprint(b.eval())
     with torch.no_grad():
         b.project.weight[0, 0] += 1e-6
     assert model_fingerprint(a) != model_fingerprint(b)
-    assert model_fingerprint(a) == model_fingerprint(a.eval())
-    half = Headed().bfloat16()
-    assert model_fingerprint(half) != model_fingerprint(a)
+    assert model_fingerprint(a) != model_fingerprint(Headed().bfloat16())
+    b = Headed()
+    b.fingerprint = "headed, another code"
+    assert model_fingerprint(a) != model_fingerprint(b)
 
     def anything(images):
         return images
@@ -584,15 +566,17 @@ def test_model_fingerprints_tell_models_apart():
     assert model_fingerprint(flat) != model_fingerprint(other)
     other.forward = anything
     assert model_fingerprint(other) != model_fingerprint(other)
+    anything.fingerprint = "v1"
+    assert model_fingerprint(anything) == model_fingerprint(anything)
 
-    class Callable:
-        def __call__(self, images):
-            return images
 
-    assert model_fingerprint(Callable()) != model_fingerprint(Callable())
-    named = Callable()
-    named.fingerprint = "v1"
-    assert model_fingerprint(named) == "v1"
+def test_a_picture_replaced_by_one_of_equal_size_and_time_is_another(places):
+    path, before = places.path[0], pictures_fingerprint(places)
+    stat, data = os.stat(path), bytearray(open(path, "rb").read())
+    data[-20] ^= 1
+    open(path, "wb").write(data)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert pictures_fingerprint(places) != before
 
 
 # -------------------------------------------------------------------------------------------- a first model
@@ -606,17 +590,6 @@ def test_pixels_are_the_correlation_of_thumbnails():
     # From the usual normalised tensor it is nearly the same descriptor (Pillow rounds grey to integers).
     e = baseline_pixels(torch.stack([Preprocess(64)(p) for p in pictures])).double()
     assert float((d * e).sum(1).min()) > 0.999
-
-
-def test_float16_that_would_lose_descriptors_is_refused(places, tmp_path):
-    with pytest.raises(ValueError, match="too small for float16; give dtype='float32'"):
-        describe(
-            lambda x: x.flatten(1)[:, :8] * 1e-9,
-            places,
-            tmp_path / "d",
-            preprocess=Preprocess(14),
-            progress=False,
-        )
 
 
 def test_a_full_disk_is_one_sentence(tmp_path):
@@ -635,18 +608,5 @@ def test_too_little_memory_says_what_to_lower(places, tmp_path, error):
     def greedy(images):
         raise error
 
-    with pytest.raises(
-        MemoryError, match="not enough memory to describe 4 pictures at a time on cpu: lower batch_size"
-    ):
-        describe(
-            greedy, places, tmp_path, preprocess=GreyPixels(8), batch_size=4, device="cpu", progress=False
-        )
-
-
-def test_a_picture_replaced_by_one_of_equal_size_and_time_is_another(places):
-    path, before = places.path[0], describe_module.pictures_fingerprint(places)
-    stat, data = os.stat(path), bytearray(open(path, "rb").read())
-    data[-20] ^= 1
-    open(path, "wb").write(data)
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert describe_module.pictures_fingerprint(places) != before
+    with pytest.raises(MemoryError, match="not enough memory to describe 4 pictures at a time on cpu: lower"):
+        describe(greedy, places, tmp_path, preprocess=GreyPixels(8), batch_size=4, **QUIET)

@@ -131,7 +131,7 @@ HOUSE = [
     {"sampler"},
     {"describe"},
     {"retrieval"},
-    {"tokens", "train", "evaluate"},
+    {"train", "evaluate"},
 ]
 OURS = {"sagelib", "workbench", "townscape"}
 FIGURES = [p.name for p in (ROOT / "notebooks" / "workbench" / "figures").glob("*.py")]

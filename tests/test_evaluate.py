@@ -108,7 +108,7 @@ def test_a_result_is_what_the_slow_script_says(data, tmp_path):
     test_set = open_set(data, "aligned")
     result = evaluate(Noisy(), test_set, tmp_path, progress=False)
     folders = [result.path / result.descriptors[part] for part in ("database", "queries")]
-    values = [np.load(f / "descriptors.npy") for f in folders]
+    values = [np.load(f / "rows.npy") for f in folders]
     hits, n, without, ranks = slow.slow_recall(*values, data / "aligned" / "images" / "test")
     assert (result.hits, result.n_queries, result.n_without_positive) == (hits, n, without)
     assert 5 < hits[1] < n, "an easy or hopeless set would prove nothing"
@@ -208,7 +208,7 @@ def test_sorted_without_a_number_takes_the_authors_batch(data, tmp_path):
 def test_anchors_and_shuffles_in_results(data, tmp_path):
     model, test_set = Noisy(), open_set(data, "aligned")
     base = evaluate(model, test_set, tmp_path, progress=False)
-    anchors = choose_anchors(np.load(base.path / base.descriptors["database"] / "descriptors.npy"), 16)
+    anchors = choose_anchors(np.load(base.path / base.descriptors["database"] / "rows.npy"), 16)
     a = evaluate(model, test_set, tmp_path, context="anchors", anchors=anchors, progress=False)
     assert a.context == "anchors" and a.seed is None
     seeds = [
@@ -501,7 +501,7 @@ def test_pixels_on_real_photographs_agree_with_the_slow_script(sage_data, tmp_pa
     test_set = open_set(sage_data, name)
     result = evaluate(baseline_pixels, test_set, tmp_path, progress=False)
     values = [
-        np.load(result.path / result.descriptors[p] / "descriptors.npy") for p in ("database", "queries")
+        np.load(result.path / result.descriptors[p] / "rows.npy") for p in ("database", "queries")
     ]
     hits, n, without, _ = slow.slow_recall(*values, sage_data / name / "images" / "test")
     assert (result.hits, result.n_queries, result.n_without_positive) == (hits, n, without)

@@ -18,7 +18,7 @@ import timm
 import torch
 import yaml
 
-from sagelib.describe import load_descriptors
+from sagelib.describe import Descriptors
 from sagelib.places import open_set, pairwise_m
 from sagelib.runs import Run
 from sagelib.train import TrainConfig
@@ -360,7 +360,7 @@ def test_a_released_checkpoint_on_pitts30k_stands_above_what_was_published(tmp_p
     (run,) = tmp_path.glob("runs/evaluate/SAGE_ViTB*")
     result = json.loads((run / "result.json").read_text())
     database, queries = (
-        load_descriptors(run / result["descriptors"][part]).values.astype(np.float64)
+        Descriptors(run / result["descriptors"][part]).values.astype(np.float64)
         for part in ("database", "queries")
     )
     places = open_set(tmp_path, "pitts30k")

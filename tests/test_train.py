@@ -20,11 +20,11 @@ import yaml
 
 from sagelib import runs
 from sagelib import train as training
+from sagelib.describe import open_tokens
 from sagelib.images import TrainTransform, Views
 from sagelib.model import SAGE
 from sagelib.places import Places, open_set, open_training_set, read_gsv_cities, read_msls
 from sagelib.sampler import SamplerConfig
-from sagelib.tokens import open_tokens
 from sagelib.train import (
     TrainConfig,
     build_loss,
@@ -724,7 +724,7 @@ def test_a_killed_build_goes_on_and_other_things_get_other_stores(tmp_path, smal
 
     with monkeypatch.context() as patch:
         patch.setattr(small_model.backbone, "prefix", failing)
-        patch.setattr("sagelib.tokens.FLUSH_S", 0.0)
+        patch.setattr("sagelib.describe.FLUSH_S", 0.0)
         with pytest.raises(Stopped):
             open_tokens(tmp_path / "cut", small_model, mined, preprocess=training.Preprocess(56), **options)
         calls.clear()
@@ -742,7 +742,7 @@ def test_a_killed_build_goes_on_and_other_things_get_other_stores(tmp_path, smal
     contrast = open_tokens(
         tmp_path / "cut", small_model, mined, preprocess=training.Preprocess(56, "antialias"), **options
     )
-    assert len({store.folder, larger.folder, contrast.folder}) == 3
+    assert len({store.path, larger.path, contrast.path}) == 3
 
 
 # -- mistakes ----------------------------------------------------------------------------------------------------------

@@ -22,8 +22,8 @@ from tqdm.auto import tqdm
 from sagelib import runs
 from sagelib.describe import (
     Context,
+    Descriptors,
     compose,
-    load_descriptors,
     model_fingerprint,
     names_in_order,
     own_anchors,
@@ -134,7 +134,7 @@ def audit_contexts(
     plain = evaluate(model, test_set, root, progress=progress, **options)  # also checks and describes the set
     anchors = own_anchors(model) if Context("anchors") in contexts else None
     config = {key: getattr(plain, key) for key in ("model", "dataset", "preprocess")}
-    config["model_fingerprint"] = model_fingerprint(model)  # with its head
+    config["model_fingerprint"] = model_fingerprint(model).whole  # with its head
     config |= {"contexts": [str(c) for c in contexts], "shuffles": shuffles, "rule": str(test_set.rule)}
     config["anchors"] = None if anchors is None else runs.fingerprint(anchors)
     name = f"{plain.path.name}-{runs.fingerprint(config)[:6]}"
@@ -142,7 +142,7 @@ def audit_contexts(
     if run.finished:
         return load_audit(run.dir)
     loaders = [
-        (part, load_descriptors(plain.path / plain.descriptors[part]).values, names_in_order(places))
+        (part, Descriptors(plain.path / plain.descriptors[part]).values, names_in_order(places))
         for part, places in (("database", test_set.database), ("queries", test_set.queries))
     ]
     positives, rows, ranks = test_set.positives(), [], {}

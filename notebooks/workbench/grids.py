@@ -40,18 +40,19 @@ from sagelib.backbone import build_backbone
 from sagelib.describe import (
     choose_anchors,
     compose,
+    describe_batch,
+    evaluating,
     model_fingerprint,
     names_in_order,
+    open_tokens,
     own_anchors,
     pick_device,
     pictures_fingerprint,
-    rerank_in_context,
 )
 from sagelib.evaluate import published, query_places
 from sagelib.images import Preprocess
 from sagelib.places import Places, TestSet, open_set, open_training_set
 from sagelib.retrieval import KS, PCA, Difference, recall, search
-from sagelib.tokens import open_tokens
 from sagelib.train import PRECISIONS, TrainConfig, open_run, train
 from townscape.folder import write_town
 from workbench.tables import minimal_detectable_difference
@@ -81,7 +82,7 @@ class Grid:
         What each changes: fields of `TrainConfig`, and how it is measured. ``context`` is none, solo or
         anchors (default: none without a head, anchors where the head was trained with them, else solo);
         ``anchors_from``, ``sample-m`` or ``kmeans-m``, chooses m anchors among the training descriptors;
-        ``rerank`` is the m of `sagelib.describe.rerank_in_context`; ``pca`` a number of dimensions, fitted on
+        ``rerank`` is the m of `rerank_in_context`; ``pca`` a number of dimensions, fitted on
         training descriptors, with ``whiten``. Options (``aggregator_options``, ...) are added to the base's,
         unless the configuration names another aggregator, adapter, loss or miner.
     published : dict of str to str
@@ -375,7 +376,6 @@ def _train_and_measure(job: _Job) -> None:
                 _measure(job, configuration, test_set, model, described, run, measurement)
 
 
-@torch.inference_mode()
 def _before_head(model, job: _Job, part: str, name: str = "") -> np.ndarray:
     """Descriptors before the head, (N, D) float32, of the training images or of a part of a test set."""
     config, device = job.config, pick_device(job.device)
@@ -398,9 +398,39 @@ def _before_head(model, job: _Job, part: str, name: str = "") -> np.ndarray:
     parts = []
     for start in range(0, len(places), rows):
         tokens = store[np.arange(start, min(start + rows, len(places)))].to(device)
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            parts.append(model.embed_tokens(tokens, store.grid).float().cpu().numpy())
+        parts.append(describe_batch(model, (tokens, store.grid), autocast=dtype).cpu().numpy())
     return np.concatenate(parts)
+
+
+def rerank_in_context(model, database_values, query_values, indices, m: int, *, device) -> np.ndarray:
+    """Order each query's first m references anew, seen among each other: its anchors are these m references.
+
+    This second stage is not in the paper. The query and each of its m references attend over themselves and the
+    same m anchors, and are compared by the Euclidean distance of what the head gives. The result depends on the
+    query and the data base alone; every query costs m + 1 passes through the head.
+
+    Parameters
+    ----------
+    database_values : array (N, D), query_values : array (Q, D)
+        Descriptors before the head.
+    indices : array (Q, depth), int
+        References found by a first stage, nearest first, -1 for none; those behind the first m stay.
+
+    Returns
+    -------
+    array (Q, depth), int64
+    """
+    indices = np.array(indices, np.int64)
+    runs.check("rerank", m, 1, indices.shape[1], whole=True)
+    for row, query in zip(indices, query_values, strict=True):
+        first = row[:m][row[:m] >= 0]
+        values = np.concatenate([np.asarray(query)[None], database_values[first]]).astype(np.float32)
+        values = torch.from_numpy(values).to(pick_device(device))
+        with evaluating(model):
+            after = model.interact(values, anchors=values[1:]).double()
+        distances = (after[1:] - after[0]).square().sum(1).cpu().numpy()
+        row[: len(first)] = first[np.argsort(distances, kind="stable")]
+    return indices
 
 
 def _measure(job: _Job, configuration, test_set, model, described, trained: runs.Run, run: runs.Run) -> None:
@@ -418,7 +448,7 @@ def _measure(job: _Job, configuration, test_set, model, described, trained: runs
     ]
     if how["pca"] is not None:
         fitted = in_context(described("mined"), names_in_order(job.mined))
-        belongs = dict(model=model_fingerprint(model, head=context != "none"), context=context)
+        belongs = dict(model=model_fingerprint(model).under(context), context=context)
         belongs["data"] = job.mined.fingerprint()
         pca = PCA.fit(fitted, how["pca"], whiten=how["whiten"], seed=seed, **belongs)
         pca.save(run.path("pca.safetensors"))
