@@ -8,6 +8,7 @@ import textwrap
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,6 @@ import torch
 from PIL import Image
 
 from sagelib import describe as describe_module
-from sagelib import runs
 from sagelib.describe import (
     Context,
     Descriptors,
@@ -324,17 +324,15 @@ class Stopping(Headed):
 
 @pytest.mark.parametrize("stop", ["manifest.json", "rows.npy"])
 def test_killed_at_the_very_end(places, tmp_path, monkeypatch, stop):
-    model = Headed()
-    with monkeypatch.context() as patch:
+    model, replace = Headed(), Path.replace
 
-        def fails(*args, **options):
+    def killed(path, target):
+        if Path(target).name == stop:
             raise KeyboardInterrupt
+        return replace(path, target)
 
-        write = runs.write_json
-        if stop == "manifest.json":
-            patch.setattr(runs, "write_json", lambda p, obj: fails() if p.name == stop else write(p, obj))
-        else:
-            patch.setattr("pathlib.Path.replace", fails)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
             describe(model, places, tmp_path / "d", **QUIET)
     d = describe(model, places, tmp_path / "d", **QUIET)
