@@ -777,7 +777,7 @@ def test_places_too_small_and_batches_too_large(tmp_path, mined, labelled):
 def test_half_needs_two_sources_and_anchors_a_head_with_some(tmp_path, mined):
     with pytest.raises(ValueError, match="'half' needs both sources"):
         run_once(tmp_path, tiny(**HEAD, train_context="half"), name="half", mined=mined)
-    with pytest.raises(ValueError, match="context 'solo' needs a cross-image head"):
+    with pytest.raises(ValueError, match="context is solo, but this model has no InteractHead"):
         run_once(tmp_path, tiny(graph_context="solo"), name="solo", mined=mined)
     with pytest.raises(ValueError, match="anchors asks for 999 training images, and there are 128"):
         run_once(tmp_path, tiny(**HEAD, train_context="anchors", anchors=999), name="anchors", mined=mined)
