@@ -500,9 +500,7 @@ def test_pixels_on_real_photographs_agree_with_the_slow_script(sage_data, tmp_pa
         pytest.skip(f"SAGE_DATA holds no set {name}")
     test_set = open_set(sage_data, name)
     result = evaluate(baseline_pixels, test_set, tmp_path, progress=False)
-    values = [
-        np.load(result.path / result.descriptors[p] / "rows.npy") for p in ("database", "queries")
-    ]
+    values = [np.load(result.path / result.descriptors[p] / "rows.npy") for p in ("database", "queries")]
     hits, n, without, _ = slow.slow_recall(*values, sage_data / name / "images" / "test")
     assert (result.hits, result.n_queries, result.n_without_positive) == (hits, n, without)
     assert 20 < result.recall.percent(1) < 50

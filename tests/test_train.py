@@ -702,9 +702,7 @@ def test_views_are_the_picture_and_fixed_variants_of_it(tmp_path, small_model, m
 
 def test_the_bytes_are_told_and_refused_above_the_limit(tmp_path, small_model, mined, capsys):
     preprocess = training.Preprocess(56)
-    with pytest.raises(
-        ValueError, match=r"128 images .*0.000836 GB.*more than cache_limit_gb = 0.0008"
-    ):
+    with pytest.raises(ValueError, match=r"128 images .*0.000836 GB.*more than cache_limit_gb = 0.0008"):
         open_tokens(tmp_path, small_model, mined, preprocess=preprocess, limit_gb=0.0008, progress=False)
     assert not list(tmp_path.iterdir())
     open_tokens(tmp_path, small_model, mined, preprocess=preprocess, limit_gb=0.0009, progress=True)
