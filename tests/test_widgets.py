@@ -126,9 +126,8 @@ def test_the_review_page_is_whole_and_says_what_is_known(tmp_path, review):
     ):
         assert sentence in words, sentence
     rows = json.loads(re.search(r"cases = (\[.*?\]), key", text).group(1))
-    assert [row["query"] for row in rows] == [case["query"] for case in cases]
-    assert rows[0]["first_reference_m"] == cases[0]["found"][0]["metres"] and rows[0]["score"] is None
-    assert rows[0]["nearest_positive_m"] == cases[0]["truth"]["metres"]
+    assert [row["found"] for row in rows] == [case["found"] for case in cases]
+    assert [row["truth"] for row in rows] == [case["truth"] for case in cases]
 
 
 def test_a_script_in_a_name_or_a_note_is_text_on_the_review_page(tmp_path, review):
@@ -237,7 +236,7 @@ def test_the_graph_explorer_follows_its_sliders(crowd):
     box.top_k.value = 2
     assert box.numbers["edges"] < edges and box.numbers["pruned"] > 0
     box.top_k.value = "off"
-    box.tau.value = box.tau.options[-1][1]
+    box.tau.value = box.tau.options[-1]
     assert 0 < box.numbers["edges"] < edges
     box.tau.value = "off"
     assert box.numbers["edges"] == edges

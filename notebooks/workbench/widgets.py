@@ -1,8 +1,6 @@
-"""Things to click, slide and hover in JupyterLab; beside each stands a plain function that draws the same
-figure.
+"""Things to click, slide and hover in JupyterLab; beside each a plain function draws the same figure.
 
-The plain functions work without a browser; the widgets only pass their sliders' values on. Each widget is an
-``ipywidgets.VBox`` whose attributes are its controls and what they show.
+The plain functions work without a browser; the widgets, ``ipywidgets.VBox``, only pass their controls on.
 """
 
 import contextlib
@@ -14,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from sagelib.graph import GeoVisualGraph
 from sagelib.images import load_image
@@ -164,14 +163,16 @@ def review_view(database: Places, queries: Places, positives, case: Mapping):
     metres = analysis.metres_between(queries, query, database, rows)
     turn = heading_difference(database.heading_deg[rows], queries.heading_deg[query])
     near = np.lexsort((metres, turn > 45.0))[:5]
-    captions = [f"#{one['rank']} {'✓' if one['positive'] else '✗'}  {one['metres']:.0f} m" for one in found]
+    marks = [f"#{one['rank']} {'✓' if one['positive'] else '✗'}" for one in found]
     alike = f"more alike than {case['score']:.0%} of the right first answers are"
     return figures.review_page(
         load_image(queries.path[query]),
         [load_image(database.path[one["reference"]]) for one in found],
         [load_image(path) for path in database.path[rows[near]]],
-        retrieved_captions=[caption.removesuffix("  nan m") for caption in captions],
-        positive_captions=[f"a positive  {m:.0f} m" for m in metres[near]],
+        retrieved_captions=[
+            f"{m}  {style.metres(one['metres'])}" for m, one in zip(marks, found, strict=True)
+        ],
+        positive_captions=[f"a positive  {style.metres(m)}" for m in metres[near]],
         correct=[one["positive"] for one in found],
         query_caption=f"query {query}",
         notes=alike if np.isfinite(case["score"]) else "",
@@ -195,29 +196,17 @@ def write_review(result, test_set, folder, *, count: int) -> Path:
     """
     import jinja2
 
-    database, queries, positives = test_set.database, test_set.queries, test_set.positives()
-    table, rows = result.rankings(), []
-    cases = analysis.suspects(table, database, queries, positives, count=count)
-    for case in cases:
-        row = {"query": case["query"], "query_path": case["query_path"]}
-        for name, one in (("first_reference", case["found"][0]), ("nearest_positive", case["truth"] or {})):
-            row |= {f"{name}_path": one.get("reference_path", ""), f"{name}_m": one.get("metres")}
-        row |= {"score": case["score"]}
-        rows.append(
-            {name: None if value != value else value for name, value in row.items()}
-        )  # no NaN in JSON
-    facts = {"model": result.model, "dataset": result.dataset, "context": result.context}
+    table, places = result.rankings(), {"database": test_set.database, "queries": test_set.queries}
+    about = {"model": result.model, "dataset": result.dataset, "context": result.context}
     pages = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
     pages.filters |= {"metres": style.metres, "jpeg": lambda path: style.jpeg(load_image(path), 220)}
-    pages.policies["json.dumps_kwargs"] = {}  # keys, the columns of the CSV, keep their order
+    pages.policies["json.dumps_kwargs"] = {}  # keys keep their order
     page = pages.get_template("review.html.j2").render(
-        about=facts | {"run": result.path.name},
-        cases=cases,
-        rows=rows,
-        database=database,
-        queries=queries,
+        about=about | {"run": result.path.name},
+        cases=analysis.suspects(table, **places, positives=test_set.positives(), count=count),
         rule=test_set.rule,
         searched=table["rank"].max(),
+        **places,
     )
     return write_text(Path(folder) / "review.html", page)
 
@@ -243,9 +232,8 @@ def graph_view(east_m, north_m, descriptors, *, radius_m, tau, top_k, images_per
     -------
     figure : matplotlib figure
     numbers : dict
-        ``edges``, ``pruned``, ``degree`` (mean), ``places``, and of the pairs within places the means of W,
-        metres and cosine: ``mean_weight``, ``mean_distance_m``, ``mean_similarity`` (NaN where there are
-        none).
+        ``edges``, ``pruned``, ``degree`` (mean), ``places``; and means over the pairs within places (NaN
+        without any): ``mean_weight`` (W), ``mean_distance_m``, ``mean_similarity`` (cosine).
     """
     graph = GeoVisualGraph(east_m, north_m, descriptors=descriptors, radius_m=radius_m, tau=tau, top_k=top_k)
     least = max(SamplerConfig.min_clique, images_per_place)
@@ -253,24 +241,20 @@ def graph_view(east_m, north_m, descriptors, *, radius_m, tau, top_k, images_per
         images_per_place=images_per_place, min_clique=least, prefer=prefer, **vars(graph.rules)
     )
     mined = harvest(graph, np.random.default_rng(seed).permutation(len(graph)), config)
-    chosen = [place.images.tolist() for place in itertools.islice(mined, places)]
-    first, second = np.array([p for c in chosen for p in itertools.combinations(c, 2)], int).reshape(-1, 2).T
-    metres = np.hypot(*(values[first] - values[second] for values in (graph.east_m, graph.north_m)))
-    values = np.asarray(descriptors, dtype=np.float64)
-    means = {
-        "mean_weight": -metres * np.linalg.norm(values[first] - values[second], axis=1),
-        "mean_distance_m": metres,
-        "mean_similarity": (analysis.unit(values[first]) * analysis.unit(values[second])).sum(axis=1),
-    }
-    numbers = {
-        "edges": graph.n_edges,
-        "pruned": graph.statistics()["pruned_edges"],
-        "degree": float(graph.degrees().mean()),
-    }
-    numbers |= {name: float(v.mean()) if len(v) else float("nan") for name, v in means.items()}
-    nodes, weight = (graph.east_m, graph.north_m), graph.edge_values()["weight"]
-    figure = figures.graph_map(*nodes, graph.edges(), weight, cliques=chosen, radius_m=radius_m)
-    return figure, numbers | {"places": len(chosen)}
+    chosen = [place.images for place in itertools.islice(mined, places)]
+    rows, pairs, within = analysis.unit(descriptors), [], np.triu_indices(images_per_place, 1)
+    for images in chosen:
+        part, cosine = graph.subgraph(images), rows[images] @ rows[images].T
+        weight = -part.d_geo * part.d_vis
+        pairs += zip(weight[within], part.d_geo[within], cosine[within], strict=True)
+    means = pd.DataFrame(
+        pairs, columns=["mean_weight", "mean_distance_m", "mean_similarity"], dtype=float
+    ).mean()
+    counts = graph.statistics()
+    numbers = {"edges": counts["edges"], "pruned": counts["pruned_edges"], "degree": counts["mean_degree"]}
+    weight = graph.edge_values()["weight"]
+    figure = figures.graph_map(east_m, north_m, graph.edges(), weight, cliques=chosen, radius_m=radius_m)
+    return figure, numbers | {"places": len(chosen)} | means.to_dict()
 
 
 def graph_explorer(east_m, north_m, descriptors, *, images_per_place: int, seed: int):
@@ -281,16 +265,11 @@ def graph_explorer(east_m, north_m, descriptors, *, images_per_place: int, seed:
     """
     import ipywidgets
 
-    widest = GeoVisualGraph(east_m, north_m, descriptors=descriptors, radius_m=50.0)
-    weights = widest.edge_values()["weight"]
-    taus = np.unique(np.quantile(weights, np.linspace(0.05, 0.95, 19)).round(1)).tolist()
-    choices = {
-        "tau": [(f"{v:g}", v) for v in taus],
-        "top_k": [(str(v), v) for v in (20, 10, 8, 6, 5, 4, 3, 2, 1)],
-    }
+    widest = GeoVisualGraph(east_m, north_m, descriptors=descriptors, radius_m=50.0).edge_values()
+    taus = np.unique(np.quantile(widest["weight"], np.linspace(0.05, 0.95, 19)).round(1)).tolist()
     controls = {"radius_m": _slider("radius_m", 25, 5, 50)}
-    for name, steps in choices.items():  # a selection slider cannot hold None
-        options = [("off", "off"), *steps]
+    for name, steps in (("tau", taus), ("top_k", (20, 10, 8, 6, 5, 4, 3, 2, 1))):
+        options = ["off", *steps]  # a selection slider cannot hold None
         controls[name] = ipywidgets.SelectionSlider(
             options=options, description=name, continuous_update=False
         )
@@ -303,9 +282,7 @@ def graph_explorer(east_m, north_m, descriptors, *, images_per_place: int, seed:
     vars(box).update(controls, picture=picture, text=text)
 
     def show() -> None:
-        values = {
-            name: None if control.value == "off" else control.value for name, control in controls.items()
-        }
+        values = {name: None if c.value == "off" else c.value for name, c in controls.items()}
         values |= dict(images_per_place=images_per_place, places=8)
         figure, box.numbers = graph_view(east_m, north_m, descriptors, **values)
         picture.value = figures.to_png(figure)
@@ -351,10 +328,8 @@ def patch_matcher(query, reference, query_patches, reference_patches, grid):
     pixels = np.asarray(query)
     height, width = pixels.shape[:2]
     clickable = go.FigureWidget(go.Image(z=pixels, hoverinfo="none"))
-    clickable.update_layout(title={"text": "click a patch", "font": {"size": 13}})
-    clickable.update_layout(
-        width=330, height=330 * height // width + 40, margin={"l": 5, "r": 5, "t": 35, "b": 5}
-    )
+    clickable.update_layout(title={"text": "click a patch", "font": {"size": 13}}, width=330)
+    clickable.update_layout(height=330 * height // width + 40, margin={"l": 5, "r": 5, "t": 35, "b": 5})
     clickable.update_xaxes(visible=False).update_yaxes(visible=False)
     # The wide picture must not squeeze the one that takes the clicks.
     left = ipywidgets.Box([clickable], layout={"flex": "0 0 340px"})
@@ -382,8 +357,7 @@ def patch_matcher(query, reference, query_patches, reference_patches, grid):
 def tsne_explorer(
     descriptors: Mapping, place, paths: Sequence[str], *, aid, class_aid, perplexity: int, seed: int
 ):
-    """Slide perplexity and seed and see what of the t-SNE maps stays; hover over a point to see its
-    photograph.
+    """Slide perplexity and seed and see what stays of the t-SNE maps; hover a point to see its photograph.
 
     Attributes: ``perplexity``, ``seed`` (sliders), ``chart`` and ``photograph``.
 
