@@ -146,7 +146,7 @@ def test_label_preference_of_uniform_and_of_one_label():
 
 def test_labels_of_written_pictures_fit_their_pixels(small_town):
     """The label of the sky lies where the written picture is as bright as the sky of a day."""
-    from townscape.folder import LABELS
+    from townscape.plan import LABELS
 
     test = open_set(small_town.parent, small_town.name)
     paths = [*test.database.path[:4], test.queries.path[5]]

@@ -246,9 +246,11 @@ def town_labels(folder, paths: Iterable) -> np.ndarray:
     Returns
     -------
     array (n, H, W) of uint8
-        Of n `paths`: indices into `townscape.folder.LABELS`.
+        Of n `paths`: indices into `townscape.plan.LABELS`.
     """
-    from townscape.folder import Town, TownConfig, images_of, plan_shots
+    from townscape.folder import images_of
+    from townscape.plan import TownConfig, plan_shots
+    from townscape.render import Town
 
     settings = read_json(Path(folder) / "settings.json")
     config, planned, labels = TownConfig(**settings["config"]), {}, []

@@ -2,7 +2,8 @@
 
 import pytest
 
-from townscape.folder import CONDITIONS, Town, plan_shots
+from townscape.plan import CONDITIONS, plan_shots
+from townscape.render import Town
 
 
 @pytest.fixture(scope="module")
