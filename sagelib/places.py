@@ -288,7 +288,7 @@ class _Reading:
     def __init__(self, on_error: str, check_pictures: bool = True) -> None:
         self.skip = check("on_error", on_error, choices=("raise", "skip")) == "skip"
         self.check_pictures = check_pictures
-        self.tables, self.problems, self.passed_over = [], [], []
+        self.tables, self.problems, self.passed_over, self.n_rows = [], [], [], 0
 
     def pass_over(self, folder: Path, names: Iterable[str], why: str) -> None:
         """Count and name files that are no mistake, but not read either."""
@@ -326,6 +326,7 @@ class _Reading:
         """The good rows of a table (by default all) become `Places`: pictures checked, degrees as metres."""
         if table and not len(path) and not self.problems:
             self.problems.append(f"{table.path}: the table has no rows")
+        self.n_rows += len(path)
         rows = np.flatnonzero(table.good) if table else np.arange(len(path))
         if self.check_pictures:
             with ThreadPoolExecutor(8) as pool:
@@ -352,7 +353,7 @@ class _Reading:
             first = "\n".join(self.problems[:5])
             raise ValueError(f'{first} ({len(self.problems)} in all; on_error="skip" leaves them out)')
         places = Places.concat(self.tables)
-        if not len(places):
+        if not len(places) and (self.problems or not self.n_rows):
             raise ValueError("; ".join([f"{source}: no pictures", *self.problems[:1], *self.passed_over[:1]]))
         return places.replace(left_out=self.problems + self.passed_over)
 
@@ -480,8 +481,7 @@ def _dates(texts: Iterable[str]) -> np.ndarray:
 
 def _sizes(folder: Path) -> dict[str, int]:
     """The size in bytes of every file in a folder, by name; none where there is no such folder."""
-    entries = os.scandir(folder) if folder.is_dir() else ()
-    return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+    return {e.name: e.stat().st_size for e in (os.scandir(folder) if folder.is_dir() else ()) if e.is_file()}
 
 
 # -- The readers of each format -------------------------------------------------------------------------

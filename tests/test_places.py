@@ -610,7 +610,10 @@ def test_msls_as_released(tmp_path):
         (folder / name).write_text(text.replace("True", "1").replace("False", "0"))
     assert read_msls(root, part="query").fingerprint() == places.fingerprint()
     assert read_msls(root, part="query", chosen=True).key.tolist() == ["zurich-q_0", "zurich-q_4"]
-    (folder / "raw.csv").write_text((folder / "raw.csv").read_text().replace(",0\n", ",perhaps\n", 1))
+    raw = (folder / "raw.csv").read_text()
+    (folder / "raw.csv").write_text(raw.replace(",0\n", ",1\n"))
+    assert len(read_msls(root, part="query")) == 0  # panoramas, all of them
+    (folder / "raw.csv").write_text(raw.replace(",0\n", ",perhaps\n", 1))
     refused(r"raw\.csv, line 2, column 'pano': expected true or false, 1 or 0, got", read_msls, root)
 
 
