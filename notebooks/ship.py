@@ -21,6 +21,8 @@ from sagelib.images import Preprocess
 from sagelib.places import open_set, open_training_set
 from sagelib.train import TrainConfig, open_run, train
 from townscape.folder import ensure_town
+from workbench.evidence import query_places
+from workbench.tables import results_table, to_markdown, write_table
 
 HERE = Path(__file__).resolve().parent
 DATA, RUNS, RESULTS = HERE.parent / "data", runs.runs_root(), HERE.parent / "data" / "results"
@@ -87,12 +89,12 @@ def measure_and_keep(models: dict, sets: list, values: dict, folder: Path, name:
         keep(
             result.path, folder / "evaluate" / result.path.name, ("manifest.json", "result.json", "ranks.npy")
         )
-    table = evaluate.results_table(results, published=False, chance=True)
+    table = results_table(results, beside=False)
     for ending in ("md", "csv"):
-        evaluate.write_table(table, folder / f"{name}.{ending}")
-    print(evaluate.to_markdown(table))
+        write_table(table, folder / f"{name}.{ending}")
+    print(to_markdown(table))
     frozen = {r.dataset: r for r in results if r.model == FROZEN[-1]}
-    places = {test.name: evaluate.query_places(test.queries) for test in sets}
+    places = {test.name: query_places(test.queries) for test in sets}
     against = [
         {
             "dataset": r.dataset,
@@ -102,7 +104,7 @@ def measure_and_keep(models: dict, sets: list, values: dict, folder: Path, name:
         for r in results
         if r.model != FROZEN[-1]
     ]
-    evaluate.write_table(pandas.DataFrame(against), folder / f"{name}-against-frozen.csv")
+    write_table(pandas.DataFrame(against), folder / f"{name}-against-frozen.csv")
     for row in against:
         print("{dataset}: {method} {points:+.1f} points at R@1 [{low:+.1f}, {high:+.1f}]".format(**row))
 

@@ -148,8 +148,8 @@ def recall(indices, positives, ks: Sequence[int] = KS, *, n_references: int | No
         raise ValueError(f"indices must be integers (n > 0, depth), got {indices.dtype} {indices.shape}")
     if not len(ks) or min(ks) < 1 or max(ks) > indices.shape[1]:
         raise ValueError(f"ks are {tuple(ks)}; each must be from 1 to the depth searched, {indices.shape[1]}")
-    _, ranks, n_positives = _hits(indices, positives, n_references)
-    return Recall.from_ranks(ranks, int((n_positives == 0).sum()), ks)
+    _, ranks, counts = _hits(indices, positives, n_references)
+    return Recall.from_ranks(ranks, int((counts == 0).sum()), ks)
 
 
 def _hits(indices, positives, n_references=None):
@@ -219,11 +219,10 @@ def paired_bootstrap(a: Recall, b: Recall, k=1, seed=0, *, groups=None, draws: i
     change = b.hit(k).astype(int) - a.hit(k).astype(int)
     n, gained, lost = len(change), int((change > 0).sum()), int((change < 0).sum())
     resampled = resampled_means(change, (1, -1, 0), runs.rng(seed, "paired_bootstrap"), draws, groups)
-    low, high = np.quantile(resampled, [0.025, 0.975])
+    low, high = 100 * np.quantile(resampled, [0.025, 0.975])
     p = min(1.0, 2 * (1 + min((resampled <= 0).sum(), (resampled >= 0).sum())) / (1 + draws))
     exact = float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
-    points = 100 * (gained - lost) / n
-    return Difference(points, 100 * float(low), 100 * float(high), p, exact, gained, lost, n, k)
+    return Difference(100 * (gained - lost) / n, float(low), float(high), p, exact, gained, lost, n, k)
 
 
 def resampled_means(values, cells, rng, draws: int, groups=None) -> np.ndarray:
@@ -239,18 +238,6 @@ def resampled_means(values, cells, rng, draws: int, groups=None) -> np.ndarray:
     size, total = np.bincount(member), np.bincount(member, weights=values)
     picks = rng.multinomial(len(size), np.full(len(size), 1 / len(size)), size=draws)
     return (picks @ total) / (picks @ size)
-
-
-def bootstrap_mean(
-    values, seed: int = 0, *, draws: int = 2_000, level: float = 0.95, groups=None
-) -> tuple[float, float, float]:
-    """See `workbench.tables.bootstrap_mean`."""
-    values = np.asarray(values, np.float64)
-    if values.ndim != 1 or len(values) == 0 or not np.isfinite(values).all():
-        raise ValueError(f"values must be finite and of shape (n > 0,), got shape {values.shape}")
-    resampled = resampled_means(values, np.unique(values), runs.rng(seed, "bootstrap_mean"), draws, groups)
-    low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
-    return float(values.mean()), float(low), float(high)
 
 
 # -------------------------------------------------------------------------------------------------- rankings
@@ -270,8 +257,7 @@ def write_rankings(path, indices, distances, database, queries, positives) -> Pa
         metres = {f"{name}_{axis}": getattr(places, axis)[row].round(2) for axis in ("east_m", "north_m")}
         return {name: row, f"{name}_path": paths[row], **metres}
 
-    east = queries.east_m[query] - database.east_m[reference]
-    north = queries.north_m[query] - database.north_m[reference]
+    apart = [getattr(queries, a)[query] - getattr(database, a)[reference] for a in ("east_m", "north_m")]
     same_zone = same_grid(queries.utm_zone)[query] == same_grid(database.utm_zone)[reference]
     table = {
         **columns("query", queries, query),
@@ -280,17 +266,12 @@ def write_rankings(path, indices, distances, database, queries, positives) -> Pa
         "rank": rank + 1,
         **columns("reference", database, reference),
         "distance": distances[query, rank],
-        "metres": np.where(same_zone, np.hypot(east, north), np.nan).round(2),
+        "metres": np.where(same_zone, np.hypot(*apart), np.nan).round(2),
         "positive": hit[query, rank].astype(int),
     }
     with runs.atomic_path(path) as temporary:
         pd.DataFrame(table).to_csv(temporary, index=False)
     return Path(path)
-
-
-def read_rankings(path) -> pd.DataFrame:
-    """The table `write_rankings` wrote."""
-    return pd.read_csv(path)
 
 
 # ------------------------------------------------------------------------------------------------------- PCA
@@ -308,11 +289,11 @@ class PCA:
 
     @classmethod
     def fit(cls, descriptors, size: int, *, whiten=False, seed: int = 0, **fitted_on: str) -> "PCA":
-        """Fit on training descriptors (n, D), at most 16,384 of them, drawn by `seed`; never on a test set.
+        """Fit on at most 16,384 training descriptors (n, D), drawn by `seed`; `size` is at most their rank.
 
-        `fitted_on` are model, data and context (of `Descriptors` their own); `size` is at most the rank.
+        `fitted_on`: model, data and context, which `Descriptors` know.
         """
-        from sklearn import decomposition
+        from sklearn import decomposition  # not above: it draws from `random` when it is imported
 
         values = getattr(descriptors, "values", descriptors)
         if values is not descriptors:

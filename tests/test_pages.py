@@ -9,7 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from sagelib.runs import load_run
-from workbench.pages import NOTEBOOKS, Page, open_notebook_run, start_page
+from workbench.pages import NOTEBOOKS, Page, open_notebook_run, read_list, start_page
 
 
 @pytest.fixture(autouse=True)
@@ -81,3 +81,16 @@ def test_plotly_figures_are_pages(tmp_path):
     run = Page.open(tmp_path, "train", "a", {})
     assert [p.name for p in run.save_figure(Chart(), "graph")] == ["graph.html"]
     assert [p.name for p in (run.dir / "figures").iterdir()] == ["graph.html"]
+
+
+def test_lists_in_parameters():
+    assert read_list(" a,b , c", "models") == ["a", "b", "c"]
+    assert read_list("256, 64", "pca_dims", int) == [256, 64]
+    assert read_list("", "pca_dims", int, least=0) == []
+    for text, kind, sentence in (
+        (" , ", str, "models is ' , ': give at least one value"),
+        ("a, a", str, "models is 'a, a': it names one of them twice"),
+        ("12a", int, "models is '12a': give whole numbers separated by commas"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            read_list(text, "models", kind)

@@ -11,7 +11,7 @@ from scipy.spatial.distance import cdist, pdist
 
 from sagelib.places import heading_difference
 from sagelib.runs import check, read_json, rng
-from workbench.tables import bootstrap_mean
+from workbench.evidence import bootstrap_mean
 
 # --- descriptors --------------------------------------------------------------------------------------------
 
@@ -422,7 +422,7 @@ def suspects(table: pd.DataFrame, database, queries, positives, *, count: int) -
     Parameters
     ----------
     table : DataFrame
-        ``Result.rankings()`` (`sagelib.evaluate`).
+        ``Evaluation.rankings()`` (`sagelib.evaluate`).
     database, queries : Places
     positives : sequence of arrays
         Rows of the references that answer each query (`sagelib.places.positives`).

@@ -28,13 +28,13 @@ from sagelib.describe import (
     names_in_order,
     own_anchors,
 )
-from sagelib.evaluate import evaluate, open_model, query_places, training_run
+from sagelib.evaluate import evaluate, open_model, training_run
 from sagelib.images import Preprocess
 from sagelib.interact import InteractHead
 from sagelib.places import TestSet, open_set
 from sagelib.retrieval import KS, recall, search, wilson_interval
+from workbench.evidence import bootstrap_mean, query_places
 from workbench.grids import keep
-from workbench.tables import bootstrap_mean
 
 STAGE = "audit"
 SIZES = (2, 4, 8, 16, 32)

@@ -49,13 +49,13 @@ from sagelib.describe import (
     pick_device,
     pictures_fingerprint,
 )
-from sagelib.evaluate import published, query_places
+from sagelib.evaluate import published
 from sagelib.images import Preprocess
 from sagelib.places import Places, TestSet, open_set, open_training_set
 from sagelib.retrieval import KS, PCA, Difference, recall, search
 from sagelib.train import PRECISIONS, TrainConfig, open_run, train
 from townscape.folder import write_town
-from workbench.tables import minimal_detectable_difference
+from workbench.evidence import minimal_detectable_difference, query_places
 
 STAGE = "ablate"
 # How a configuration is measured once it is trained; its other entries are fields of `TrainConfig`.

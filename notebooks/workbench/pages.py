@@ -61,6 +61,27 @@ def start_page(namespace: Mapping[str, Any], **allowed: float | Sequence | None)
             raise ValueError(f"{name} must be one of {words}, got {value!r}")
 
 
+def read_list(text: str, what: str, kind: type = str, *, least: int = 1) -> list:
+    """The values, separated by commas, of the parameter called `what`; at least 0 or 1 of them, none twice.
+
+    Examples
+    --------
+    >>> read_list("256, 128", "pca_dims", int)
+    [256, 128]
+    """
+    try:
+        values = [kind(part) for part in map(str.strip, text.split(",")) if part]
+    except ValueError:
+        raise ValueError(
+            f"{what} is {text!r}: give whole numbers separated by commas, as in 256, 128"
+        ) from None
+    if len(values) < least:
+        raise ValueError(f"{what} is {text!r}: give at least one value; several are separated by commas")
+    if len(set(values)) != len(values):
+        raise ValueError(f"{what} is {text!r}: it names one of them twice")
+    return values
+
+
 class Page(Run):
     """The run of a page, which keeps its figures."""
 

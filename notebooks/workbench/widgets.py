@@ -187,7 +187,7 @@ def write_review(result, test_set, folder, *, count: int) -> Path:
 
     Parameters
     ----------
-    result : sagelib.evaluate.Result
+    result : sagelib.evaluate.Evaluation
     test_set : sagelib.places.TestSet
         That was evaluated; another one is refused.
     folder : path
