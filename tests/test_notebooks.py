@@ -263,7 +263,7 @@ WRONG = (
     ("02", "places_per_batch", 1, "places_per_batch must be at least 2, got 1"),
     ("02", "top_k", 2.5, "top_k must be a whole number, got 2.5"),
     ("03", "adapter", "nosuch", "adapter must be one of dpn, none, lora"),
-    ("03", "aggregator", "nosuch", "there is no aggregator 'nosuch'"),
+    ("03", "aggregator", "nosuch", "aggregator must be one of cls, mean, gem"),
     ("03", "compare_with", "nosuch", "nosuch holds no run"),
     ("03", "epochs", 0, "epochs must be an integer >= 1, got 0"),
     ("03", "image_size", 127, "cannot be cut into patches of 16"),
