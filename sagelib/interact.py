@@ -24,20 +24,16 @@ class AnchorStates(NamedTuple):
 class InteractHead(nn.Module):
     """A post-norm Transformer encoder across images, separately for each segment of their descriptors.
 
-    Each descriptor is cut into segments; the s-th segments of all images in the context form a sequence without
-    position code or mask. The output is not brought back to unit length (its length is about
+    Each descriptor is cut into segments; the s-th segments of all images in the context form a sequence
+    without position code or mask. The output is not brought back to unit length (its length is about
     ``sqrt(width)``), as in the released model.
 
     Parameters
     ----------
-    width : int
-        Width of the descriptors; a multiple of ``segment_width``.
-    segment_width : int
-        Width of a segment, which is the encoder's width (768: 8,448 = 11 x 768).
-    heads : int
-        Attention heads; divides ``segment_width``.
-    layers : int
-        Encoder layers.
+    width, segment_width : int
+        Of the descriptors, and of a segment, which is the encoder's width (768: 8,448 = 11 x 768).
+    heads, layers : int
+        Attention heads, a divisor of ``segment_width``, and encoder layers.
     ffn : int
         Hidden width of the feed-forward part (GELU).
     dropout : float
@@ -49,10 +45,7 @@ class InteractHead(nn.Module):
     stored_anchors : int
         Not in the paper: room for so many fixed anchors, set by :meth:`set_anchors`, saved with the model.
 
-    Raises
-    ------
-    ValueError
-        If the widths do not divide; the message has the arithmetic.
+    Widths that do not divide are a ValueError with the arithmetic.
     """
 
     def __init__(
@@ -90,8 +83,8 @@ class InteractHead(nn.Module):
         self.width, self.segment_width, self.heads = width, segment_width, heads
         self.segments = width // segment_width
         self.normalise = normalise
-        # Only the parameters and their names are taken from torch's layer; the arithmetic is written out below,
-        # because a query may look at other rows than those it stands in.
+        # Only the parameters and their names are torch's; the arithmetic is written out below: a query
+        # may look at other rows than those it stands in.
         self.layers = nn.ModuleList(
             nn.TransformerEncoderLayer(segment_width, heads, ffn, dropout, activation="gelu")
             for _ in range(layers)
@@ -126,9 +119,9 @@ class InteractHead(nn.Module):
         descriptors : Tensor (B, width)
             As they are before the head.
         anchors : Tensor (m, width) or AnchorStates, optional
-            ``None``: the context is the batch, each image attends over all B. Otherwise each image attends over
-            itself and the m anchors only, so that its output depends on no other image; m = 0 is the context
-            of an image alone.
+            ``None``: the context is the batch, each image attends over all B. Otherwise each image attends
+            over itself and the m anchors only, so that its output depends on no other image; m = 0 is the
+            context of an image alone.
         """
         self._check(descriptors, "descriptors")
         x = self._cut(descriptors)
@@ -147,8 +140,8 @@ class InteractHead(nn.Module):
     def encode_anchors(self, anchors: Tensor) -> AnchorStates:
         """The anchors' keys and values, to be computed once for many images.
 
-        The anchors, (m, width), attend among themselves only: what images read from them in each layer is then
-        the same for every image.
+        The anchors, (m, width), attend among themselves only: what images read from them in each layer is
+        then the same for every image.
         """
         self._check(anchors, "anchors")
         x = self._cut(anchors)

@@ -1,7 +1,7 @@
 """Soft Probing: patches weighted softly, probed, and pooled into one descriptor.
 
-``SoftProbing(alpha=None)`` is the centroid-free probing of EMVP; :class:`SoftWeighting`, 385 parameters, is all
-that is added to it.
+``SoftProbing(alpha=None)`` is the centroid-free probing of EMVP; :class:`SoftWeighting`, 385 parameters, is
+all that is added to it.
 """
 
 from collections.abc import Iterable
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sagelib.backbone import DynamicPowerNorm
+from sagelib.runs import check
 
 __all__ = ["SoftProbing", "SoftWeighting"]
 
@@ -18,26 +19,23 @@ __all__ = ["SoftProbing", "SoftWeighting"]
 class SoftWeighting(nn.Module):
     """Weights each patch by a function of its norm alone.
 
-    ``s_i = ||x_i|| + 1e-6`` and ``beta_i = alpha * sigmoid(predictor(s_i))``, so that a patch is multiplied by
-    ``1 + beta_i``, between 1 and 1 + alpha.
+    ``s_i = ||x_i|| + 1e-6`` and ``beta_i = alpha * sigmoid(predictor(s_i))``, so that a patch is multiplied
+    by ``1 + beta_i``, between 1 and 1 + alpha.
 
     Parameters
     ----------
-    alpha : float
-        The largest weight that can be added; positive.
-    hidden : int
-        Width of the predictor's hidden layer.
+    alpha, hidden : float, int
+        The largest weight that can be added, positive, and the width of the predictor's hidden layer.
     standardise : bool
-        Not in the paper: feed the predictor ``(s_i - mean) / std``, with the mean and standard deviation of the
-        lengths in training images, which :meth:`SoftProbing.initialise_from` stores (0 and 1
-        before). A raw length is a large number that varies little (26 on average for 680 standardised channels),
-        so large that it saturates the sigmoid, and then all patches weigh the same.
+        Not in the paper: feed the predictor ``(s_i - mean) / std``, with the mean and standard deviation of
+        the lengths in training images, which :meth:`SoftProbing.initialise_from` stores. A raw length is a
+        large number that varies little (26 on average for 680 standardised channels): it saturates the
+        sigmoid, and then all patches weigh the same.
     """
 
     def __init__(self, alpha: float = 0.5, *, hidden: int = 128, standardise: bool = False):
         super().__init__()
-        if not alpha > 0:
-            raise ValueError(f"alpha must be positive, or None to switch the weighting off; got {alpha}")
+        check("alpha", alpha, above=0)
         self.alpha, self.standardise = alpha, standardise
         self.predictor = nn.Sequential(nn.Linear(1, hidden), nn.ReLU(), nn.Linear(hidden, 1))
         if standardise:
@@ -72,32 +70,25 @@ class SoftProbing(nn.Module):
     ----------
     width : int
         M, the width of a token.
-    channels : int
-        D, channels after the reduction.
-    probes : int
-        K, number of probes (in each cell).
-    token_dim : int
-        g, dimensions of the descriptor that come from the CLS token.
+    channels, probes, token_dim : int
+        D, channels after the reduction; K, number of probes (in each cell); g, dimensions from the CLS token.
     alpha : float, optional
         Strength of the soft weighting; ``None`` switches it off.
     dropout : float
-        Dropout probability inside the two branches (0.3 in the released model). A small data set trained from a
-        frozen backbone may need 0 to leave the loss's plateau.
+        Dropout probability inside the two branches (0.3 in the released model). A small data set trained from
+        a frozen backbone may need 0 to leave the loss's plateau.
     hidden : int
         Hidden width of the branches and of the token's layers.
     norm_dropout : float
-        Dropout probability inside the :class:`~sagelib.backbone.DynamicPowerNorm` on G.
+        Dropout probability inside the power norm on G.
     cells : int
-        Not in the paper, which forgets where a patch lies: cut the grid into ``cells x cells`` parts and make a
-        G of each (softmax, power norm and lengths within the cell). 2 x 2 cells of 16 probes are as wide as
+        Not in the paper, which forgets where a patch lies: cut the grid into ``cells x cells`` parts and make
+        a G of each (softmax, power norm and lengths within the cell). 2 x 2 cells of 16 probes are as wide as
         the paper's 64.
     standardise : bool
         Not in the paper: see :class:`SoftWeighting`.
 
-    Attributes
-    ----------
-    out_dim : int
-        g + D K cells^2, the descriptor's width.
+    ``out_dim``, the descriptor's width, is g + D K cells^2.
     """
 
     def __init__(
@@ -115,13 +106,10 @@ class SoftProbing(nn.Module):
         standardise: bool = False,
     ):
         super().__init__()
-        for name, value in (
-            ("channels", channels), ("probes", probes), ("token_dim", token_dim), ("cells", cells)
-        ):  # fmt: skip
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1); got {dropout}")
+        sizes = {"channels": channels, "probes": probes, "token_dim": token_dim, "cells": cells}
+        for name, value in sizes.items():
+            check(name, value, 1, whole=True)
+        check("dropout", dropout, 0, 0.999)
         self.channels, self.probes, self.token_dim, self.cells = channels, probes, token_dim, cells
         self.out_dim = token_dim + channels * probes * cells**2
         self.weighting = None if alpha is None else SoftWeighting(alpha, standardise=standardise)
@@ -134,12 +122,8 @@ class SoftProbing(nn.Module):
     def forward(self, cls: Tensor, patches: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Descriptors (B, g + D K cells^2) of unit length, float32 (float64 stays float64).
 
-        Parameters
-        ----------
-        cls : Tensor (B, M)
-        patches : Tensor (B, N, M)
-        grid : (rows, columns), optional
-            Needed for more than one cell: else no part of the method looks at where a patch lies.
+        Of ``cls`` (B, M), ``patches`` (B, N, M) and their ``grid`` (rows, columns), which only more than one
+        cell needs: else no part of the method looks at where a patch lies.
         """
         token = F.normalize(_full(self.token(cls)), dim=-1)
         pooled = [F.normalize(self.post_dpn(grams), dim=1).flatten(1)
@@ -151,7 +135,7 @@ class SoftProbing(nn.Module):
         return patches.new_zeros(patches.shape[:2]) if self.weighting is None else self.weighting(patches)
 
     def probe_maps(self, patches: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """Where each probe looks: (B, K, N), or (B, K, rows, columns) with ``grid``; sums to 1 in each cell."""
+        """Where each probe looks: (B, K, N), or (B, K, rows, columns) with ``grid``; a cell sums to 1."""
         maps = patches.new_zeros(*patches.shape[:2], self.probes)
         for rows, _, _, part in self._bilinear(patches, grid):
             maps[:, rows] = part.to(maps.dtype)
@@ -171,16 +155,7 @@ class SoftProbing(nn.Module):
             contributions.sum(1) + <token part> == (descriptor * other_descriptor).sum(1)
 
         A patch stands for the backbone's output at its place, which has seen the whole image.
-
-        Parameters
-        ----------
-        cls, patches, grid
-            As in :meth:`forward`.
-        other_descriptor : Tensor (B, g + D K) or (g + D K,)
-
-        Returns
-        -------
-        Tensor (B, N)
+        ``other_descriptor`` is (B, g + D K cells^2) or (g + D K cells^2,); the result is (B, N).
         """
         parts = [(*part, self.post_dpn(part[1])) for part in self._bilinear(patches, grid)]
         token = F.normalize(_full(self.token(cls)), dim=-1)
@@ -204,10 +179,7 @@ class SoftProbing(nn.Module):
         changing weight and bias of the branch's last layer, so that over all given patches its mean is 0 and
         its standard deviation 1. Untrained descriptors of different images are otherwise nearly parallel.
 
-        Parameters
-        ----------
-        patches : iterable of Tensor (B, N, M)
-            A few hundred images' patches, as the backbone gives them.
+        ``patches`` are batches (B, N, M) of a few hundred images, as the backbone gives them.
         """
         was_training = self.training
         self.eval()
@@ -261,15 +233,10 @@ class SoftProbing(nn.Module):
         if self.cells == 1:
             return [slice(None)]
         if grid is None or min(grid) < self.cells:
-            raise ValueError(
-                f"{self.cells} x {self.cells} cells need a grid of that many patches; got {grid}"
-            )
+            raise ValueError(f"{self.cells} x {self.cells} cells need a grid of as many patches; got {grid}")
         number = torch.arange(grid[0] * grid[1], device=device).unflatten(0, grid)
-        return [
-            part.flatten()
-            for band in number.tensor_split(self.cells, 0)
-            for part in band.tensor_split(self.cells, 1)
-        ]
+        bands = number.tensor_split(self.cells, 0)
+        return [part.flatten() for band in bands for part in band.tensor_split(self.cells, 1)]
 
 
 def _branch(width: int, hidden: int, out: int, dropout: float) -> nn.Sequential:

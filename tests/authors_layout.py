@@ -1,6 +1,7 @@
 """Checkpoints in the layout of the released ones, and their descriptors computed plainly from that layout.
 
-Nothing here uses the package or timm: tensors are looked up by the released names and put through the equations.
+Nothing here uses the package or timm: tensors are looked up by the released names and put through the
+equations.
 """
 
 import math

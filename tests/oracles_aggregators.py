@@ -1,4 +1,4 @@
-"""The aggregators once more, slowly: float64 loops over images, patches and channels, from the papers' equations.
+"""The aggregators once more, slowly: float64 loops, from the papers' equations.
 
 Each function takes the weights of a `sagelib.aggregators` module and plain arrays of one image:
 ``cls`` (M,), ``patches`` (N, M), ``grid`` (h, w).

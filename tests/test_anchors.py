@@ -1,4 +1,4 @@
-"""With anchors, a descriptor is a function of its image alone, from the pixels to the file: no company, order or cut of batches changes it."""
+"""With anchors a descriptor is a function of its image alone, from the pixels to the file."""
 
 import numpy as np
 import pytest

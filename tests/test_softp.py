@@ -123,7 +123,7 @@ def test_a_cell_is_the_method_on_its_own_patches():
     out = model(cls, patches, GRID).detach()
     assert out.shape == (2, model.out_dim) == (2, 3 + 5 * 4 * 4)
     torch.testing.assert_close(out.norm(dim=1), torch.ones(2, dtype=torch.float64))
-    # A shift that all patches share goes by the mean over the whole picture, so the branch is made to need none.
+    # A shift that all patches share goes by the mean over the whole picture.
     centred = whole.reduction(whole._weighted(patches)).mean((1, 2), keepdim=True).detach()
     number, parts = np.arange(N).reshape(GRID), []
     for band in (number[:2], number[2:]):
@@ -229,9 +229,9 @@ def test_dropout_is_an_option_and_silent_in_evaluation():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"alpha": 0.0}, "alpha must be positive"),
-        ({"dropout": 1.0}, "dropout must be in"),
-        ({"probes": 0}, "probes must be at least 1"),
+        ({"alpha": 0.0}, "alpha must be a number above 0, got 0.0"),
+        ({"dropout": 1.0}, "dropout must be a number from 0"),
+        ({"probes": 0}, "probes must be a whole number of at least 1, got 0"),
     ],
 )
 def test_values_out_of_range_are_refused(options, words):

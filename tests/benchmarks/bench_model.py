@@ -3,10 +3,11 @@
     python tests/benchmarks/bench_model.py                    # ViT-B at 224 and 322 pixels, speed and memory
     python tests/benchmarks/bench_model.py --model L --batch 4
 
-The plain sequence is timm's transformer called block by block with the power norms between, position embeddings
-resampled each time, and the aggregator of 1x1 convolutions, as one would write it down; it gives the same
-descriptors. Timings alternate between the variants, and the fastest of the rounds counts. Peak memory is that of a
-process of its own that makes one training step (forward, loss, backward, AdamW), beyond what it held before.
+The plain sequence is timm's transformer called block by block with the power norms between, position
+embeddings resampled each time, and the aggregator of 1x1 convolutions, as one would write it down; it gives
+the same descriptors. Timings alternate between the variants, and the fastest of the rounds counts. Peak
+memory is that of a process of its own that makes one training step (forward, loss, backward, AdamW), beyond
+what it held before.
 """
 
 import argparse
