@@ -1,8 +1,6 @@
 """SAGE: backbone, aggregator and, if wanted, the cross-image head, in one module."""
 
-import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,23 +22,17 @@ WEIGHTS, TRAINABLE, CONFIG = "model.safetensors", "trainable.safetensors", "conf
 PLAIN_POOLING = ("gem", "mean", "cls")
 
 
-@dataclass(frozen=True)
-class ParameterReport:
-    """Counts of parameters, part by part: those that work, and those of the released model.
+class ParameterReport(dict):
+    """Counts of parameters by part: (live, published), those that work and those of the released model.
 
-    The released model registers a branch that it never calls and counts it. A row is (name, live, published);
-    ``published`` is ``None`` where nothing was published of this kind. ``report[name]`` gives both counts.
+    The released model registers a branch that it never calls and counts it; ``published`` is ``None`` where
+    nothing was published of this kind.
     """
-
-    rows: tuple[tuple[str, int, int | None], ...]
-
-    def __getitem__(self, name: str) -> tuple[int, int | None]:
-        return {row[0]: row[1:] for row in self.rows}[name]
 
     def __str__(self) -> str:
         """A Markdown table."""
         lines = ["| module | live | as published |", "|---|---:|---:|"]
-        for name, live, published in self.rows:
+        for name, (live, published) in self.items():
             lines.append(f"| {name} | {live:,} | {'-' if published is None else f'{published:,}'} |")
         return "\n".join(lines)
 
@@ -117,10 +109,9 @@ class SAGE(
     # -- the forward pass ------------------------------------------------------------------------------------
 
     def forward(self, images: Tensor) -> Tensor:
-        """Descriptors (B, D) of ``images`` (B, 3, H, W).
+        """Descriptors (B, D) of ``images`` (B, 3, H, W), of unit length and each for itself without a head.
 
-        With the head on they attend over the batch that was given, or over the head's own anchors where it
-        has some. Without a head they have unit length and depend on no other image.
+        With it they attend over the batch that was given, or over the head's own anchors where it has some.
         """
         descriptors = self.embed(images)
         return self.interact(descriptors, self.anchors) if self.has_head else descriptors
@@ -159,12 +150,8 @@ class SAGE(
     def initialise_from(self, batches: Iterable[Tensor | tuple[Tensor, tuple[int, int]]]) -> None:
         """Data-dependent initialisation: ``SoftProbing.initialise_from``, or k-means centres for NetVLAD.
 
-        Before that a convolutional backbone takes the statistics of its channels from the same pictures.
-
-        Parameters
-        ----------
-        batches : iterable
-            Image batches (B, 3, H, W), or pairs of ``backbone.prefix`` tokens (B, T, M) and grid.
+        Before that a convolutional backbone takes the statistics of its channels from the same pictures. A
+        batch is of images (B, 3, H, W), or a pair of ``backbone.prefix`` tokens (B, T, M) and grid.
         """
         if not isinstance(self.aggregator, SoftProbing | NetVLAD):
             name = type(self.aggregator).__name__
@@ -208,7 +195,7 @@ class SAGE(
         rows += [("InteractHead", head, 0)] if head else []
         rows += [("whole model, head off", whole, both)]
         rows += [("whole model, head on", whole + head, both)] if head else []
-        return ParameterReport(tuple((name, n, None if more is None else n + more) for name, n, more in rows))
+        return ParameterReport({name: (n, None if more is None else n + more) for name, n, more in rows})
 
     def trainable_state_dict(self) -> dict[str, Tensor]:
         """Everything but the frozen original backbone: adapter, norm, aggregator, head; by name."""
@@ -248,17 +235,20 @@ class SAGE(
         """
         if Path(name).is_dir():
             return super().from_pretrained(name, **options)
-        missing = f"there is no folder {name} of a saved model"
         if Path(name).is_file():
-            raise FileNotFoundError(f"{missing}: it is a file; give the folder in which it lies")
-        if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)):
-            raise FileNotFoundError(f"{missing}, and a repository of the hub is called OWNER/NAME")
+            raise ValueError(
+                f"{name} is a file: give a saved model's folder, or read a released checkpoint with "
+                "sagelib.weights.load_authors_checkpoint"
+            )
         hub = {key: options.pop(key) for key in ("revision", "cache_dir", "token") if key in options}
         try:
             reach_hub(str(name), CONFIG)
             folder = snapshot_download(str(name), allow_patterns=[WEIGHTS, TRAINABLE, CONFIG], **hub)
-        except OSError as error:
-            raise FileNotFoundError(f"{missing}, and the Hugging Face hub gives none of that name") from error
+        except (OSError, ValueError) as error:  # of an impossible name too
+            missing = (
+                f"there is no folder {name} of a saved model, and no such repository of the Hugging Face hub"
+            )
+            raise FileNotFoundError(f"{missing} can be had") from error
         return super().from_pretrained(folder, **options)
 
     @classmethod
@@ -291,23 +281,13 @@ class SAGE(
 
 
 def build_model(name_or_path: str | Path, **options) -> SAGE:
-    """A model from a saved folder, or from a backbone's name.
+    """A model from a folder written by ``save_pretrained`` or ``save_trainable``, or from a backbone's name.
 
-    Parameters
-    ----------
-    name_or_path : str or path
-        A folder written by ``save_pretrained`` or ``save_trainable``, or a backbone's name.
-    **options
-        Arguments of :class:`SAGE`. With one of the poolings that train nothing (``aggregator="gem"``,
-        ``"mean"`` or ``"cls"``) adapter and head are off unless asked for: the frozen backbone as it is.
+    The options are those of :class:`SAGE`. With one of the poolings that train nothing (``aggregator="gem"``,
+    ``"mean"`` or ``"cls"``) adapter and head are off unless asked for: the frozen backbone as it is.
     """
-    if Path(name_or_path).is_dir():
+    if Path(name_or_path).exists():
         return SAGE.from_pretrained(str(name_or_path), **options)
-    if Path(name_or_path).is_file():
-        raise ValueError(
-            f"{name_or_path} is a file: give a saved model's folder, or read a released checkpoint with "
-            "sagelib.weights.load_authors_checkpoint"
-        )
     if options.get("aggregator") in PLAIN_POOLING:
         options = {"adapter": "none", "train_norm": False, "interact": False, **options}
     return SAGE(str(name_or_path), **options)

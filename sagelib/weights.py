@@ -118,11 +118,6 @@ def export_onnx(model: SAGE, path: str | Path, *, image_size: int | tuple[int, i
     The batch is free; the image size in pixels, multiples of the patch, is fixed. Needs the optional packages
     ``onnx`` and ``onnxscript``.
     """
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ImportError("ONNX export needs two more packages: pip install 'sagelib[onnx]'") from error
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     backbone, head, was_training = model.backbone, model.head, model.training
     grid, images = backbone.grid(size), torch.zeros(2, 3, *size, device=next(model.parameters()).device)

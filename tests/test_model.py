@@ -67,7 +67,7 @@ def test_every_number_of_the_parameter_table(size, never, trained, millions, wit
         assert f"| {name} | {live:,} | {published:,} |" in str(report)
     assert f"{report['whole model, head off'][1] / 1e6:.2f}" == millions
     assert f"{report['whole model, head on'][1] / 1e6:.2f}" == with_head
-    assert len(report.rows) == len(expected) + 2
+    assert len(report) == len(expected) + 2
 
 
 def test_the_report_counts_what_trains_for_other_parts_too():

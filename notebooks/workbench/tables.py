@@ -36,7 +36,7 @@ def trained_parameters(spec: str, roots: Iterable, model: Callable) -> int:
     run = training_run(spec, roots)
     if run is not None:
         return int(run.metrics["trained_parameters"])
-    live = {name: row[0] for name, *row in model.parameter_report().rows}
+    live = {name: row[0] for name, row in model.parameter_report().items()}
     return live["trained, head off"] + live.get("InteractHead", 0)
 
 
