@@ -50,75 +50,47 @@ LAMP_HEIGHT_M = 5.2
 class TownConfig:
     """How large and how hard a town is. All of it enters the manifest of a written town.
 
-    Parameters
-    ----------
-    streets : int
-        Streets in each of the two directions, 2 to 5.
-    neighbourhoods : int
-        Architectures in one town, 1 to 6. Fewer: more places look alike.
-    architecture_variety : float
-        How far a building may depart from its neighbourhood's architecture, 0 (all alike) to 1.
-    appearance_change : float
-        Probability per year that a facade is repainted or a sign replaced, 0 to 1.
-    years : int
-        Pictures are spread over this many years after the first, 0 to 10.
-    viewpoint_jitter_m, sideways_jitter_m : float
-        Largest shift of a query or training picture from its station, along the street (0 to 12) and across
-        it (0 to 3), in metres. References stand on their stations, without any of these changes.
-    heading_jitter_deg : float
-        Largest turn away from a station's heading, in degrees, 0 to 45.
-    fov_deg, fov_jitter_deg : float
-        Horizontal field of view (30 to 110) and its largest change (0 to 20), in degrees.
-    height_jitter_m : float
-        Largest change of the camera's height of 2.3 m, in metres, 0 to 1.5.
-    tilt_jitter : float
-        Largest change of the camera's tilt of 0.25 (see :class:`Pose`), 0 to 0.25.
-    occlusion : float
-        Share of the places at the kerb taken by cars, and the number of persons, 0 to 1.
-    sensor_noise : float
-        Noise of the camera in grey levels (half width of a triangular law), 0 to 40.
-    train_spacing_m, reference_spacing_m : float
-        Metres between two stations along a street; each station gives two pictures with different headings.
-    query_conditions : tuple of str
-        Conditions of the queries of val and test, in turn; the references are day pictures of the first year.
+    The jitters are the largest changes of a query or training picture from its station; references stand on theirs.
     """
 
-    streets: int = 3
-    neighbourhoods: int = 2
-    architecture_variety: float = 0.5
-    appearance_change: float = 0.25
-    years: int = 3
-    viewpoint_jitter_m: float = 6.0
-    sideways_jitter_m: float = 2.0
+    streets: int = 3  # in each of the two directions
+    neighbourhoods: int = 2  # architectures in one town; fewer: more places look alike
+    architecture_variety: float = (
+        0.5  # how far a building may depart from its neighbourhood's, 0 (all alike) to 1
+    )
+    appearance_change: float = 0.25  # probability per year that a facade is repainted or a sign replaced
+    years: int = 3  # pictures are spread over this many years after the first
+    viewpoint_jitter_m: float = 6.0  # along the street
+    sideways_jitter_m: float = 2.0  # across it
     heading_jitter_deg: float = 25.0
-    fov_deg: float = 75.0
+    fov_deg: float = 75.0  # horizontal field of view
     fov_jitter_deg: float = 18.0
-    height_jitter_m: float = 0.8
-    tilt_jitter: float = 0.07
-    occlusion: float = 0.5
-    sensor_noise: float = 5.0
-    train_spacing_m: float = 4.0
+    height_jitter_m: float = 0.8  # of the camera's height of 2.3 m
+    tilt_jitter: float = 0.07  # of the camera's tilt of 0.25, see `Pose`
+    occlusion: float = 0.5  # share of the places at the kerb taken by cars, and the number of persons, 0 to 1
+    sensor_noise: float = 5.0  # in grey levels (half width of a triangular law)
+    train_spacing_m: float = 4.0  # between two stations; each gives two pictures with different headings
     reference_spacing_m: float = 11.0
-    query_conditions: tuple[str, ...] = CONDITIONS
+    query_conditions: tuple[str, ...] = CONDITIONS  # of the queries of val and test, in turn
 
     def __post_init__(self):
-        limits = {
-            "streets": (2, 5),
-            "neighbourhoods": (1, 6),
-            "years": (0, 10),
-            "viewpoint_jitter_m": (0, 12),
-            "sideways_jitter_m": (0, 3),
-            "heading_jitter_deg": (0, 45),
-            "fov_deg": (30, 110),
-            "fov_jitter_deg": (0, 20),
-            "height_jitter_m": (0, 1.5),
-            "tilt_jitter": (0, 0.25),
-            "sensor_noise": (0, 40),
-            **dict.fromkeys(("architecture_variety", "appearance_change", "occlusion"), (0, 1)),
-            **dict.fromkeys(("train_spacing_m", "reference_spacing_m"), (1, 50)),
-        }
-        for name, (low, high) in limits.items():
-            check(name, getattr(self, name), low, high, whole=name in ("streets", "neighbourhoods", "years"))
+        for low, high, names in (
+            (2, 5, ("streets",)),
+            (1, 6, ("neighbourhoods",)),
+            (0, 10, ("years",)),
+            (0, 1, ("architecture_variety", "appearance_change", "occlusion")),
+            (0, 12, ("viewpoint_jitter_m",)),
+            (0, 3, ("sideways_jitter_m",)),
+            (0, 45, ("heading_jitter_deg",)),
+            (30, 110, ("fov_deg",)),
+            (0, 20, ("fov_jitter_deg",)),
+            (0, 1.5, ("height_jitter_m",)),
+            (0, 0.25, ("tilt_jitter",)),
+            (0, 40, ("sensor_noise",)),
+            (1, 50, ("train_spacing_m", "reference_spacing_m")),
+        ):
+            for name in names:
+                check(name, getattr(self, name), low, high, whole=isinstance(getattr(TownConfig, name), int))
         object.__setattr__(self, "query_conditions", tuple(self.query_conditions))
         check("the number of query_conditions", len(self.query_conditions), 1)
         for name in self.query_conditions:
@@ -127,28 +99,16 @@ class TownConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Pose:
-    """A camera: where it stands, where it looks, and how wide.
+    """A camera: where it stands, where it looks, and how wide."""
 
-    Parameters
-    ----------
-    east_m, north_m : float
-        Position in UTM metres (zone 31U, a mock; see `Plan`).
-    heading_deg : float
-        Degrees clockwise from north.
-    fov_deg : float
-        Horizontal field of view.
-    height_m : float
-        Camera above the ground.
-    tilt : float
-        Upward shift of the view in half picture widths (a shift lens: verticals stay vertical).
-    """
-
-    east_m: float
+    east_m: float  # UTM metres, zone 31U: a mock
     north_m: float
-    heading_deg: float
-    fov_deg: float = 75.0
-    height_m: float = 2.3
-    tilt: float = 0.25
+    heading_deg: float  # clockwise from north
+    fov_deg: float = 75.0  # horizontal field of view
+    height_m: float = 2.3  # above the ground
+    tilt: float = (
+        0.25  # upward shift of the view in half picture widths (a shift lens: verticals stay vertical)
+    )
 
     def __post_init__(self):
         for name, low, high in (("fov_deg", 10, 130), ("height_m", 0.3, 30), ("tilt", -1, 1)):
@@ -292,14 +252,17 @@ class Lot:
 
 @dataclass(frozen=True)
 class Street:
-    along_x: bool
-    centre: float  # the other coordinate
+    centre: float  # the coordinate across it
     half_road: float
     pavement: float
-    tree_every_m: float
     lamp_every_m: float
     tone: float
     dashed: bool
+
+    @classmethod
+    def drawn(cls, centre: float, dice: Dice) -> "Street":
+        widths = 3.8 + 1.6 * dice.real(), 2.4 + 1.4 * dice.real(), 19 + 8 * dice.real()
+        return cls(centre, *widths, tone=0.85 + 0.3 * dice.real(), dashed=dice.chance(0.65))
 
 
 BLOCK_DEPTH_M = 11.0
@@ -335,68 +298,57 @@ def plan_blocks(seed: int, config: TownConfig):
             positions.append(positions[-1] + 62 + 26 * dice.real())
         shift = positions[-1] / 2
         axes.append([p - shift for p in positions])
-    streets = [
-        [
-            Street(
-                along_x=direction == 1, centre=c, half_road=3.8 + 1.6 * dice.real(), pavement=2.4 + 1.4 * dice.real(),
-                tree_every_m=0.0, lamp_every_m=19 + 8 * dice.real(), tone=0.85 + 0.3 * dice.real(),
-                dashed=dice.chance(0.65),
-            )
-            for c in axes[direction]
-        ]
-        for direction in range(2)
-    ]  # fmt: skip
+    streets = [[Street.drawn(centre, dice) for centre in centres] for centres in axes]
     order = list(range(len(STYLES)))
     picked = [order.pop(dice.integer(len(order))) for _ in range(config.neighbourhoods)]
-    # the neighbourhood of a block: the nearest of a few centres, so that one architecture covers adjacent streets
+    # a block belongs to the nearest of a few centres, so that one architecture covers adjacent streets
     centres = [(dice.real(-0.5, n - 0.5), dice.real(-0.5, n - 0.5), picked[k % len(picked)])
                for k in range(len(picked))]  # fmt: skip
     extent = [(a[0] - 62.0, a[-1] + 62.0) for a in axes]
     lots, parks = [], []
-    for i in range(-1, n):
-        for j in range(-1, n):
-            sx, sy = streets
-            left, right = sx[i] if i >= 0 else None, sx[i + 1] if i + 1 < n else None
-            south, north = sy[j] if j >= 0 else None, sy[j + 1] if j + 1 < n else None
-            x0 = left.centre + left.half_road + left.pavement if left else extent[0][0]
-            x1 = right.centre - right.half_road - right.pavement if right else extent[0][1]
-            y0 = south.centre + south.half_road + south.pavement if south else extent[1][0]
-            y1 = north.centre - north.half_road - north.pavement if north else extent[1][1]
-            near = min(centres, key=lambda c: (c[0] - i - 0.5) ** 2 + (c[1] - j - 0.5) ** 2)
-            style, block, d = STYLES[near[2]], Dice(seed, "block", i, j), BLOCK_DEPTH_M
-            if block.chance(0.06):
-                parks.append((x0, x1, y0, y1))
+    for i, j in ((i, j) for i in range(-1, n) for j in range(-1, n)):
+        sx, sy = streets
+        left, right = sx[i] if i >= 0 else None, sx[i + 1] if i + 1 < n else None
+        south, north = sy[j] if j >= 0 else None, sy[j + 1] if j + 1 < n else None
+        x0 = left.centre + left.half_road + left.pavement if left else extent[0][0]
+        x1 = right.centre - right.half_road - right.pavement if right else extent[0][1]
+        y0 = south.centre + south.half_road + south.pavement if south else extent[1][0]
+        y1 = north.centre - north.half_road - north.pavement if north else extent[1][1]
+        near = min(centres, key=lambda c: (c[0] - i - 0.5) ** 2 + (c[1] - j - 0.5) ** 2)
+        style, block, d = STYLES[near[2]], Dice(seed, "block", i, j), BLOCK_DEPTH_M
+        if block.chance(0.06):
+            parks.append((x0, x1, y0, y1))
+            continue
+        rows = (
+            (south, True, x0, x1, 2, left, right), (north, True, x0, x1, 3, left, right),
+            (left, False, y0 + d, y1 - d, 0, None, None), (right, False, y0 + d, y1 - d, 1, None, None),
+        )  # fmt: skip
+        for street, along_x, start, stop, face, street_a, street_b in rows:
+            if street is None:
                 continue
-            rows = (
-                (south, True, x0, x1, 2, left, right), (north, True, x0, x1, 3, left, right),
-                (left, False, y0 + d, y1 - d, 0, None, None), (right, False, y0 + d, y1 - d, 1, None, None),
-            )  # fmt: skip
-            for street, along_x, start, stop, face, street_a, street_b in rows:
-                if street is None:
+            at = start
+            while at < stop - 2.0:
+                width = block.real(*style.lot_m)
+                if stop - at - width < style.lot_m[0]:
+                    width = stop - at if stop - at < style.lot_m[1] * 1.3 else (stop - at) / 2
+                inner = at > start + 1 and at + width < stop - 1
+                if inner and block.chance(0.05):  # an alley
+                    at += 2.5
                     continue
-                at = start
-                while at < stop - 2.0:
-                    width = block.real(*style.lot_m)
-                    if stop - at - width < style.lot_m[0]:
-                        width = stop - at if stop - at < style.lot_m[1] * 1.3 else (stop - at) / 2
-                    inner = at > start + 1 and at + width < stop - 1
-                    if inner and block.chance(0.05):  # an alley
-                        at += 2.5
-                        continue
-                    back = block.real(0.0, 0.9) if inner and block.chance(0.3) else 0.0
-                    fronts = [False] * 4
-                    fronts[face] = True
-                    if along_x:
-                        ys = (y0 + back, y0 + d) if face == 2 else (y1 - d, y1 - back)
-                        box = (at, at + width, *ys)
-                        fronts[0] = at <= start and street_a is not None
-                        fronts[1] = at + width >= stop - 0.01 and street_b is not None
-                    else:
-                        xs = (x0 + back, x0 + d) if face == 0 else (x1 - d, x1 - back)
-                        box = (*xs, at, at + width)
-                    key = hashed(seed, "building", i, j, face, round(at * 8))
-                    lots.append(make_lot(key, style, box, tuple(fronts), along_x, config))
-                    at += width
+                back = block.real(0.0, 0.9) if inner and block.chance(0.3) else 0.0
+                fronts = [False] * 4
+                fronts[face] = True
+                if along_x:
+                    ys = (y0 + back, y0 + d) if face == 2 else (y1 - d, y1 - back)
+                    box = (at, at + width, *ys)
+                    fronts[0] = at <= start and street_a is not None
+                    fronts[1] = at + width >= stop - 0.01 and street_b is not None
+                else:
+                    xs = (x0 + back, x0 + d) if face == 0 else (x1 - d, x1 - back)
+                    box = (*xs, at, at + width)
+                key = hashed(seed, "building", i, j, face, round(at * 8))
+                lots.append(make_lot(key, style, box, tuple(fronts), along_x, config))
+                at += width
     # a house across the end of every street closes the view
     for direction in range(2):
         for k, street in enumerate(streets[direction]):
@@ -417,21 +369,9 @@ def plan_blocks(seed: int, config: TownConfig):
 class Plan:
     """The plan of a town from one seed, in its own metres: streets along x and y, lots around every block.
 
-    Parameters
-    ----------
-    seed : int
-        Which town. :data:`SEED_RANGES` keeps the seeds of training and test apart.
-    config : TownConfig, optional
-        Size and difficulty.
-
-    Attributes
-    ----------
-    name : str
-        ``"town<seed>"``, used as the city.
-    origin : tuple of float
-        UTM east and north of the town's centre, in metres (zone 31U, a mock). Towns are kilometres apart.
-    turn_deg : float
-        By how much the streets are turned, in degrees against the clock.
+    `seed` says which town (:data:`SEED_RANGES` keeps training and test apart), `config` how large and how hard. Its
+    ``name``, used as the city, is ``"town<seed>"``; its ``origin`` is the UTM east and north of its centre, kilometres
+    from other towns; its streets are turned by ``turn_deg`` against the clock.
     """
 
     def __init__(self, seed: int, config: TownConfig | None = None):

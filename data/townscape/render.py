@@ -6,6 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+from numpy import float32 as f32
 from PIL import Image
 
 from sagelib.runs import atomic_path, check
@@ -72,7 +73,7 @@ LIGHTS = {
 }  # fmt: skip
 PICTURE_SIZE = 160  # pixels a side: a multiple of 32, the last stride of most convolutional networks
 OVERSAMPLE = 2  # rays per pixel along each side
-LAMP_COLOUR = np.float32((1.0, 0.72, 0.38))
+LAMP_COLOUR = f32((1.0, 0.72, 0.38))
 VIEW_M = 200.0
 ATLAS_TEXELS = 1 << 25  # painted walls kept in memory: 8 bytes each
 FAR_M = 400.0  # the ground ends here
@@ -88,11 +89,11 @@ def clouds() -> np.ndarray:
     total = np.zeros((rows, columns), np.float32)
     for octave, weight in ((1, 0.5), (2, 0.27), (4, 0.15), (8, 0.08)):
         period = 24 * octave
-        px = x * np.float32(period / columns)
-        lower = smooth_noise(px, y * np.float32(octave * 0.07), 77 + octave)
-        wrapped = smooth_noise(px - np.float32(period), y * np.float32(octave * 0.07), 77 + octave)
-        blend = x / np.float32(columns)  # so that the two ends of the strip meet
-        total += np.float32(weight) * (lower * (1 - blend) + wrapped * blend)
+        px = x * f32(period / columns)
+        lower = smooth_noise(px, y * f32(octave * 0.07), 77 + octave)
+        wrapped = smooth_noise(px - f32(period), y * f32(octave * 0.07), 77 + octave)
+        blend = x / f32(columns)  # so that the two ends of the strip meet
+        total += f32(weight) * (lower * (1 - blend) + wrapped * blend)
     return total
 
 
@@ -198,7 +199,7 @@ class Town(Plan):
             total = total + picture[:, a::n, b::n]
         at = (round(pose.east_m * 100), round(pose.north_m * 100), round(pose.heading_deg * 100))
         key = hashed(*at, condition, year, visit)
-        rgb = develop(total * np.float32(1 / (n * n)), light, self.config.sensor_noise, key)
+        rgb = develop(total * f32(1 / (n * n)), light, self.config.sensor_noise, key)
         maps = [plane for plane, wanted in ((view.label, labels), (view.depth, depth)) if wanted]
         out = (rgb, *(np.ascontiguousarray(plane[n // 2 :: n, n // 2 :: n]) for plane in maps))
         return out if maps else rgb
@@ -219,8 +220,8 @@ class Town(Plan):
             streets = self.streets[direction]
             which = np.zeros(across.shape, np.int8)
             for a, b in zip(streets, streets[1:], strict=False):
-                which += across > np.float32((a.centre + b.centre) / 2)
-            table = np.float32([[q.centre, q.half_road, q.tone, q.dashed, q.pavement] for q in streets])
+                which += across > f32((a.centre + b.centre) / 2)
+            table = f32([[q.centre, q.half_road, q.tone, q.dashed, q.pavement] for q in streets])
             offset = across - table[:, 0][which]
             offsets.append(offset)
             edges.append(np.abs(offset) - table[:, 1][which])
@@ -230,63 +231,57 @@ class Town(Plan):
         ex, ey = edges
         edge = np.minimum(ex, ey)
         road = edge < 0
-        fine = np.minimum(np.float32(25.0) / s, 1)
-        grain = quick_noise(x, y, 9.0) - np.float32(0.5)
-        patch = quick_noise(x, y, 0.45, hashed(self.seed, "asphalt")) - np.float32(0.5)
-        grey = np.where(road, np.float32(0.29) * np.where(ex < ey, *tones), np.float32(0.56))
-        grey[road & (edge > -0.35)] *= np.float32(0.8)
+        fine = np.minimum(f32(25.0) / s, 1)
+        grain = quick_noise(x, y, 9.0) - f32(0.5)
+        patch = quick_noise(x, y, 0.45, hashed(self.seed, "asphalt")) - f32(0.5)
+        grey = np.where(road, f32(0.29) * np.where(ex < ey, *tones), f32(0.56))
+        grey[road & (edge > -0.35)] *= f32(0.8)
         slab = edge > 0.22
         grey[~road & ~slab] = 0.70
-        jx, jy = x * np.float32(1.25), y * np.float32(1.25)
+        jx, jy = x * f32(1.25), y * f32(1.25)
         joint = (jx - np.floor(jx) < 0.06) | (jy - np.floor(jy) < 0.06)
-        grey -= (slab & joint) * np.float32(0.09) * fine
-        grey *= 1 + grain * fine * np.float32(0.22) + patch * np.float32(0.30)
+        grey -= (slab & joint) * f32(0.09) * fine
+        grey *= 1 + grain * fine * f32(0.22) + patch * f32(0.30)
         white = np.zeros(road.shape, bool)
         for across, along in ((0, 1), (1, 0)):
             other = edges[along]
             inside = edges[across] < -0.25
-            dash = (y if across == 0 else x) * np.float32(1 / 6)
-            stripe = offsets[across] * np.float32(1 / 1.1)
-            white |= (
-                inside
-                & (other > 5.5)
-                & dashes[across]
-                & (np.abs(offsets[across]) < 0.09)
-                & (dash - np.floor(dash) < 0.5)
-            )
+            dash = (y if across == 0 else x) * f32(1 / 6)
+            stripe = offsets[across] * f32(1 / 1.1)
+            middle = dashes[across] & (np.abs(offsets[across]) < 0.09) & (dash - np.floor(dash) < 0.5)
+            white |= inside & (other > 5.5) & middle
             white |= inside & (other > 1.0) & (other < 4.0) & (stripe - np.floor(stripe) < 0.5)
-        white &= quick_noise(x, y, 3.0, 11) > np.float32(0.2)
+        white &= quick_noise(x, y, 3.0, 11) > f32(0.2)
         grey[white] = 0.80
-        rgb = grey * np.float32((1.0, 0.985, 0.96))[:, None]
+        rgb = grey * f32((1.0, 0.985, 0.96))[:, None]
         grass = (ex > borders[0] + 0.05) & (ey > borders[1] + 0.05)
         if grass.any():
-            blade = np.float32(0.8) + np.float32(0.5) * grain[grass] + np.float32(0.5) * patch[grass]
-            rgb[:, grass] = blade * np.float32((0.30, 0.40, 0.18))[:, None]
+            blade = f32(0.8) + f32(0.5) * grain[grass] + f32(0.5) * patch[grass]
+            rgb[:, grass] = blade * f32((0.30, 0.40, 0.18))[:, None]
         if light.snow:
-            cover = quick_noise(x, y, 0.9, 3) + np.float32(0.35) * grain
+            cover = quick_noise(x, y, 0.9, 3) + f32(0.35) * grain
             track = np.zeros(road.shape, bool)
             for e, offset in zip(edges, offsets, strict=True):
-                track |= (e < 0) & (np.abs(np.abs(offset) - np.float32(1.5)) < 0.45)
-            amount = np.clip(np.float32(2.4) * cover + np.float32(0.6) - np.float32(1.3) * track, 0, 1)
-            rgb = rgb * (1 - amount) + amount * np.float32((0.90, 0.92, 0.96))[:, None]
+                track |= (e < 0) & (np.abs(np.abs(offset) - f32(1.5)) < 0.45)
+            amount = np.clip(f32(2.4) * cover + f32(0.6) - f32(1.3) * track, 0, 1)
+            rgb = rgb * (1 - amount) + amount * f32((0.90, 0.92, 0.96))[:, None]
         elif light.wet:
-            rgb *= np.float32(0.70)
+            rgb *= f32(0.70)
         bright = np.full(len(pixel), 0.9, np.float32)
         if light.sun[0] > 0.4:  # the shadow of the houses on the sun's side of each street
             for across, (own, other) in enumerate(((0, 1), (1, 0))):
                 along = y if across == 0 else x
-                reach = np.float32(8.5 * abs(sun[across]))
-                cell = np.floor(along * np.float32(1 / 7))
-                reach = reach * (np.float32(0.8) + np.float32(0.4) * hash_grid(cell, across, self.seed))
+                reach = f32(8.5 * abs(sun[across]))
+                cell = np.floor(along * f32(1 / 7))
+                reach = reach * (f32(0.8) + f32(0.4) * hash_grid(cell, across, self.seed))
                 line_at = borders[own] + np.abs(offsets[own]) - edges[own]  # half road + pavement
-                distance = line_at - offsets[own] * np.float32(1 if sun[across] > 0 else -1)
-                bright[(distance < reach) & (edges[own] < borders[own]) & (edges[other] > borders[other])] = (
-                    0.14
-                )
+                distance = line_at - offsets[own] * f32(1 if sun[across] > 0 else -1)
+                dark = (distance < reach) & (edges[own] < borders[own]) & (edges[other] > borders[other])
+                bright[dark] = 0.14
         label = np.where(road, np.uint8(ROAD), np.uint8(PAVEMENT))
         view.put(pixel, rgb, label, s, bright)
         if light.lamps:
-            view.lamp.ravel()[pixel] = self.lamp_light(view, x, y, np.float32(LAMP_HEIGHT_M**2))
+            view.lamp.ravel()[pixel] = self.lamp_light(view, x, y, f32(LAMP_HEIGHT_M**2))
 
     def near_lamps(self, view):
         d2 = (self.lamps[:, 0] - view.ox) ** 2 + (self.lamps[:, 1] - view.oy) ** 2
@@ -297,10 +292,10 @@ class Town(Plan):
     def lamp_light(self, view, x, y, rise2):
         total = np.zeros(np.broadcast_shapes(x.shape, np.shape(rise2)), np.float32)
         for lamp in self.near_lamps(view):
-            q = (x - np.float32(lamp[0])) ** 2 + (y - np.float32(lamp[1])) ** 2 + rise2
-            q = np.float32(1) + q * np.float32(1 / 30)
-            total += np.float32(1.9) / (q * q)
-        return np.minimum(total, np.float32(1.15))
+            q = (x - f32(lamp[0])) ** 2 + (y - f32(lamp[1])) ** 2 + rise2
+            q = f32(1) + q * f32(1 / 30)
+            total += f32(1.9) / (q * q)
+        return np.minimum(total, f32(1.15))
 
     def paint_sky(self, view, light, sun_at, visit):
         """Gradient, clouds and the sun's side, by direction, so that turning the camera turns the sky."""
@@ -309,27 +304,24 @@ class Town(Plan):
             return
         dice = Dice(self.seed, "sky", visit)
         up = np.clip(view.y[:bottom], 0, 1.6).astype(np.float32)
-        mix = np.clip(up / (up + np.float32(0.35)) * np.float32(1.3), 0, 1)[:, None]
+        mix = np.clip(up / (up + f32(0.35)) * f32(1.3), 0, 1)[:, None]
         azimuth = np.arctan2(view.dx, view.dy)
         side = (0.5 + 0.5 * np.cos(azimuth - sun_at)).astype(np.float32)[None, :]
         strip = clouds()
         column = ((azimuth / (2 * np.pi) + dice.real()) % 1.0 * strip.shape[1]).astype(int) % strip.shape[1]
-        row = (up * np.float32(79)).astype(int)
+        row = (up * f32(79)).astype(int)
         cloud = strip[row[:, None], column[None, :]]
-        cloud = np.clip((cloud - np.float32(0.75 - 0.5 * light.cover)) * np.float32(4), 0, 1)
-        cloud *= np.clip(up * 6, 0, 1)[:, None] * np.float32(light.clouds)
-        for plane, zenith, horizon, dark in zip(
-            view.glow, light.zenith, light.horizon, (0.04, 0.05, 0.10), strict=True
-        ):
+        cloud = np.clip((cloud - f32(0.75 - 0.5 * light.cover)) * f32(4), 0, 1)
+        cloud *= np.clip(up * 6, 0, 1)[:, None] * f32(light.clouds)
+        channels = (view.glow, light.zenith, light.horizon, (0.04, 0.05, 0.10))
+        for plane, zenith, horizon, dark in zip(*channels, strict=True):
             if light.lamps:  # after sunset the sun's side still burns, the other is dark
-                low = np.float32(horizon) * (np.float32(0.45) + np.float32(0.55) * side * side) + np.float32(
-                    dark
-                )
-                sky = low * (1 - mix) + np.float32(zenith) * mix
+                low = f32(horizon) * (f32(0.45) + f32(0.55) * side * side) + f32(dark)
+                sky = low * (1 - mix) + f32(zenith) * mix
             else:
-                sky = np.float32(horizon) * (1 - mix) + np.float32(zenith) * mix
-                sky = sky * (np.float32(0.88) + np.float32(0.14) * side)
-            plane[:bottom] = sky + cloud * (np.float32(1.05) - sky)
+                sky = f32(horizon) * (1 - mix) + f32(zenith) * mix
+                sky = sky * (f32(0.88) + f32(0.14) * side)
+            plane[:bottom] = sky + cloud * (f32(1.05) - sky)
         view.depth[:bottom] = np.inf
 
     def paint_buildings(self, view, light, year, sun_from):
@@ -423,91 +415,68 @@ class Town(Plan):
         rgb = texel.astype(np.float32).T[:3]
         label = texel[:, 3].copy()
         facing = np.clip(FACE_NORMALS @ np.array(sun_from), 0, 1)
-        sun = (np.float32(0.18) + np.float32(0.95) * facing.astype(np.float32))[face].reshape(-1)[ck]
+        sun = (f32(0.18) + f32(0.95) * facing.astype(np.float32))[face].reshape(-1)[ck]
         roof = np.flatnonzero(~on_wall)
         if len(roof):
-            tile = hash_grid(np.floor(up[roof] * 5), ck[roof] // 7, 9) * np.float32(0.16) + np.float32(0.9)
+            tile = hash_grid(np.floor(up[roof] * 5), ck[roof] // 7, 9) * f32(0.16) + f32(0.9)
             tiled = (self.roof_colour[which.reshape(-1)[ck[roof]]] * tile[:, None]).T
             if light.snow:
-                tiled = tiled * np.float32(0.15) + np.float32((0.78, 0.80, 0.84))[:, None]
-            rgb[:, roof] = tiled * np.float32(255)
+                tiled = tiled * f32(0.15) + f32((0.78, 0.80, 0.84))[:, None]
+            rgb[:, roof] = tiled * f32(255)
             label[roof] = ROOF
             sun[roof] = 0.7
         near_ground = np.minimum(up.astype(np.float32), 2.0)
-        soot = (np.float32(0.82) + np.float32(0.09) * near_ground) * np.float32(1 / 255)
+        soot = (f32(0.82) + f32(0.09) * near_ground) * f32(1 / 255)
         view.put(pixel, [channel * soot for channel in rgb], label, tp, sun)
         glow = None
         if light.glow:
-            glow = self.atlas[1][where].view(np.uint8).reshape(-1, 4).astype(np.float32) * np.float32(
-                light.glow / 255
-            )
+            glow = self.atlas[1][where].view(np.uint8).reshape(-1, 4).astype(np.float32)
+            glow *= f32(light.glow / 255)
             glow[roof] = 0
         for k, plane in enumerate(view.glow.reshape(3, -1)):
             plane[pixel] = 0 if glow is None else glow[:, k]
         if light.lamps:
-            rise2 = (up.astype(np.float32) - np.float32(LAMP_HEIGHT_M - 1)) ** 2
-            lit = self.lamp_light(
-                view, px.reshape(-1)[ck].astype(np.float32), py.reshape(-1)[ck].astype(np.float32), rise2
-            )
-            view.lamp.ravel()[pixel] = lit * np.float32(0.8)
+            rise2 = (up.astype(np.float32) - f32(LAMP_HEIGHT_M - 1)) ** 2
+            at = (px.reshape(-1)[ck].astype(np.float32), py.reshape(-1)[ck].astype(np.float32))
+            lit = self.lamp_light(view, *at, rise2)
+            view.lamp.ravel()[pixel] = lit * f32(0.8)
 
     def paint_objects(self, view, light, year, visit):
         """Cars, trees, lamps and persons, far to near, hidden by the nearest wall of each column."""
         share, todo = self.config.occlusion, []
-        for kind, things in (
-            ("car", self.cars),
-            ("tree", self.trees),
-            ("lamp", self.lamps),
-            ("walker", self.walkers),
+        # nearer than `start` a car cuts the picture's plane, and a tree would be all that is seen
+        for kind, things, start, reach, chance in (
+            ("car", self.cars, 0.5, 70.0, 0.92 * share),
+            ("tree", self.trees, 3.0, 110.0, None),
+            ("lamp", self.lamps, 1.2, 80.0, None),
+            ("walker", self.walkers, 1.2, 45.0, 0.3 * share),
         ):
-            if not len(things):
-                continue
             rx, ry = things[:, 0] - view.ox, things[:, 1] - view.oy
             ahead, aside = rx * view.fx + ry * view.fy, rx * view.fy - ry * view.fx
-            # nearer than this a car cuts the picture's plane, and a tree would be all that is seen
-            start, reach = {
-                "car": (0.5, 70.0),
-                "tree": (3.0, 110.0),
-                "lamp": (1.2, 80.0),
-                "walker": (1.2, 45.0),
-            }[kind]
-            margin = 4.5
-            ok = (ahead > start) & (ahead < reach) & (np.abs(aside) < ahead * view.half + margin)
+            ok = (ahead > start) & (ahead < reach) & (np.abs(aside) < ahead * view.half + 4.5)
             for i in np.flatnonzero(ok):
-                x, y, a, b, key = things[i]
-                if kind == "car":
-                    dice = Dice(int(key), year, visit)
-                    if not dice.chance(0.92 * share):
-                        continue
+                dice = Dice(int(things[i, 4]), year, visit)
+                if chance is None or dice.chance(chance):
                     todo.append((ahead[i], kind, aside[i], things[i], dice))
-                elif kind == "walker":
-                    dice = Dice(int(key), year, visit)
-                    if dice.chance(0.3 * share):
-                        todo.append((ahead[i], kind, aside[i], things[i], dice))
-                else:
-                    todo.append((ahead[i], kind, aside[i], things[i], None))
         todo.sort(key=lambda item: -item[0])
         for ahead, kind, aside, thing, dice in todo[-70:]:
+            at = (view, light, ahead, aside, thing)
             if kind == "car":
                 self.paint_car(view, light, ahead, thing, dice)
             elif kind == "tree":
-                size = thing[2] * (1 + 0.06 * year)
-                tint = np.float32((1, 1, 1, 1))
-                if light.snow:
-                    tint = np.float32((0.75, 0.72, 0.8, 1.0))
-                self.paint_card(view, light, painted_card(TREE_CARD, int(thing[3])), ahead, aside, thing, size, size * 0.8,
-                                 TREE, tint, whiten=0.45 * light.snow)  # fmt: skip
+                tall, snow = thing[2] * (1 + 0.06 * year), light.snow
+                tint = f32((0.75, 0.72, 0.8, 1.0)) if snow else f32((1, 1, 1, 1))
+                card = painted_card(TREE_CARD, int(thing[3]))
+                self.paint_card(*at, card, tall, tall * 0.8, TREE, tint, whiten=0.45 * snow)
             elif kind == "walker":
-                self.paint_card(view, light, painted_card(PERSON_CARD, dice.integer(16)), ahead, aside, thing, 1.55 + 0.3 * dice.real(),
-                                 0.85, PERSON)  # fmt: skip
+                card = painted_card(PERSON_CARD, dice.integer(16))
+                self.paint_card(*at, card, 1.55 + 0.3 * dice.real(), 0.85, PERSON)
             else:
-                self.paint_card(
-                    view, light, painted_card(LAMP_CARD, 0), ahead, aside, thing, LAMP_HEIGHT_M, 1.3, LAMP
-                )
+                self.paint_card(*at, painted_card(LAMP_CARD, 0), LAMP_HEIGHT_M, 1.3, LAMP)
                 if light.lamps:
                     view.halo(ahead, aside, LAMP_HEIGHT_M * 0.95, light.lamps)
 
-    def paint_card(self, view, light, levels, ahead, aside, thing, tall, wide, label, tint=None, whiten=0.0):
+    def paint_card(self, view, light, ahead, aside, thing, levels, tall, wide, label, tint=None, whiten=0.0):
         r0, r1 = view.row_of(tall, ahead), view.row_of(0.0, ahead)
         c0, c1 = view.column_of(aside - wide / 2, ahead), view.column_of(aside + wide / 2, ahead)
         a, b = max(0, int(np.ceil(r0 - 0.5))), min(view.h, int(np.ceil(r1 - 0.5)))
@@ -522,12 +491,9 @@ class Town(Plan):
         while level + 1 < len(levels) and levels[level].shape[0] > 1.6 * (r1 - r0):
             level += 1
         card = levels[level]
-        iv = np.clip(
-            ((np.arange(a, b) + 0.5 - r0) / (r1 - r0) * card.shape[0]).astype(int), 0, card.shape[0] - 1
-        )
-        iu = np.clip(
-            ((np.arange(c, d) + 0.5 - c0) / (c1 - c0) * card.shape[1]).astype(int), 0, card.shape[1] - 1
-        )
+        up, along = (np.arange(a, b) + 0.5 - r0) / (r1 - r0), (np.arange(c, d) + 0.5 - c0) / (c1 - c0)
+        iv = np.clip((up * card.shape[0]).astype(int), 0, card.shape[0] - 1)
+        iu = np.clip((along * card.shape[1]).astype(int), 0, card.shape[1] - 1)
         patch = card[iv[:, None], iu[None, :]]
         if visible[-1] - visible[0] + 1 != len(visible):
             patch = patch * (view.wall_at[c:d] > ahead)[None, :, None]
@@ -536,7 +502,7 @@ class Town(Plan):
         alpha = patch[..., 3]
         colour = patch[..., :3].transpose(2, 0, 1)
         if whiten:
-            colour = colour * np.float32(1 - whiten) + alpha * np.float32(whiten * 0.9)
+            colour = colour * f32(1 - whiten) + alpha * f32(whiten * 0.9)
         keep = 1 - alpha
         s = np.s_[a:b, c:d]
         view.rgb[:, a:b, c:d] = view.rgb[:, a:b, c:d] * keep + colour
@@ -546,24 +512,17 @@ class Town(Plan):
         view.depth[s][solid] = ahead
         view.sun[s][solid] = 0.6
         if light.lamps:
-            at = self.lamp_light(view, np.float32(thing[0]), np.float32(thing[1]), np.float32(9.0))
-            view.lamp[s][solid] = at * np.float32(0.9)
+            at = self.lamp_light(view, f32(thing[0]), f32(thing[1]), f32(9.0))
+            view.lamp[s][solid] = at * f32(0.9)
 
     def paint_car(self, view, light, ahead, car, dice):
         """Two boxes, body and cabin; tops are seen because the camera stands higher."""
         x, y, along_x = car[0], car[1], car[2] == 1.0
-        colour, variant = np.float32(dice.pick(CAR_COLOURS)), dice.integer(2)
+        colour, variant = f32(dice.pick(CAR_COLOURS)), dice.integer(2)
         shift, tall = dice.real(-0.5, 0.5), dice.pick((0.0, 0.0, 0.12, 0.45))
         forward = dice.pick((-1, 1))
-        if along_x:
-            x += shift
-        else:
-            y += shift
-        lamp = (
-            float(self.lamp_light(view, np.float32(x), np.float32(y), np.float32(16.0)))
-            if light.lamps
-            else 0.0
-        )
+        x, y = (x + shift, y) if along_x else (x, y + shift)
+        lamp = self.lamp_light(view, f32(x), f32(y), f32(16.0)) if light.lamps else 0.0
         parts = (
             ("shadow", 2.25, 1.05, 0.0, 0.02, 0.0),
             ("body", 2.1, 0.87, 0.05, 0.86, 0.0),
@@ -574,18 +533,8 @@ class Town(Plan):
                 half_l, back = 1.75, 0.3
             cx, cy = (x - forward * back, y) if along_x else (x, y - forward * back)
             hx, hy = (half_l, half_w) if along_x else (half_w, half_l)
-            self.paint_box(
-                view,
-                light,
-                (cx - hx, cx + hx, cy - hy, cy + hy),
-                z0,
-                z1,
-                along_x,
-                colour,
-                variant,
-                part,
-                lamp,
-            )
+            box = (cx - hx, cx + hx, cy - hy, cy + hy)
+            self.paint_box(view, light, box, z0, z1, along_x, colour, variant, part, lamp)
 
     def paint_box(self, view, light, box, z0, z1, along_x, colour, variant, part, lamp):
         x0, x1, y0, y1 = box
@@ -607,15 +556,10 @@ class Town(Plan):
         if not ok.any():
             return
         used = np.flatnonzero(ok)
-        c, d = c + used[0], c + used[-1] + 1
-        ok, enter, leave = (
-            ok[used[0] : used[-1] + 1],
-            enter[used[0] : used[-1] + 1],
-            leave[used[0] : used[-1] + 1],
-        )
-        by_x = (in_x >= in_y)[used[0] : used[-1] + 1]
-        enter = np.where(ok, enter, 1.0)
-        leave = np.where(ok, leave, 1.0)
+        seen = slice(used[0], used[-1] + 1)
+        c, d = c + seen.start, c + seen.stop
+        ok, by_x = ok[seen], (in_x >= in_y)[seen]
+        enter, leave = np.where(ok, enter[seen], 1.0), np.where(ok, leave[seen], 1.0)
         low, high, far = (z0 - view.cam) / enter, (z1 - view.cam) / enter, (z1 - view.cam) / leave
         top_y = np.maximum(high, far).max()
         a = max(0, int(np.floor(view.h / 2 - 0.5 - (top_y - view.shift) * view.focal)))
@@ -626,7 +570,7 @@ class Town(Plan):
         wall = (rows >= low) & (rows < high) & ok
         top = (rows >= high) & (rows < far) & ok
         if part == "shadow":
-            view.rgb[:, a:b, c:d][:, top] *= np.float32(0.45)
+            view.rgb[:, a:b, c:d][:, top] *= f32(0.45)
             return
         px, py = view.ox + enter * view.dx[c:d], view.oy + enter * view.dy[c:d]
         u = np.where(by_x, (py - y0) / (y1 - y0), (px - x0) / (x1 - x0)).clip(0, 0.999)
@@ -638,7 +582,7 @@ class Town(Plan):
             pillar = (u < 0.07) | (u > 0.93) | ((np.abs(u - 0.5) < 0.035) & ~end)
             glass = wall & ~pillar[None, :] & (v < 0.84) & (v > 0.04)
             body[glass] = 0
-            rgb[:, glass] = np.float32((0.13, 0.16, 0.20))[:, None] + (v[glass] * 0.22).astype(np.float32)
+            rgb[:, glass] = f32((0.13, 0.16, 0.20))[:, None] + (v[glass] * 0.22).astype(np.float32)
         else:
             for is_end in (False, True):
                 columns = np.flatnonzero(end == is_end)
@@ -648,11 +592,9 @@ class Town(Plan):
                     iu = (u[columns] * paint.shape[1]).astype(int)[None, :]
                     body[:, columns], rgb[:, :, columns] = paint[iv, iu], rest[:, iv, iu]
         rgb += body * colour[:, None, None]
-        roof = (
-            np.float32((0.92, 0.94, 0.97))
-            if light.snow
-            else np.minimum(colour * np.float32(1.15) + np.float32(0.06), 1)
-        )
+        roof = np.minimum(colour * f32(1.15) + f32(0.06), 1)
+        if light.snow:
+            roof = f32((0.92, 0.94, 0.97))
         rgb[:, top] = roof[:, None]
         on = wall | top
         s = np.s_[a:b, c:d]
@@ -660,7 +602,7 @@ class Town(Plan):
         view.glow[:, a:b, c:d][:, on] = 0
         view.label[s][on] = CAR
         view.depth[s][on] = np.broadcast_to(enter.astype(np.float32), on.shape)[on]
-        view.sun[s][on] = np.where(top, np.float32(1.0), np.where(end, np.float32(0.5), np.float32(0.7)))[on]
+        view.sun[s][on] = np.where(top, f32(1.0), np.where(end, f32(0.5), f32(0.7)))[on]
         if light.lamps:
             view.lamp[s][on] = lamp
 
@@ -714,18 +656,17 @@ class View:
         y = (np.arange(a, b) + 0.5 - row)[:, None] / r
         x = (np.arange(c, d) + 0.5 - column)[None, :] / r
         spot = np.clip(1 - (x * x + y * y), 0, 1).astype(np.float32) ** 3 * (self.wall_at[c:d] > ahead)
-        self.glow[:, a:b, c:d] += (
-            spot * np.float32((1.3 * strength, 1.1 * strength, 0.78 * strength))[:, None, None]
-        )
+        warm = f32((1.3 * strength, 1.1 * strength, 0.78 * strength))
+        self.glow[:, a:b, c:d] += spot * warm[:, None, None]
 
     def lit(self, light: Light) -> np.ndarray:
         """Colour (3, h, w): surface times the light that falls on it, plus its own."""
         out = np.empty_like(self.rgb)
         for k in range(3):
-            np.multiply(self.sun, np.float32(light.sun[k]), out=out[k])
-            out[k] += np.float32(light.ambient[k])
+            np.multiply(self.sun, f32(light.sun[k]), out=out[k])
+            out[k] += f32(light.ambient[k])
             if light.lamps:
-                out[k] += self.lamp * (LAMP_COLOUR[k] * np.float32(light.lamps))
+                out[k] += self.lamp * (LAMP_COLOUR[k] * f32(light.lamps))
         out *= self.rgb
         out += self.glow
         return out
@@ -746,18 +687,17 @@ class View:
         other = picture[:, row, np.arange(self.w)[None, :]]
         ground = (self.label[top:] == ROAD) | (self.label[top:] == PAVEMENT)
         share = np.clip(0.46 - 0.32 * np.minimum(-y, 0.9) + 1.1 * np.clip(puddle - 0.5, 0, 0.25), 0, 0.75)
-        share = share * amount * ground
-        share = share.astype(np.float32)
+        share = (share * amount * ground).astype(np.float32)
         picture[:, top:] = picture[:, top:] * (1 - share) + other * share
         return picture
 
     def hazy(self, picture, light: Light) -> np.ndarray:
-        haze = np.exp2(-self.depth / np.float32(light.haze_m))
+        haze = np.exp2(-self.depth / f32(light.haze_m))
         haze[np.isinf(self.depth)] = 1
         picture *= haze
         haze = 1 - haze
         for k in range(3):
-            picture[k] += haze * np.float32(light.horizon[k])
+            picture[k] += haze * f32(light.horizon[k])
         return picture
 
 
@@ -768,28 +708,24 @@ def develop(picture, light: Light, noise: float, key: int) -> np.ndarray:
     y, x = np.arange(h)[:, None], np.arange(w)[None, :]
     if light.wet:
         slant = (x + (y * 3) // 16).astype(np.int64)
-        streak = (
-            hash_grid(
-                slant, (y + (hash_grid(slant, 0, key) * 64).astype(np.int64)) // max(4, h // 12), key + 1
-            )
-            > 0.965
-        )
-        picture = picture + streak * np.float32(0.10)
+        start = (hash_grid(slant, 0, key) * 64).astype(np.int64)
+        streak = hash_grid(slant, (y + start) // max(4, h // 12), key + 1) > 0.965
+        picture = picture + streak * f32(0.10)
     if light.snow:
         for scale, part in ((1, 0.988), (2, 0.99), (3, 0.993)):
             flake = hash_grid(x // scale, y // scale, key + scale) > part
-            picture = np.where(flake, picture * np.float32(0.35) + np.float32(0.62), picture)
-    exposure = np.float32(dice.real(0.88, 1.12))
+            picture = np.where(flake, picture * f32(0.35) + f32(0.62), picture)
+    exposure = f32(dice.real(0.88, 1.12))
     r2 = ((x - w / 2) / (w / 2)) ** 2 + ((y - h / 2) / (h / 2)) ** 2
-    picture = picture * ((np.float32(1.02) - np.float32(0.10) * r2.astype(np.float32)) * exposure)
-    over = np.maximum(picture - np.float32(0.7), 0)  # highlights roll off, as film does
-    picture = (np.maximum(picture, 0) - over + over / (1 + np.float32(1.6) * over)) * np.float32(255)
+    picture = picture * ((f32(1.02) - f32(0.10) * r2.astype(np.float32)) * exposure)
+    over = np.maximum(picture - f32(0.7), 0)  # highlights roll off, as film does
+    picture = (np.maximum(picture, 0) - over + over / (1 + f32(1.6) * over)) * f32(255)
     if noise:
         k = np.arange(3)[:, None, None] * 4096
         a, b = hash_grid(x + k, y, key + 11), hash_grid(x + k, y, key + 12)
         strength = noise * (1.6 if light.lamps > 0.9 else 1.0)
-        picture = picture + (a + b - 1) * np.float32(strength)
-    grey = np.clip(picture + np.float32(0.5), 0, 255).astype(np.uint8)
+        picture = picture + (a + b - 1) * f32(strength)
+    grey = np.clip(picture + f32(0.5), 0, 255).astype(np.uint8)
     return np.ascontiguousarray(grey.transpose(1, 2, 0))
 
 
