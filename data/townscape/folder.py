@@ -26,7 +26,7 @@ JPEG_QUALITY = 92
 
 
 def images_of(settings: dict, split: str) -> int | None:
-    """How many pictures each town of a split has, by a written folder's ``settings.json``; None: every pose."""
+    """How many pictures each town of a split has, by the folder's ``settings.json``; None: every pose."""
     few = settings.get("train_images_per_town") if split == "train" else None
     return few or settings["images_per_town"]
 
@@ -152,9 +152,7 @@ def write_town(
     return folder
 
 
-def ensure_town(
-    data_folder: str | os.PathLike, name: str, *, images: int | None = None, progress: bool = False
-) -> Path:
+def ensure_town(data_folder, name: str, *, images: int | None = None, progress: bool = False) -> Path:
     """The folder ``data_folder/name``, rendered first if `name` starts with ``town`` and it is not there yet.
 
     Notebooks call this so that their default data set needs no download; any other name is left to its owner.
@@ -187,12 +185,10 @@ def ensure_town(
 
 def main(arguments: list[str] | None = None) -> int:
     """The command ``python -m townscape.folder data/town``."""
-    parser = argparse.ArgumentParser(
-        prog="python -m townscape.folder", description="Render the default set of towns, or go on with it."
-    )
+    what = "Render the default set of towns, or go on with it."
+    parser = argparse.ArgumentParser(prog="python -m townscape.folder", description=what)
     parser.add_argument("folder", type=Path, help="its name starts with town")
-    small = "a small set instead: so many pictures of each of four towns"
-    parser.add_argument("--images", type=int, help=small)
+    parser.add_argument("--images", type=int, help="so many pictures of each of four towns instead")
     options = parser.parse_args(arguments)
     if not options.folder.name.startswith("town"):
         parser.error(f"the name of the folder must start with town, got {options.folder.name}")

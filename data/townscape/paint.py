@@ -6,20 +6,8 @@ import numpy as np
 from numpy import float32 as f32
 from PIL import Image
 
-from townscape.plan import (
-    DOOR,
-    DOOR_COLOURS,
-    FACADE,
-    SIGN,
-    SIGN_COLOURS,
-    TREE,
-    WINDOW,
-    Dice,
-    Lot,
-    Style,
-    hash_grid,
-    hashed,
-)
+from townscape import plan
+from townscape.plan import Dice, Lot, Style, hash_grid, hashed
 
 
 def smooth_noise(x, y, key: int) -> np.ndarray:
@@ -65,7 +53,7 @@ class Canvas:
         nu, nv = max(4, round(width_m * density)), max(4, round(height_m * density))
         self.rgb = np.zeros((nu, nv, 3), np.float32)
         self.glow = np.zeros((nu, nv, 3), np.float32)
-        self.label = np.full((nu, nv), FACADE, np.uint8)
+        self.label = np.full((nu, nv), plan.FACADE, np.uint8)
 
     def window(self, u0, u1, v0, v1):
         """Slices of the texels between two corners given in metres."""
@@ -124,7 +112,7 @@ def word_of(key: int) -> np.ndarray:
     return np.concatenate(letters, axis=1)[:, :-1]
 
 
-def lettering(canvas: Canvas, key: int, u0, u1, v0, v1, colour, glow):
+def lettering(canvas: Canvas, key: int, u0, u1, v0, v1, colour):
     """Write one word into the rectangle, as large as it fits, centred."""
     word = word_of(key)
     cell = min((u1 - u0) / word.shape[1], (v1 - v0) / word.shape[0])
@@ -138,8 +126,7 @@ def lettering(canvas: Canvas, key: int, u0, u1, v0, v1, colour, glow):
     row = word.shape[0] - 1 - (np.arange(nv) * word.shape[0]) // nv
     on = word[row[None, :], column[:, None]]
     canvas.rgb[su, sv][on] = colour
-    if glow is not None:
-        canvas.glow[su, sv][on] = glow
+    canvas.glow[su, sv][on] = colour
 
 
 def wall_pattern(canvas: Canvas, material: str, colour, key: int):
@@ -191,7 +178,7 @@ def opening(canvas: Canvas, dice: Dice, style: Style, u0, u1, v0, v1, frame, acc
     up = (np.arange(nv, dtype=np.float32) / f32(nv))[None, :, None]
     glass = f32((0.10, 0.12, 0.15)) + up * f32((0.20, 0.26, 0.34)) * f32(0.4 + curtain)
     canvas.rgb[su, sv] = glass
-    canvas.label[su, sv] = WINDOW
+    canvas.label[su, sv] = plan.WINDOW
     light = f32((1.0, 0.78, 0.42)) if warm < 0.75 else f32((0.80, 0.90, 1.0))
     canvas.glow[su, sv] = light * f32(0.65 + 0.35 * dice.real()) * (1 - 0.35 * up) if lit else 0.02
     if curtain > 0.45:
@@ -218,17 +205,17 @@ def opening(canvas: Canvas, dice: Dice, style: Style, u0, u1, v0, v1, frame, acc
         outside = y[None, :] > cut[:, None]
         canvas.rgb[su, sv][outside] = np.asarray(frame, np.float32) * f32(0.8)
         canvas.glow[su, sv][outside] = 0
-        canvas.label[su, sv][outside] = FACADE
+        canvas.label[su, sv][outside] = plan.FACADE
 
 
 def door(canvas: Canvas, dice: Dice, u0, width, frame):
-    top, colour = 2.15 + 0.3 * dice.real(), f32(dice.pick(DOOR_COLOURS))
+    top, colour = 2.15 + 0.3 * dice.real(), f32(dice.pick(plan.DOOR_COLOURS))
     canvas.fill(u0 - 0.14, u0 + width + 0.14, 0.1, top + 0.5, np.asarray(frame, np.float32) * f32(0.88))
-    canvas.fill(u0, u0 + width, 0.16, top, colour, DOOR)
+    canvas.fill(u0, u0 + width, 0.16, top, colour, plan.DOOR)
     for a, b in ((0.12, 0.46), (0.54, 0.88)):
         for c, d in ((0.5, 1.0), (1.15, 1.95)):
             canvas.shade(u0 + width * a, u0 + width * b, c, d, 0.75)
-    canvas.fill(u0, u0 + width, top + 0.08, top + 0.4, (0.30, 0.34, 0.38), WINDOW,
+    canvas.fill(u0, u0 + width, top + 0.08, top + 0.4, (0.30, 0.34, 0.38), plan.WINDOW,
                 glow=(0.9, 0.7, 0.35) if dice.chance(0.6) else None)  # fmt: skip
     canvas.fill(u0 + width * 0.82, u0 + width * 0.9, 1.02, 1.12, (0.85, 0.75, 0.4))
     canvas.fill(u0 - 0.3, u0 + width + 0.3, 0.0, 0.16, (0.55, 0.54, 0.52))
@@ -236,8 +223,8 @@ def door(canvas: Canvas, dice: Dice, u0, width, frame):
 
 def shop_front(canvas: Canvas, dice: Dice, sign: Dice, u0, u1, top, frame):
     """A shop front: display window, door, sign band with a word, sometimes an awning."""
-    wood = f32(sign.pick(DOOR_COLOURS))
-    board = f32(sign.pick(SIGN_COLOURS))
+    wood = f32(sign.pick(plan.DOOR_COLOURS))
+    board = f32(sign.pick(plan.SIGN_COLOURS))
     bright = board[0] * 0.3 + board[1] * 0.6 + board[2] * 0.1 > 0.5
     ink = f32((0.08, 0.08, 0.10)) if bright else f32((0.97, 0.95, 0.88))
     canvas.fill(u0, u1, 0.0, top, wood)
@@ -250,27 +237,27 @@ def shop_front(canvas: Canvas, dice: Dice, sign: Dice, u0, u1, top, frame):
     panes = max(1, round((b - a) / 1.7))
     for k in range(panes):
         x0, x1 = a + (b - a) * k / panes + 0.05, a + (b - a) * (k + 1) / panes - 0.05
-        canvas.fill(x0, x1, 0.55, pane_top, (0.16, 0.18, 0.20), WINDOW, glow=glow)
+        canvas.fill(x0, x1, 0.55, pane_top, (0.16, 0.18, 0.20), plan.WINDOW, glow=glow)
         su, sv = canvas.window(x0, x1, 0.55, pane_top)
         up = np.linspace(0, 1, max(1, sv.stop - sv.start), dtype=np.float32)[None, : sv.stop - sv.start, None]
         canvas.rgb[su, sv] += up * f32((0.16, 0.20, 0.25))
         for _ in range(4):  # wares
             c, w = x0 + (x1 - x0 - 0.35) * sign.real(), 0.18 + 0.3 * sign.real()
-            ware = f32(sign.pick(SIGN_COLOURS))
-            canvas.fill(c, min(x1, c + w), 0.6, 0.75 + 0.8 * sign.real(), ware, WINDOW, glow=ware * glow)
-    canvas.fill(door_u, door_u + door_w, 0.08, pane_top, (0.14, 0.16, 0.18), DOOR, glow=glow * f32(0.7))
-    canvas.fill(door_u, door_u + door_w, 0.08, 0.5, wood * f32(0.8), DOOR)
-    canvas.fill(u0 + 0.05, u1 - 0.05, band, top - 0.08, board, SIGN, glow=board * f32(0.55))
-    lettering(canvas, sign.integer(1 << 16), u0 + 0.3, u1 - 0.3, band + 0.1, top - 0.18, ink, ink)
+            ware = f32(sign.pick(plan.SIGN_COLOURS))
+            canvas.fill(c, min(x1, c + w), 0.6, 0.75 + 0.8 * sign.real(), ware, plan.WINDOW, glow=ware * glow)
+    canvas.fill(door_u, door_u + door_w, 0.08, pane_top, (0.14, 0.16, 0.18), plan.DOOR, glow=glow * f32(0.7))
+    canvas.fill(door_u, door_u + door_w, 0.08, 0.5, wood * f32(0.8), plan.DOOR)
+    canvas.fill(u0 + 0.05, u1 - 0.05, band, top - 0.08, board, plan.SIGN, glow=board * f32(0.55))
+    lettering(canvas, sign.integer(1 << 16), u0 + 0.3, u1 - 0.3, band + 0.1, top - 0.18, ink)
     canvas.shade(u0, u1, band - 0.12, band, 0.6)
     if sign.chance(0.35):
-        cloth = f32(sign.pick(SIGN_COLOURS))
+        cloth = f32(sign.pick(plan.SIGN_COLOURS))
         stripes = max(2, round((b - a) / 0.45))
         for k in range(stripes):
             colour = cloth if k % 2 else f32((0.93, 0.92, 0.88))
             x0, x1 = a + (b - a) * k / stripes, a + (b - a) * (k + 1) / stripes
-            canvas.fill(x0, x1, band - 0.75, band - 0.02, colour * f32(0.95), SIGN)
-            canvas.fill(x0, x1, band - 0.9, band - 0.75, colour * f32(0.75), SIGN)
+            canvas.fill(x0, x1, band - 0.75, band - 0.02, colour * f32(0.95), plan.SIGN)
+            canvas.fill(x0, x1, band - 0.9, band - 0.75, colour * f32(0.75), plan.SIGN)
 
 
 def paint_facade(style: Style, lot: "Lot", front: bool, width: float, paint: int, shop: int, density: float):
@@ -283,7 +270,7 @@ def paint_facade(style: Style, lot: "Lot", front: bool, width: float, paint: int
     vary = f32([coat.real(-1, 1), coat.real(-1, 1), coat.real(-1, 1)])
     wall = np.clip(wall * (1 + f32(0.10 + 0.22 * lot.freedom) * vary[0]), 0, 1)
     wall = np.clip(wall + f32(0.07 * lot.freedom) * vary, 0, 1)
-    accent = f32(coat.pick(DOOR_COLOURS)) * f32(1.3)
+    accent = f32(coat.pick(plan.DOOR_COLOURS)) * f32(1.3)
     frame = f32(style.frame)
     wall_pattern(canvas, style.material, wall, hashed(lot.key, "wall"))
     if not front:
@@ -330,7 +317,8 @@ def paint_facade(style: Style, lot: "Lot", front: bool, width: float, paint: int
             if k == slot:
                 door(canvas, dice, centre - 0.5, 1.0, frame)
             elif lot.garage and count > 1 and k == (slot + 1) % count and step > 2.0:
-                canvas.fill(centre - 1.1, centre + 1.1, 0.05, 2.3, f32(dice.pick(DOOR_COLOURS)), DOOR)
+                colour = f32(dice.pick(plan.DOOR_COLOURS))
+                canvas.fill(centre - 1.1, centre + 1.1, 0.05, 2.3, colour, plan.DOOR)
                 for y in (0.5, 0.95, 1.4, 1.85):
                     canvas.shade(centre - 1.1, centre + 1.1, y, y + 0.06, 0.7)
             else:
@@ -351,28 +339,16 @@ def paint_facade(style: Style, lot: "Lot", front: bool, width: float, paint: int
         on = leaf > edge
         speckle = hash_grid(np.arange(nu)[:, None], np.arange(nv), 7)[..., None]
         green = f32((0.17, 0.30, 0.12)) * (0.6 + 0.8 * speckle)
-        canvas.rgb[on], canvas.label[on], canvas.glow[on] = green[on], TREE, 0
+        canvas.rgb[on], canvas.label[on], canvas.glow[on] = green[on], plan.TREE, 0
     return canvas
 
 
-TREE_CARD, PERSON_CARD, LAMP_CARD = range(3)
-
-
-def levels_of(rgba: np.ndarray) -> list[np.ndarray]:
-    out = [rgba]
-    while min(out[-1].shape[:2]) >= 8:
-        a = out[-1]
-        a = (a[0::2, 0::2] + a[1::2, 0::2] + a[0::2, 1::2] + a[1::2, 1::2]) * f32(0.25)
-        out.append(np.ascontiguousarray(a))
-    return out
-
-
 @lru_cache(maxsize=64)
-def painted_card(kind: int, variant: int) -> list[np.ndarray]:
+def painted_card(kind: str, variant: int) -> list[np.ndarray]:
     """Premultiplied RGBA levels, finest first, row 0 on top."""
-    key = hashed("card", kind, variant)
+    key = hashed("card", ("tree", "person", "lamp").index(kind), variant)
     dice = Dice(key)
-    if kind == TREE_CARD:
+    if kind == "tree":
         n = 128
         y, x = np.mgrid[0:n, 0:n].astype(np.float32) / n + f32(0.5 / n)
         crown = np.zeros((n, n), np.float32)
@@ -392,13 +368,13 @@ def painted_card(kind: int, variant: int) -> list[np.ndarray]:
         bark = trunk & (alpha < 0.5)
         rgb[bark] = (f32(0.26) + f32(0.1) * leaf[bark])[:, None] * f32((1.0, 0.85, 0.7))
         alpha = np.maximum(alpha, trunk)
-    elif kind == PERSON_CARD:
+    elif kind == "person":
         h, w = 128, 64
         y, x = np.mgrid[0:h, 0:w].astype(np.float32)
         y, x = y / h, (x - w / 2 + f32(0.5)) / h
         alpha = np.zeros((h, w), np.float32)
         rgb = np.zeros((h, w, 3), np.float32)
-        coat, legs = f32(dice.pick(SIGN_COLOURS)), f32(dice.pick(DOOR_COLOURS))
+        coat, legs = f32(dice.pick(plan.SIGN_COLOURS)), f32(dice.pick(plan.DOOR_COLOURS))
         skin = f32(dice.pick(((0.88, 0.70, 0.58), (0.55, 0.38, 0.28), (0.72, 0.54, 0.42))))
         stride = dice.real(0.02, 0.09)
         for side in (-1, 1):
@@ -424,7 +400,12 @@ def painted_card(kind: int, variant: int) -> list[np.ndarray]:
         rgb = np.zeros((h, w, 3), np.float32) + f32((0.16, 0.18, 0.17))
         rgb[head] = (0.86, 0.84, 0.76)
     rgba = np.concatenate([rgb * alpha[..., None], alpha[..., None]], axis=2)
-    return levels_of(np.ascontiguousarray(rgba, dtype=np.float32))
+    levels = [np.ascontiguousarray(rgba, dtype=np.float32)]
+    while min(levels[-1].shape[:2]) >= 8:
+        a = levels[-1]
+        a = (a[0::2, 0::2] + a[1::2, 0::2] + a[0::2, 1::2] + a[1::2, 1::2]) * f32(0.25)
+        levels.append(np.ascontiguousarray(a))
+    return levels
 
 
 @lru_cache(maxsize=64)

@@ -17,20 +17,7 @@ import numpy as np
 from sagelib.places import folder_name
 from sagelib.runs import check
 
-LABELS = (
-    "sky",
-    "road",
-    "facade",
-    "window",
-    "sign",
-    "tree",
-    "car",
-    "person",
-    "pavement",
-    "door",
-    "roof",
-    "lamp",
-)
+LABELS = tuple("sky road facade window sign tree car person pavement door roof lamp".split())
 """Names of the label values: ``LABELS[labels[row, column]]``."""
 SKY, ROAD, FACADE, WINDOW, SIGN, TREE, CAR, PERSON, PAVEMENT, DOOR, ROOF, LAMP = range(len(LABELS))
 
@@ -50,14 +37,12 @@ LAMP_HEIGHT_M = 5.2
 class TownConfig:
     """How large and how hard a town is. All of it enters the manifest of a written town.
 
-    The jitters are the largest changes of a query or training picture from its station; references stand on theirs.
+    The jitters are the largest changes of a query or training picture; references stand on their stations.
     """
 
     streets: int = 3  # in each of the two directions
     neighbourhoods: int = 2  # architectures in one town; fewer: more places look alike
-    architecture_variety: float = (
-        0.5  # how far a building may depart from its neighbourhood's, 0 (all alike) to 1
-    )
+    architecture_variety: float = 0.5  # how far a building may depart from its neighbours, 0 (all alike) to 1
     appearance_change: float = 0.25  # probability per year that a facade is repainted or a sign replaced
     years: int = 3  # pictures are spread over this many years after the first
     viewpoint_jitter_m: float = 6.0  # along the street
@@ -74,23 +59,15 @@ class TownConfig:
     query_conditions: tuple[str, ...] = CONDITIONS  # of the queries of val and test, in turn
 
     def __post_init__(self):
-        for low, high, names in (
-            (2, 5, ("streets",)),
-            (1, 6, ("neighbourhoods",)),
-            (0, 10, ("years",)),
-            (0, 1, ("architecture_variety", "appearance_change", "occlusion")),
-            (0, 12, ("viewpoint_jitter_m",)),
-            (0, 3, ("sideways_jitter_m",)),
-            (0, 45, ("heading_jitter_deg",)),
-            (30, 110, ("fov_deg",)),
-            (0, 20, ("fov_jitter_deg",)),
-            (0, 1.5, ("height_jitter_m",)),
-            (0, 0.25, ("tilt_jitter",)),
-            (0, 40, ("sensor_noise",)),
-            (1, 50, ("train_spacing_m", "reference_spacing_m")),
-        ):
-            for name in names:
-                check(name, getattr(self, name), low, high, whole=isinstance(getattr(TownConfig, name), int))
+        limits = {"streets": (2, 5), "neighbourhoods": (1, 6), "years": (0, 10), "fov_deg": (30, 110)}
+        limits |= {"viewpoint_jitter_m": (0, 12), "sideways_jitter_m": (0, 3), "heading_jitter_deg": (0, 45)}
+        limits |= {"fov_jitter_deg": (0, 20), "height_jitter_m": (0, 1.5), "tilt_jitter": (0, 0.25)}
+        limits |= dict.fromkeys(("architecture_variety", "appearance_change", "occlusion"), (0, 1))
+        limits |= dict.fromkeys(("train_spacing_m", "reference_spacing_m"), (1, 50)) | {
+            "sensor_noise": (0, 40)
+        }
+        for name, (low, high) in limits.items():
+            check(name, getattr(self, name), low, high, whole=isinstance(getattr(TownConfig, name), int))
         object.__setattr__(self, "query_conditions", tuple(self.query_conditions))
         check("the number of query_conditions", len(self.query_conditions), 1)
         for name in self.query_conditions:
@@ -106,9 +83,7 @@ class Pose:
     heading_deg: float  # clockwise from north
     fov_deg: float = 75.0  # horizontal field of view
     height_m: float = 2.3  # above the ground
-    tilt: float = (
-        0.25  # upward shift of the view in half picture widths (a shift lens: verticals stay vertical)
-    )
+    tilt: float = 0.25  # upward shift of the view in half picture widths: verticals stay vertical
 
     def __post_init__(self):
         for name, low, high in (("fov_deg", 10, 130), ("height_m", 0.3, 30), ("tilt", -1, 1)):
@@ -369,9 +344,9 @@ def plan_blocks(seed: int, config: TownConfig):
 class Plan:
     """The plan of a town from one seed, in its own metres: streets along x and y, lots around every block.
 
-    `seed` says which town (:data:`SEED_RANGES` keeps training and test apart), `config` how large and how hard. Its
-    ``name``, used as the city, is ``"town<seed>"``; its ``origin`` is the UTM east and north of its centre, kilometres
-    from other towns; its streets are turned by ``turn_deg`` against the clock.
+    `seed` says which town (:data:`SEED_RANGES` keeps training and test apart), `config` how large and how
+    hard. Its ``name``, used as the city, is ``"town<seed>"``; ``origin`` is the UTM east and north of its
+    centre, kilometres from other towns; its streets are turned by ``turn_deg`` against the clock.
     """
 
     def __init__(self, seed: int, config: TownConfig | None = None):
@@ -462,7 +437,7 @@ class Shot:
 
 
 def stations(town: Plan, spacing_m: float):
-    """Street by street: direction and street of a station, its metres along the street, and a running number."""
+    """Street by street: direction and street of a station, its metres along it, and a running number."""
     number = 0
     for k in range(town.config.streets):
         for direction in range(2):

@@ -10,36 +10,9 @@ from numpy import float32 as f32
 from PIL import Image
 
 from sagelib.runs import atomic_path, check
-from townscape.paint import (
-    LAMP_CARD,
-    PERSON_CARD,
-    TREE_CARD,
-    car_side,
-    paint_facade,
-    painted_card,
-    quick_noise,
-    smooth_noise,
-)
-from townscape.plan import (
-    CAR,
-    CAR_COLOURS,
-    CONDITIONS,
-    LAMP,
-    LAMP_HEIGHT_M,
-    PAVEMENT,
-    PERSON,
-    ROAD,
-    ROOF,
-    TREE,
-    Dice,
-    Plan,
-    Pose,
-    Shot,
-    TownConfig,
-    furnish,
-    hash_grid,
-    hashed,
-)
+from townscape import plan
+from townscape.paint import car_side, paint_facade, painted_card, quick_noise, smooth_noise
+from townscape.plan import CONDITIONS, LAMP_HEIGHT_M, Dice, Plan, Pose, Shot, TownConfig, hash_grid, hashed
 
 
 @dataclass(frozen=True)
@@ -123,7 +96,7 @@ class Town(Plan):
         self.roof_colour = np.array([lot.style.roof_colour for lot in self.lots], np.float32)
         self.textures: dict = {}
         self.atlas, self.used = np.zeros((2, ATLAS_TEXELS), np.uint32), 0
-        self.trees, self.lamps, self.cars, self.walkers = furnish(self)
+        self.trees, self.lamps, self.cars, self.walkers = plan.furnish(self)
 
     def texture(self, box: int, face: int, year: int, density: float, fine: bool):
         """Five levels of the texture of one face: (offset, texels along, texels up), painted when first seen.
@@ -278,20 +251,18 @@ class Town(Plan):
                 distance = line_at - offsets[own] * f32(1 if sun[across] > 0 else -1)
                 dark = (distance < reach) & (edges[own] < borders[own]) & (edges[other] > borders[other])
                 bright[dark] = 0.14
-        label = np.where(road, np.uint8(ROAD), np.uint8(PAVEMENT))
+        label = np.where(road, np.uint8(plan.ROAD), np.uint8(plan.PAVEMENT))
         view.put(pixel, rgb, label, s, bright)
         if light.lamps:
             view.lamp.ravel()[pixel] = self.lamp_light(view, x, y, f32(LAMP_HEIGHT_M**2))
 
-    def near_lamps(self, view):
+    def lamp_light(self, view, x, y, rise2):
+        """Light of the nearest nine lamps at points (x, y), `rise2` squared metres below them."""
         d2 = (self.lamps[:, 0] - view.ox) ** 2 + (self.lamps[:, 1] - view.oy) ** 2
         ahead = (self.lamps[:, 0] - view.ox) * view.fx + (self.lamps[:, 1] - view.oy) * view.fy
         near = np.flatnonzero((d2 < 60**2) & (ahead > -9))
-        return self.lamps[near[np.argsort(d2[near], kind="stable")[:9]]]
-
-    def lamp_light(self, view, x, y, rise2):
         total = np.zeros(np.broadcast_shapes(x.shape, np.shape(rise2)), np.float32)
-        for lamp in self.near_lamps(view):
+        for lamp in self.lamps[near[np.argsort(d2[near], kind="stable")[:9]]]:
             q = (x - f32(lamp[0])) ** 2 + (y - f32(lamp[1])) ** 2 + rise2
             q = f32(1) + q * f32(1 / 30)
             total += f32(1.9) / (q * q)
@@ -325,7 +296,7 @@ class Town(Plan):
         view.depth[:bottom] = np.inf
 
     def paint_buildings(self, view, light, year, sun_from):
-        """Walls and roofs, by columns: the nearest boxes, the rows that each covers, then one look-up a pixel."""
+        """Walls and roofs, by columns: the nearest boxes, the rows of each, then one look-up a pixel."""
         rel = self.centre - (view.ox, view.oy)
         forward = rel @ np.array([view.fx, view.fy])
         near = np.flatnonzero((forward > -20) & (np.abs(rel).max(1) < VIEW_M + 20))
@@ -369,7 +340,7 @@ class Town(Plan):
         roof_y = np.maximum(wall_y, np.where(hit, (height + rise - view.cam) / t_ridge, -1e9))
         cover = np.maximum.accumulate(roof_y, axis=1)
         seen = hit & (roof_y > np.concatenate([np.full((view.w, 1), -1e8), cover[:, :-1]], axis=1))
-        # texture addresses of the walls in sight; a full atlas starts afresh, walls are painted again when seen
+        # texture addresses of the walls in sight; a full atlas starts afresh, walls are painted again
         if self.used > 0.7 * ATLAS_TEXELS:
             self.textures, self.used = {}, 0
         density = 8.0 if view.focal < 110 else 16.0 if view.focal < 330 else 32.0
@@ -383,12 +354,8 @@ class Town(Plan):
         level = np.searchsorted(np.array([1.5, 3.0, 6.0, 12.0]), texels)
         finest = np.full(len(walls), 5)
         np.minimum.at(finest, inverse, level)
-        table = np.array(
-            [
-                self.texture(int(wall) // 4, int(wall) % 4, year, density, bool(f < 2 and n > 2))
-                for wall, f, n in zip(walls, finest, np.bincount(inverse), strict=True)
-            ]
-        )
+        seen_by = zip(walls.tolist(), (finest < 2) & (np.bincount(inverse) > 2), strict=True)
+        table = np.array([self.texture(*divmod(wall, 4), year, density, bool(f)) for wall, f in seen_by])
         offset, nu, nv = table[inverse, level].T
         iu = np.clip((u[columns, ks] / length[columns, ks] * nu).astype(np.int64), 0, nu - 1)
         base[columns, ks] = offset + iu * nv
@@ -423,7 +390,7 @@ class Town(Plan):
             if light.snow:
                 tiled = tiled * f32(0.15) + f32((0.78, 0.80, 0.84))[:, None]
             rgb[:, roof] = tiled * f32(255)
-            label[roof] = ROOF
+            label[roof] = plan.ROOF
             sun[roof] = 0.7
         near_ground = np.minimum(up.astype(np.float32), 2.0)
         soot = (f32(0.82) + f32(0.09) * near_ground) * f32(1 / 255)
@@ -466,13 +433,13 @@ class Town(Plan):
             elif kind == "tree":
                 tall, snow = thing[2] * (1 + 0.06 * year), light.snow
                 tint = f32((0.75, 0.72, 0.8, 1.0)) if snow else f32((1, 1, 1, 1))
-                card = painted_card(TREE_CARD, int(thing[3]))
-                self.paint_card(*at, card, tall, tall * 0.8, TREE, tint, whiten=0.45 * snow)
+                card = painted_card("tree", int(thing[3]))
+                self.paint_card(*at, card, tall, tall * 0.8, plan.TREE, tint, whiten=0.45 * snow)
             elif kind == "walker":
-                card = painted_card(PERSON_CARD, dice.integer(16))
-                self.paint_card(*at, card, 1.55 + 0.3 * dice.real(), 0.85, PERSON)
+                card = painted_card("person", dice.integer(16))
+                self.paint_card(*at, card, 1.55 + 0.3 * dice.real(), 0.85, plan.PERSON)
             else:
-                self.paint_card(*at, painted_card(LAMP_CARD, 0), LAMP_HEIGHT_M, 1.3, LAMP)
+                self.paint_card(*at, painted_card("lamp", 0), LAMP_HEIGHT_M, 1.3, plan.LAMP)
                 if light.lamps:
                     view.halo(ahead, aside, LAMP_HEIGHT_M * 0.95, light.lamps)
 
@@ -518,7 +485,7 @@ class Town(Plan):
     def paint_car(self, view, light, ahead, car, dice):
         """Two boxes, body and cabin; tops are seen because the camera stands higher."""
         x, y, along_x = car[0], car[1], car[2] == 1.0
-        colour, variant = f32(dice.pick(CAR_COLOURS)), dice.integer(2)
+        colour, variant = f32(dice.pick(plan.CAR_COLOURS)), dice.integer(2)
         shift, tall = dice.real(-0.5, 0.5), dice.pick((0.0, 0.0, 0.12, 0.45))
         forward = dice.pick((-1, 1))
         x, y = (x + shift, y) if along_x else (x, y + shift)
@@ -600,7 +567,7 @@ class Town(Plan):
         s = np.s_[a:b, c:d]
         view.rgb[:, a:b, c:d][:, on] = rgb[:, on]
         view.glow[:, a:b, c:d][:, on] = 0
-        view.label[s][on] = CAR
+        view.label[s][on] = plan.CAR
         view.depth[s][on] = np.broadcast_to(enter.astype(np.float32), on.shape)[on]
         view.sun[s][on] = np.where(top, f32(1.0), np.where(end, f32(0.5), f32(0.7)))[on]
         if light.lamps:
@@ -685,7 +652,7 @@ class View:
         puddle = smooth_noise((column - 0.5) * far * 1.1, far * 0.5, key + 1)
         row = np.clip(row + (ripple - 0.5) * (self.h / 42), 0, self.h - 1).astype(int)
         other = picture[:, row, np.arange(self.w)[None, :]]
-        ground = (self.label[top:] == ROAD) | (self.label[top:] == PAVEMENT)
+        ground = (self.label[top:] == plan.ROAD) | (self.label[top:] == plan.PAVEMENT)
         share = np.clip(0.46 - 0.32 * np.minimum(-y, 0.9) + 1.1 * np.clip(puddle - 0.5, 0, 0.25), 0, 0.75)
         share = (share * amount * ground).astype(np.float32)
         picture[:, top:] = picture[:, top:] * (1 - share) + other * share
