@@ -1,15 +1,15 @@
-"""The key numbers of every notebook: record them, and compare those of a later pass with them, each within its tolerance.
+"""The key numbers of every notebook: record them, and compare those of a later pass within tolerances.
 
-Numbers that come out of training differ in their last digits between processors, and a rank that was decided by such a digit differs with
-them; as text they cannot be compared. So each notebook gives its key numbers to its run (``run.finish``), ``make notebooks`` records them in
-``expected.json``, and ``make test-notebooks`` compares those of the runs that its pass has just written::
+Numbers that come out of training differ in their last digits between processors, and a rank that hangs on
+such a digit differs with them. So each notebook gives its key numbers to its run (``run.finish``), ``make
+notebooks`` records them in ``expected.json``, and ``make test-notebooks`` compares those of its pass::
 
     python notebooks/expected.py record  RUNS... notebooks/*.ipynb
     python notebooks/expected.py compare RUNS notebooks/*.ipynb
 
-where RUNS is the folder that ``SAGE_RUNS`` named. Of several folders, each of a pass as on another processor, the first has the numbers, and
-their spread over all says how far each may be off. A number that is missing, new or off is an error, and so is a figure that was not saved both
-as PNG and as PDF.
+where RUNS is the folder that ``SAGE_RUNS`` named. Of several folders, each of a pass as on another
+processor, the first has the numbers, and their spread over all says how far each may be off. A number that
+is missing, new or off is an error, and so is a figure that was not saved both as PNG and as PDF.
 """
 
 import fnmatch
@@ -22,8 +22,8 @@ from sagelib.runs import Run, find_runs, write_json
 
 RECORDED = Path(__file__).resolve().parent / "expected.json"
 
-# (notebook, key, the least that a number may be off, in its own unit): the first line that fits counts. Other counts must be
-# equal, and other numbers may be off by a thousandth of themselves. Three times the measured spread counts where that is more.
+# (notebook, key, the least that a number may be off, in its own unit): the first line that fits counts. Other
+# counts must be equal, other numbers within a thousandth. Three times the measured spread counts where more.
 FLOORS = (
     ("02", "n_gained", 10),  # edges, after an epoch of training
     ("02", "n_lost", 10),
@@ -49,62 +49,42 @@ def floor(notebook: str, key: str, value: float) -> float:
     return 0 if isinstance(value, int) else abs(value) / 1000
 
 
-def page_runs(folder: str | Path, notebook: str) -> list[Run]:
-    """The runs that a notebook, named by its number, has written under `folder`, unfinished ones too."""
-    return [
-        run for run in find_runs(folder, "notebooks", finished=None) if run.name.startswith(f"{notebook}-")
-    ]
+def page_runs(folder: str | Path, notebook: str) -> dict[str, Run]:
+    """By name the runs, unfinished ones too, that a notebook of that number has written under `folder`."""
+    runs = find_runs(folder, "notebooks", finished=None)
+    return {run.name: run for run in runs if run.name.startswith(f"{notebook}-")}
 
 
 def differences(recorded: dict, notebook: str, folder: str | Path) -> list[str]:
-    """What a pass over one notebook has otherwise than `recorded`, one sentence each.
-
-    Parameters
-    ----------
-    recorded : dict
-        As `record` gives it.
-    notebook : str
-        Its number, such as ``"03"``.
-    folder : path
-        Runs of the pass.
-    """
-    runs = {run.name: run for run in page_runs(folder, notebook)}
+    """What a pass over one notebook, with runs in `folder`, has otherwise than `record` gave: sentences."""
+    runs = page_runs(folder, notebook)
     run = runs.get(recorded["run"])
     if run is None:
         return [f"{notebook}: no run named {recorded['run']} was written, but {', '.join(runs) or 'none'}"]
     if not run.finished:
         return [f"{notebook}: the run {run.name} was not finished, so it has no numbers"]
-    found, sentences = run.metrics, []
+    sentences = []
     for key, value in recorded["numbers"].items():
-        if key not in found:
-            sentences.append(f"{notebook}: {key} is missing; {value:g} was recorded")
-            continue
-        off = abs(found[key] - value)
-        allowed = recorded["tolerances"][key] if "tolerances" in recorded else floor(notebook, key, value)
-        if not off <= allowed:
-            sentences.append(
-                f"{notebook}: {key} is {found[key]:.6g}; {value:.6g} was recorded, and {allowed:.3g} may be off"
-            )
-    sentences += [
-        f"{notebook}: {key} was never recorded: make notebooks"
-        for key in found
-        if key not in recorded["numbers"]
-    ]
-    return sentences + [f"{notebook}: {what}" for what in unsaved_figures(run)]
+        allowed = recorded.get("tolerances", {}).get(key, floor(notebook, key, value))
+        if key not in run.metrics:
+            sentences.append(f"{key} is missing; {value:g} was recorded")
+        elif not abs(run.metrics[key] - value) <= allowed:
+            words = f"{value:.6g} was recorded, and {allowed:.3g} may be off"
+            sentences.append(f"{key} is {run.metrics[key]:.6g}; {words}")
+    new = [key for key in run.metrics if key not in recorded["numbers"]]
+    sentences += [f"{key} was never recorded: make notebooks" for key in new]
+    return [f"{notebook}: {sentence}" for sentence in sentences + unsaved_figures(run)]
 
 
 def unsaved_figures(run: Run) -> list[str]:
     """Figures of a run that were not saved both as PNG and as PDF (a plotly one: as a page)."""
-    figures = run.dir / "figures"
-    names = {path.stem for path in figures.glob("*.p??")}
-    if not names:
-        return ["no figure was saved"]
-    return [
-        f"the figure {name} was saved as {', '.join(sorted(p.suffix for p in figures.glob(name + '.*')))}"
-        for name in sorted(names)
-        if not all((figures / (name + s)).exists() for s in (".png", ".pdf"))
-        and not (figures / (name + ".html")).exists()
-    ]
+    saved = {}
+    for path in sorted((run.dir / "figures").iterdir() if (run.dir / "figures").exists() else ()):
+        saved.setdefault(path.stem, []).append(path.suffix)
+    drawn = {name: kinds for name, kinds in saved.items() if {".png", ".pdf"} & set(kinds)}
+    lacking = {name: k for name, k in drawn.items() if not {".png", ".pdf"} <= set(k) and ".html" not in k}
+    sentences = [f"the figure {name} was saved as {', '.join(kinds)}" for name, kinds in lacking.items()]
+    return sentences if drawn else ["no figure was saved"]
 
 
 def record(folders: list[str], notebook: str) -> dict:
@@ -113,7 +93,7 @@ def record(folders: list[str], notebook: str) -> dict:
     Returns
     -------
     dict
-        ``{"run": name, "numbers": {key: value}, "tolerances": {key: number}}``; the values are those of the first folder.
+        ``{"run": name, "numbers": {key: value}, "tolerances": {key: number}}``, values of the first folder.
     """
     passes = [_finished_run(folder, notebook) for folder in folders]
     first, measured = passes[0], [run.metrics for run in passes]
@@ -124,55 +104,41 @@ def record(folders: list[str], notebook: str) -> dict:
     return {"run": first.name, "numbers": first.metrics, "tolerances": allowed}
 
 
-def _finished_run(folder, notebook):
-    runs = page_runs(folder, notebook)
+def _finished_run(folder, notebook) -> Run:
+    runs = list(page_runs(folder, notebook).values())
     if len(runs) != 1 or not runs[0].finished:
         states = ", ".join(f"{run.name} ({run.manifest['status']})" for run in runs)
         raise ValueError(
-            f"{folder} must hold one finished run of notebook {notebook}, and holds {states or 'none'}"
+            f"{folder} must hold one finished run of notebook {notebook}, got {states or 'none'}"
         )
-    wrong = {key: value for key, value in runs[0].metrics.items() if not _is_number(value)}
+    numbers = runs[0].metrics
+    wrong = {k: v for k, v in numbers.items() if not isinstance(v, int | float) or not math.isfinite(v)}
     if wrong:
         raise ValueError(f"key numbers of notebook {notebook} must be finite numbers, got {wrong}")
     return runs[0]
 
 
-def _is_number(value) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
 def main(arguments: list[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if len(arguments) < 3 or arguments[0] not in ("record", "compare"):
+    what, *given = (sys.argv[1:] if arguments is None else arguments) or [""]
+    notebooks = [Path(path).name.split("_")[0] for path in given if path.endswith(".ipynb")]
+    folders = given[: len(given) - len(notebooks)]
+    usable = (what == "record" and folders) or (what == "compare" and len(folders) == 1)
+    if not notebooks or not usable:
         print(__doc__, file=sys.stderr)
         return 2
-    what, *given = arguments
-    paths = [path for path in given if path.endswith(".ipynb")]
-    folders = given[: len(given) - len(paths)]
-    if not paths or not folders or (what == "compare" and len(folders) > 1):
-        print(__doc__, file=sys.stderr)
-        return 2
-    known = json.loads(RECORDED.read_text()) if RECORDED.exists() else {}
-    notebooks = [Path(path).name.split("_")[0] for path in paths]
+    recorded = json.loads(RECORDED.read_text()) if RECORDED.exists() else {}
     if what == "record":
-        known |= {notebook: record(folders, notebook) for notebook in notebooks}
-        write_json(RECORDED, dict(sorted(known.items())))
-        print(
-            f"recorded {sum(len(known[n]['numbers']) for n in notebooks)} numbers of {len(notebooks)} notebooks in {RECORDED.name}"
-        )
-        return 0
-    wrong = []
-    for notebook in notebooks:
-        if notebook in known:
-            wrong += differences(known[notebook], notebook, folders[0])
-        else:
-            wrong.append(f"{notebook}: no numbers were ever recorded: make notebooks")
-    if wrong:
+        recorded |= {notebook: record(folders, notebook) for notebook in notebooks}
+        write_json(RECORDED, dict(sorted(recorded.items())))
+    elif missing := [notebook for notebook in notebooks if notebook not in recorded]:
+        print(f"no numbers of {', '.join(missing)} were ever recorded: make notebooks", file=sys.stderr)
+        return 1
+    elif wrong := [words for n in notebooks for words in differences(recorded[n], n, folders[0])]:
         print("\n".join(["", "Key numbers that are not as recorded:", *wrong]), file=sys.stderr)
         return 1
-    print(
-        f"{sum(len(known[n]['numbers']) for n in notebooks)} key numbers of {len(notebooks)} notebooks lie within their tolerances"
-    )
+    count = sum(len(recorded[notebook]["numbers"]) for notebook in notebooks)
+    words = f"recorded in {RECORDED.name}" if what == "record" else "lie within their tolerances"
+    print(f"{count} key numbers of {len(notebooks)} notebooks {words}")
     return 0
 
 

@@ -1,8 +1,9 @@
 """Make the small set of finished runs that comes with the workbench, in ``data/results``: ``make results``.
 
-Trainings on the town with one file of parameters, SAGE and two comparators, and their evaluations on its test part; SAGE once more with the
-graph made once, for what that costs. Only small files are kept: manifests, logs, the best weights of the trained parts, results and tables.
-With ``--photographs FOLDER`` the same for street photographs that are no part of the workbench; their weights are not kept.
+Trainings on the town with one file of parameters, SAGE and two comparators, and their evaluations on its
+test part; SAGE once more with the graph made once, for what that costs. Only small files are kept: manifests,
+logs, the best weights of the trained parts, results and tables. With ``--photographs FOLDER`` the same for
+street photographs that are no part of the workbench; their weights are not kept.
 """
 
 import argparse
@@ -57,9 +58,9 @@ def keep(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
 
 
 def train_and_keep(name: str, values: dict, folder: Path, data: Path, *, weights: bool):
-    """Train `values` on the set `data` unless that is done, keep what is small in `folder`, return the model.
+    """Train on the set `data` unless that is done, keep what is small in `folder`, return the model.
 
-    Weights that are kept are kept in half precision, and the model that is returned has these.
+    Weights are kept in half precision, and the model that is returned has these.
     """
     config = TrainConfig.from_mapping({k: v for k, v in values.items() if k in TrainConfig.field_names()})
     mined = open_training_set(data.parent, data.name)
@@ -77,33 +78,25 @@ def train_and_keep(name: str, values: dict, folder: Path, data: Path, *, weights
 
 
 def measure_and_keep(models: dict, sets: list, values: dict, folder: Path, name: str) -> None:
-    """Measure every model on every set; results, their table and each model's difference to the frozen backbone go into `folder`."""
+    """Measure models on sets; results, tables and differences to the frozen backbone go into `folder`."""
     look = Preprocess(values["validation_size"], mode=values["preprocess"])
-    results = [
-        evaluate.evaluate(model, test, RUNS, model_name=called, preprocess=look)
-        for test in sets
-        for called, model in models.items()
-    ]
+    pairs = [(test, model) for test in sets for model in models]
+    results = [evaluate.evaluate(models[m], test, RUNS, model_name=m, preprocess=look) for test, m in pairs]
     shutil.rmtree(folder / "evaluate", ignore_errors=True)
+    kept = ("manifest.json", "result.json", "ranks.npy")
     for result in results:
-        keep(
-            result.path, folder / "evaluate" / result.path.name, ("manifest.json", "result.json", "ranks.npy")
-        )
+        keep(result.path, folder / "evaluate" / result.path.name, kept)
     table = results_table(results, beside=False)
     for ending in ("md", "csv"):
         write_table(table, folder / f"{name}.{ending}")
     print(to_markdown(table))
     frozen = {r.dataset: r for r in results if r.model == FROZEN[-1]}
     places = {test.name: query_places(test.queries) for test in sets}
-    against = [
-        {
-            "dataset": r.dataset,
-            "method": r.model,
-            **asdict(evaluate.compare(frozen[r.dataset], r, groups=places[r.dataset])),
-        }
-        for r in results
-        if r.model != FROZEN[-1]
-    ]
+    against = []
+    for r in results:
+        if r.model != FROZEN[-1]:
+            difference = evaluate.compare(frozen[r.dataset], r, groups=places[r.dataset])
+            against.append({"dataset": r.dataset, "method": r.model, **asdict(difference)})
     write_table(pandas.DataFrame(against), folder / f"{name}-against-frozen.csv")
     for row in against:
         print("{dataset}: {method} {points:+.1f} points at R@1 [{low:+.1f}, {high:+.1f}]".format(**row))
@@ -120,13 +113,11 @@ def ship_town() -> None:
 
 
 def ship_streets(data: Path) -> None:
-    """Train on the street photographs and measure on every set of the folder: all but the first were never seen."""
+    """Train on the street photographs and measure on every set of the folder; the others were never seen."""
     if not (data / "sf-streets").is_dir():
         raise SystemExit(f"{data} holds no sf-streets: name the folder of the photographs")
     values = yaml.safe_load((HERE / "params" / "sf-streets.yaml").read_text())
-    others = sorted(
-        p.name for p in data.iterdir() if (p / "images" / "test").is_dir() and p.name != "sf-streets"
-    )
+    others = sorted({path.parts[-3] for path in data.glob("*/images/test")} - {"sf-streets"})
     models = evaluate.open_models(("pixels", *FROZEN[-2:], "sage"), [RESULTS])
     folder = RESULTS / "photographs"
     models["sf-streets"] = train_and_keep("sf-streets", values, folder, data / "sf-streets", weights=False)
@@ -136,17 +127,10 @@ def ship_streets(data: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--photographs",
-        type=Path,
-        metavar="FOLDER",
-        help="of sf-streets and sets beside it: train and measure on these instead of the town",
-    )
-    options = parser.parse_args()
-    if options.photographs:
-        ship_streets(options.photographs)
-    else:
-        ship_town()
+    words = "of sf-streets and sets beside it: train and measure on these instead of the town"
+    parser.add_argument("--photographs", type=Path, metavar="FOLDER", help=words)
+    folder = parser.parse_args().photographs
+    ship_streets(folder) if folder else ship_town()
     return 0
 
 
