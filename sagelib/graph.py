@@ -279,10 +279,8 @@ class GeoVisualGraph:
         The city of each image, numbered from 0 by label, and its place, numbered by city and label.
     """
 
-    def __init__(
-        self, east_m, north_m, *, city=None, utm_zone=None, place=None, heading_deg=None,
-        descriptors=None, **rules,
-    ):  # fmt: skip
+    def __init__(self, east_m, north_m, *, city=None, utm_zone=None, place=None, heading_deg=None,
+                 descriptors=None, **rules):  # fmt: skip
         self.rules, n = GraphRules(**rules), np.size(east_m)
         self.east_m, self.north_m = _column("east_m", east_m, n, float), _column("north_m", north_m, n, float)
         self.heading_deg = np.zeros(n)
@@ -319,10 +317,8 @@ class GeoVisualGraph:
         if isinstance(descriptors, np.ndarray):
             clusters = int(self.cluster.max(initial=-1)) + 1
             if descriptors.ndim != 2 or len(descriptors) not in (n, clusters):
-                raise ValueError(
-                    f"descriptors must have shape ({n}, D), one row per image, or ({clusters}, D), "
-                    f"one per cluster, got {descriptors.shape}"
-                )
+                shapes = f"({n}, D), one row per image, or ({clusters}, D), one per cluster"
+                raise ValueError(f"descriptors must have shape {shapes}, got {descriptors.shape}")
             check_finite(descriptors, "image" if len(descriptors) == n else "cluster")
             if len(descriptors) != n:
                 self._row = self.cluster
@@ -410,35 +406,33 @@ class GeoVisualGraph:
         return pairs[order[joined[order]]]
 
     @cached_property
-    def _values(self) -> dict[str, np.ndarray]:
+    def _edges(
+        self,
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:  # what pruning leaves of them, and its values
         i, j = self._pairs.T
         values = {"d_geo": self.distances_m(i, j)}
-        if self.descriptors is not None:
-            values["d_vis"] = np.empty(len(i))
-            for part in (slice(at, at + 256) for at in range(0, len(i), 256)):  # bounds the memory
-                first, second = (self.descriptors[self._row[end[part]]].astype(np.float64) for end in (i, j))
-                values["d_vis"][part] = np.linalg.norm(first - second, axis=1)
-            values["weight"] = self.rules.affinity(**values)
-        return values
-
-    @cached_property
-    def _kept(self) -> np.ndarray:  # which of them pruning leaves
         if self.descriptors is None:
-            return np.ones(len(self._pairs), dtype=bool)
-        return self.rules.kept(*self._pairs.T, self._values["weight"])
+            return self._pairs, values
+        d_vis = np.empty(len(i))
+        for part in (slice(at, at + 256) for at in range(0, len(i), 256)):  # bounds the memory
+            first, second = (self.descriptors[self._row[end[part]]].astype(np.float64) for end in (i, j))
+            d_vis[part] = np.linalg.norm(first - second, axis=1)
+        values |= {"d_vis": d_vis, "weight": self.rules.affinity(values["d_geo"], d_vis)}
+        kept = self.rules.kept(i, j, values["weight"])
+        return self._pairs[kept], {name: value[kept] for name, value in values.items()}
 
     def edges(self) -> np.ndarray:
         """(E, 2) int32: the edges that pruning left, once each with i < j, in ascending order."""
-        return self._pairs[self._kept]
+        return self._edges[0]
 
     def edge_values(self) -> dict[str, np.ndarray]:
-        """``d_geo``, ``d_vis`` and ``weight`` of `edges`, in the same order."""
-        return {name: values[self._kept] for name, values in self._values.items()}
+        """``d_geo`` and, with descriptors, ``d_vis`` and ``weight`` of `edges`, in the same order."""
+        return dict(self._edges[1])
 
     @property
     def n_edges(self) -> int:
         """Edges that pruning left."""
-        return int(self._kept.sum())
+        return len(self.edges())
 
     def degrees(self) -> np.ndarray:
         """(n,) int64: the number of edges at each node."""
@@ -455,16 +449,14 @@ class GeoVisualGraph:
         degrees, values, graph = self.degrees(), self.edge_values(), self.to_networkx()
         sizes = [len(clique) for clique in itertools.islice(nx.find_cliques(graph), MOST_CLIQUES)]
         components = [len(nodes) for nodes in nx.connected_components(graph)]
-        result = {
-            "nodes": len(self),
-            "geographic_edges": len(self._pairs),
-            "edges": self.n_edges,
+        result = {"nodes": len(self), "geographic_edges": len(self._pairs), "edges": self.n_edges}
+        result |= {
             "pruned_edges": len(self._pairs) - self.n_edges,
             "isolated_nodes": int((degrees == 0).sum()),
-            "max_degree": int(degrees.max(initial=0)),
-            "components": len(components),
-            "largest_component": max(components, default=0),
-            "maximal_cliques": len(sizes),
+        }
+        result |= {"max_degree": int(degrees.max(initial=0)), "components": len(components)}
+        result |= {"largest_component": max(components, default=0), "maximal_cliques": len(sizes)}
+        result |= {
             "largest_clique": max(sizes, default=0),
             "cliques_cut_at_limit": len(sizes) >= MOST_CLIQUES,
         }
@@ -474,12 +466,7 @@ class GeoVisualGraph:
         return result | {f"mean_{name}": float(value.mean()) for name, value in values.items() if len(value)}
 
     def compare(self, previous: GeoVisualGraph) -> dict:
-        """How many edges came and went since `previous`, a graph of the same images.
-
-        ``n_gained``, ``n_lost``, ``n_common``, and ``jaccard``, common edges over edges in either.
-        """
-        if len(previous) != len(self):
-            raise ValueError(f"graphs of {len(previous)} and {len(self)} images cannot be compared")
+        """Edges gained and lost since `previous`, a graph of the same images: counts, and the Jaccard index."""
         now, before = ({*map(tuple, graph.edges().tolist())} for graph in (self, previous))
         common = len(now & before)
         counts = {"n_gained": len(now) - common, "n_lost": len(before) - common, "n_common": common}

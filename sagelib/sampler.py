@@ -37,7 +37,7 @@ __all__ = ["CliqueSampler", "MinedPlace", "PlaceSampler", "SamplerConfig", "batc
 MOST_IMAGES = 256  # of a place in a draw; a place of more lends a random choice of so many
 SWEEPS = 3  # passes over all places before a batch is given up
 PLANNED = 1024  # batches whose draws are planned together
-ROWS, COLUMNS = 256, 4096  # of one matrix product of descriptors
+ROWS = 256  # of one matrix product of descriptors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,13 +246,10 @@ class CliqueSampler(_BatchSampler):
         if config.schedule == "none":
             return self.report
         if describe is None:
-            raise ValueError(
-                "refresh needs describe: a callable from image indices to descriptors, or an array"
-            )
+            raise ValueError("refresh needs describe: a callable, or an array of descriptors")
         representatives = self.representatives(epoch)
         if callable(describe):
-            store.add(representatives)
-            images, clusters = store, store[representatives]
+            images, clusters = store, store.add(representatives)
         else:
             images = graph.with_descriptors(describe).descriptors
             clusters = images if len(images) == len(representatives) else images[representatives]
@@ -266,6 +263,7 @@ class CliqueSampler(_BatchSampler):
                 store.add(np.flatnonzero(farthest <= config.radius_m * (1 + 1e-9)))
             else:
                 self._make_batches(store)
+        store.describe = None  # what it refers to may be large
         return self.report
 
     def _make_batches(self, store: _Described) -> None:
@@ -293,14 +291,13 @@ class CliqueSampler(_BatchSampler):
                 store.add(order[np.isin(order, self._missing)])
                 todo = again
             self._stored[epoch] = np.array(batches, dtype=np.int32)
-        self._missing, self.graph = None, self.graph.with_descriptors(None)  # every batch is made
+        self._missing, self.graph = None, self.graph.with_descriptors(None)
+        store.clear()  # every batch is made
 
     def __iter__(self) -> Iterator[list[int]]:
         if self.needs_refresh(self.epoch):
             have = "has none yet" if self._refreshed is None else f"has those of epoch {self._refreshed}"
-            raise RuntimeError(
-                f"epoch {self.epoch} needs descriptors, and {have}: call refresh(epoch, describe)"
-            )
+            raise RuntimeError(f"epoch {self.epoch} needs descriptors, and {have}: call refresh(epoch, ...)")
         if self.epoch in self._stored:
             return (batch.ravel().tolist() for batch in self._stored[self.epoch])
         self._counts.clear()
@@ -363,8 +360,8 @@ class CliqueSampler(_BatchSampler):
             least = config.min_clique if config.fallback is None else config.images_per_place
             raise ValueError(
                 f"{len(self.graph)} images have room for about {most} places of {config.images_per_place} "
-                f"images more than {config.radius_m:g} m apart (each within a clique of at least {least}), and "
-                f"a batch needs {wanted}: lower places_per_batch by {wanted - most}, or give more images"
+                f"images more than {config.radius_m:g} m apart (each in a clique of at least {least}), and a "
+                f"batch needs {wanted}: lower places_per_batch by {wanted - most}, or give more images"
             )
 
     @property
@@ -394,22 +391,21 @@ class _Described(dict):
         self.describe = describe
         self.report = {"described_images": 0, "describe_calls": 0, "seconds_describe": 0.0}
 
-    def add(self, images: np.ndarray) -> None:
+    def add(self, images: np.ndarray) -> np.ndarray | None:
         """Describe those of some images that are not described yet."""
         images = np.array([i for i in images.tolist() if i not in self], dtype=np.int64)
         if not len(images):
-            return
+            return None
         started = time.perf_counter()
         values = np.asarray(self.describe(images))
         self.report["seconds_describe"] += time.perf_counter() - started
         self.report["described_images"] += len(images)
         self.report["describe_calls"] += 1
         if values.ndim != 2 or len(values) != len(images):
-            raise ValueError(
-                f"describe must return shape ({len(images)}, D), a row per image, got {values.shape}"
-            )
+            raise ValueError(f"describe must return shape ({len(images)}, D), got {values.shape}")
         geo.check_finite(values, "image", images)
         self.update(zip(images.tolist(), values, strict=True))
+        return values
 
     def __getitem__(self, images: np.ndarray) -> np.ndarray:
         return np.stack([self.get(i) for i in images.tolist()])
@@ -426,18 +422,14 @@ class _Draws:
 
     def __init__(self, graph: GeoVisualGraph, config: SamplerConfig, counts: Counter, descriptors=None):
         self.config, self.counts, self.descriptors, self._chunk = config, counts, descriptors, None
+        self.least = config.images_per_place
         # Sorted by city and cluster: images of a cluster, and clusters of a city, are ranges.
         self.order = np.argsort(graph.cluster, kind="stable")
         self.start = np.concatenate([[0], np.cumsum(np.bincount(graph.cluster))])
         self.city = graph.city[self.order[self.start[:-1]]]
         self.city_start = np.searchsorted(self.city, np.arange(self.city.max() + 2))
-        if descriptors is not None:
-            blocks = (descriptors[at : at + COLUMNS] for at in range(0, len(descriptors), COLUMNS))
-            norms = [np.sqrt(np.einsum("ij,ij->i", block, block)) for block in map(np.float32, blocks)]
-            norms = np.concatenate(norms).astype(np.float64)
-            for cluster in np.flatnonzero(norms == 0):
-                raise ValueError(f"the descriptor of cluster {cluster} is zero")
-            self.inverse_norm = (1.0 / norms).astype(np.float32)
+        for cluster in () if descriptors is None else np.flatnonzero(~descriptors.any(axis=1)):
+            raise ValueError(f"the descriptor of cluster {cluster} is zero")
 
     def draw(self, epoch: int, i: int, draw: int) -> np.ndarray:
         """Images of one draw of batch `i`."""
@@ -471,9 +463,7 @@ class _Draws:
                 parts[at] = stream.choice(part, MOST_IMAGES, replace=False)
                 self.counts["thinned_places"] += 1
         images = np.concatenate(parts)
-        return (
-            images[stream.permutation(len(images))] if len(images) >= self.config.images_per_place else images
-        )
+        return images[stream.permutation(len(images))] if len(images) >= self.least else images
 
     def _plan(self, streams: list[np.random.Generator]) -> list[np.ndarray]:
         """Clusters of a draw for each random stream, the one drawn first before those similar to it."""
@@ -486,17 +476,16 @@ class _Draws:
         for at, stream in enumerate(streams):
             city = min(int(np.searchsorted(share, stream.random(), side="right")), len(share) - 1)
             first[at] = stream.integers(self.city_start[city], self.city_start[city + 1])
-        drawn = [None] * len(streams)
+        drawn = {}
         for city in np.unique(self.city[first]):
             of_city = np.flatnonzero(self.city[first] == city)
             for rows in (of_city[at : at + ROWS] for at in range(0, len(of_city), ROWS)):
-                similar = self._similar(first[rows], int(city), [streams[row] for row in rows])
-                for row, others in zip(rows, similar, strict=True):
-                    drawn[row] = np.concatenate([[first[row]], others])
-        return drawn
+                clusters = self._similar(first[rows], int(city), [streams[row] for row in rows])
+                drawn |= zip(rows.tolist(), clusters, strict=True)
+        return [drawn[row] for row in range(len(streams))]
 
     def _similar(self, first: np.ndarray, city: int, streams: list) -> list[np.ndarray]:
-        """For each of some clusters up to `similar_places` others of its city, without replacement.
+        """Each of some clusters, and after it up to `similar_places` others of its city, without replacement.
 
         Weighted sampling without replacement as by Efraimidis and Spirakis (2006): the smallest of ``E_j /
         w_j`` with independent exponential E_j are distributed as draws one after the other with probabilities
@@ -505,13 +494,14 @@ class _Draws:
         start, stop = int(self.city_start[city]), int(self.city_start[city + 1])
         wanted = min(self.config.similar_places, stop - start - 1)
         if wanted == 0:
-            return [np.empty(0, dtype=np.int64)] * len(first)
+            return list(first[:, None])
         keys = np.stack([stream.standard_exponential(stop - start, dtype=np.float32) for stream in streams])
-        cosine, query = np.empty_like(keys), np.float32(self.descriptors[first])
-        for at in range(start, stop, COLUMNS):
-            end = min(at + COLUMNS, stop)
-            cosine[:, at - start : end - start] = query @ np.float32(self.descriptors[at:end]).T
-        distance = 1.0 - cosine * self.inverse_norm[first][:, None] * self.inverse_norm[start:stop]
+        query, block = (
+            np.asarray(self.descriptors[rows], np.float32) for rows in (first, slice(start, stop))
+        )
+        norm = np.sqrt(np.einsum("ij,ij->i", block, block)).astype(np.float64)
+        inverse = (1.0 / norm).astype(np.float32)
+        distance = 1.0 - query @ block.T * inverse[first - start][:, None] * inverse
         own = np.arange(len(first)), first - start
         distance[own] = -np.inf
         weight = distance.max(axis=1, keepdims=True) - distance
@@ -519,10 +509,10 @@ class _Draws:
         flat = ~(weight > 0).any(axis=1)  # all equally far
         self.counts["uniform_draws"] += int(flat.sum())
         weight[flat] = 1.0
-        weight[own] = 0.0
         keys = np.divide(keys, weight, out=np.full_like(keys, np.inf), where=weight > 0)
-        best = np.argsort(keys, axis=1, kind="stable")[:, :wanted]
-        return [start + row[weight[at, row] > 0] for at, row in enumerate(best)]
+        keys[own] = -1.0
+        best = np.argsort(keys, axis=1, kind="stable")[:, : wanted + 1]
+        return [start + row[keys[at, row] < np.inf] for at, row in enumerate(best)]
 
 
 class PlaceSampler(_BatchSampler):

@@ -495,7 +495,7 @@ def test_descriptors_that_are_not_finite_are_refused(dtype):
     [
         (np.ones((5, 4)), r"shape \(288, D\).*or \(24, D\).*got \(5, 4\)"),
         (np.ones((24, 4)), "node_descriptor='image' needs descriptors of all 288 images"),
-        (lambda images: np.ones((3, 4)), r"must return shape \(24, D\), a row per image, got \(3, 4\)"),
+        (lambda images: np.ones((3, 4)), r"must return shape \(24, D\), got \(3, 4\)"),
         (np.zeros((288, 4)), "is zero"),
         (None, "needs describe"),
     ],
