@@ -67,28 +67,14 @@ MEASURED = {"context": None, "anchors_from": None, "rerank": None, "pca": None, 
 class Grid:
     """Configurations that differ from one base in a few fields each, and the seeds that each is trained with.
 
-    Attributes
-    ----------
-    name : str
-        A folder's name; the runs carry it.
-    title : str
-        The question that the grid answers.
-    base : dict
-        Fields of `TrainConfig` that all configurations share.
-    seeds : tuple of int
-    reference : str
-        The configuration that the others are compared with.
-    configurations : dict of str to dict
-        What each changes: fields of `TrainConfig`, and how it is measured. ``context`` is none, solo or
-        anchors (default: none without a head, anchors where the head was trained with them, else solo);
-        ``anchors_from``, ``sample-m`` or ``kmeans-m``, chooses m anchors among the training descriptors;
-        ``rerank`` is the m of `rerank_in_context`; ``pca`` a number of dimensions, fitted on
-        training descriptors, with ``whiten``. Options (``aggregator_options``, ...) are added to the base's,
-        unless the configuration names another aggregator, adapter, loss or miner.
-    published : dict of str to str
-        Configuration to the name of its row in the published ablation.
-    town : dict
-        Arguments of `townscape.folder.write_town` for a data folder ``town...`` that is not there yet.
+    A configuration names fields of `TrainConfig`, and how it is measured: ``context`` is none, solo or
+    anchors (default: none without a head, anchors where the head was trained with them, else solo);
+    ``anchors_from``, ``sample-m`` or ``kmeans-m``, chooses m anchors among the training descriptors;
+    ``rerank`` is the m of `rerank_in_context`; ``pca`` a number of dimensions, fitted on training
+    descriptors, with ``whiten``. Options (``aggregator_options``, ...) are added to the base's, unless
+    another aggregator, adapter, loss or miner is named. The others are compared with the configuration
+    `reference`; `published` maps configurations to rows of the published ablation; `town` are arguments of
+    `townscape.folder.write_town`, for a folder ``town...`` that is not there yet.
     """
 
     name: str
@@ -107,11 +93,10 @@ class Grid:
             runs.check("a seed", seed, 0, whole=True)
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds must differ, at least one, got {list(self.seeds)}")
-        for name in (self.reference, *self.published):
-            if name not in self.configurations:
-                raise ValueError(
-                    f"reference or published names {name!r}, which is no configuration of this grid"
-                )
+        if unknown := {self.reference, *self.published} - set(self.configurations):
+            raise ValueError(
+                f"reference or published names {unknown.pop()!r}, no configuration of this grid"
+            )
         folders: dict[str, str] = {}
         for name, changes in self.configurations.items():
             if (other := folders.setdefault(_slug(name), name)) != name:
@@ -263,25 +248,21 @@ def run_grid(
     device: str = "auto",
     progress: bool = True,
 ) -> "GridResults":
-    """Train and measure every configuration with every seed; what is finished is skipped, the interrupted
-    goes on.
+    """Train and measure every configuration with every seed; the finished is skipped, the interrupted goes
+    on.
 
     No validation chooses the weights: those of the last step are measured. Seeds are the outer loop, so that
-    an unfinished grid has whole rounds.
+    an unfinished grid has whole rounds. A training is ``train/ablate-<hash of all it depends on>-s<seed>`` in
+    `root`, a measurement ``ablate/<grid>--<configuration>--<set>--s<seed>``.
 
     Parameters
     ----------
-    grid : Grid
-    root : path
-        Folder of runs: ``train/ablate-<hash of all it depends on>-s<seed>`` and
-        ``ablate/<grid>--<configuration>--<set>--s<seed>``.
-    mined, test_sets
-        What is trained on (`sagelib.train.train`), and measured on.
+    grid, root, mined, test_sets
+        The grid, the folder of runs, what is trained on and what is measured on.
     tokens : path, optional
         Folder of stored tokens; ``tokens`` in `root` by default.
     workers : int, optional
-        Trainings at once, each with its share of the cores; None: as joblib's ``parallel_config`` says, or
-        one.
+        Trainings at once; None: as joblib's ``parallel_config`` says, or one.
     device, progress
         As in `sagelib.train.train`.
 
@@ -403,22 +384,11 @@ def _before_head(model, job: _Job, part: str, name: str = "") -> np.ndarray:
 
 
 def rerank_in_context(model, database_values, query_values, indices, m: int, *, device) -> np.ndarray:
-    """Order each query's first m references anew, seen among each other: its anchors are these m references.
+    """Order each query's first m references anew, seen among each other; not in the paper.
 
-    This second stage is not in the paper. The query and each of its m references attend over themselves and the
-    same m anchors, and are compared by the Euclidean distance of what the head gives. The result depends on the
-    query and the data base alone; every query costs m + 1 passes through the head.
-
-    Parameters
-    ----------
-    database_values : array (N, D), query_values : array (Q, D)
-        Descriptors before the head.
-    indices : array (Q, depth), int
-        References found by a first stage, nearest first, -1 for none; those behind the first m stay.
-
-    Returns
-    -------
-    array (Q, depth), int64
+    The query and each of its m references attend over themselves and these m, as anchors, and are compared by
+    the Euclidean distance of what the head gives: m + 1 passes a query, which depend on it and the data base
+    alone. Values before the head, (N, D) and (Q, D); indices, (Q, depth), as from `search`, and so returned.
     """
     indices = np.array(indices, np.int64)
     runs.check("rerank", m, 1, indices.shape[1], whole=True)
@@ -459,23 +429,14 @@ def _measure(job: _Job, configuration, test_set, model, described, trained: runs
     counted = recall(indices, test_set.positives(), KS, n_references=len(test_set.database))
     runs.save_array(run.path("ranks.npy"), counted.per_query_rank.astype(np.int32))
     runs.save_array(run.path("places.npy"), query_places(test_set.queries))
-    plateau = trained.metrics.get("plateau") or {}
-    run.finish(
-        {
-            "hits": {str(k): n for k, n in counted.hits.items()},
-            "queries": counted.n_queries,
-            "references": len(test_set.database),
-            "without_positive": counted.n_without_positive,
-            "dim": values[0].shape[1],
-            "parameters": trained.metrics["trained_parameters"],
-            "steps": trained.metrics["steps"],
-            "final_loss": trained.metrics["final_loss"],
-            "plateau_value": plateau.get("value"),
-            "on_plateau": bool(plateau.get("ended_there", False)),
-            "training_s": trained.wall_time_s,
-            "refresh_share": trained.metrics["refresh_share"],
-        }
-    )
+    facts = {column: trained.metrics.get(column) for column in COLUMNS} | {"context": context}
+    facts |= {f"R@{k}": counted.percent(k) for k in (1, 5, 10)}
+    facts |= {f"hits@{k}": counted.hits[k] for k in (1, 5, 10)}
+    facts |= {"queries": counted.n_queries, "references": len(test_set.database), "dim": values[0].shape[1]}
+    facts["plateau"] = bool((trained.metrics.get("plateau") or {}).get("ended_there", False))
+    facts |= {"loss": trained.metrics["final_loss"], "parameters": trained.metrics["trained_parameters"]}
+    facts |= {"training_s": trained.wall_time_s, "dataset": test_set.name}
+    run.finish(facts | {"configuration": configuration, "seed": seed, "run": f"{run.stage}/{run.name}"})
 
 
 # ---------- reading it
@@ -493,8 +454,8 @@ class GridResults:
     grid : Grid
     table : DataFrame
         A row for each configuration, seed and set, with the columns `COLUMNS`: R@k in percent, plateau
-        (whether the training ended on the loss's plateau), training_s. Where nothing has finished, one row
-        whose run is empty.
+        (whether the training ended on the loss's plateau), training_s. Without a finished run, one row whose
+        run is empty.
     ranks : dict of (configuration, seed, dataset) to array (Q,)
         Rank of each query's first positive, 0: none found.
     places : dict of dataset to array (Q,)
@@ -512,16 +473,10 @@ class GridResults:
         return sorted({dataset for _, _, dataset in self.ranks})
 
     def recalls(self, dataset: str, k: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        """R@k in percent, NaN where there is no run, and whether it ended on the plateau: (configurations,
-        seeds)."""
-        shape = (len(self.grid.configurations), len(self.grid.seeds))
-        percent, stuck = np.full(shape, np.nan), np.zeros(shape, bool)
-        for c, configuration in enumerate(self.grid.configurations):
-            for s, seed in enumerate(self.grid.seeds):
-                if (configuration, seed, dataset) in self.ranks:
-                    percent[c, s] = 100 * _hit(self.ranks[configuration, seed, dataset], k).mean()
-                    stuck[c, s] = self._stuck(configuration, seed)
-        return percent, stuck
+        """R@k in percent, NaN without a run, and whether it ended on the plateau: (configurations, seeds)."""
+        keys = [[(c, s, dataset) for s in self.grid.seeds] for c in self.grid.configurations]
+        percent = [[100 * _hit(self.ranks.get(key, np.array([])), k).mean() for key in row] for row in keys]
+        return np.array(percent), np.array([[self._stuck(*key) for key in row] for row in keys])
 
     def summary(self, dataset: str, k: int = 1, *, seed: int = 0) -> pd.DataFrame:
         """Each configuration against the reference, a row each.
@@ -537,12 +492,11 @@ class GridResults:
             the seeds that both have); smallest, the difference in points that so many independent queries
             could show with one seed (80 % power); verdict.
         """
-        percent, stuck = self.recalls(dataset, k)
         rows = []
-        for c, name in enumerate(self.grid.configurations):
-            ran = np.isfinite(percent[c])
-            sound = percent[c][ran & ~stuck[c]]
-            row = {"configuration": name, "seeds": len(sound), "plateau": int(stuck[c].sum())}
+        for name, percent, stuck in zip(self.grid.configurations, *self.recalls(dataset, k), strict=True):
+            ran = np.isfinite(percent)
+            sound = percent[ran & ~stuck]
+            row = {"configuration": name, "seeds": len(sound), "plateau": int(stuck.sum())}
             row[f"R@{k}"] = sound.mean() if len(sound) else np.nan
             row["sd"] = sound.std(ddof=1) if len(sound) > 1 else np.nan
             row |= self._against_reference(name, dataset, k, seed)
@@ -551,11 +505,11 @@ class GridResults:
 
     def _against_reference(self, name: str, dataset: str, k: int, seed: int) -> dict:
         both = (self.grid.reference, name)
-        sound = [{s for s in self.grid.seeds if self._sound(c, s, dataset)} for c in both]
-        common = sorted(set.intersection(*sound))
+        keys = [[(c, s, dataset) for c in both] for s in self.grid.seeds]
+        common = [pair for pair in keys if all(key in self.ranks and not self._stuck(*key) for key in pair)]
         if name == self.grid.reference or not common:
             return dict.fromkeys(("points", "low", "high", "p", "smallest"), np.nan)
-        ranks = [np.stack([self.ranks[c, s, dataset] for s in common]) for c in both]
+        ranks = [np.stack([self.ranks[key] for key in column]) for column in zip(*common, strict=True)]
         found = pooled_difference(*ranks, k, groups=self.places[dataset], seed=seed)
         share = (found.gained + found.lost) / found.n_queries
         smallest = minimal_detectable_difference(ranks[0].shape[1], share)
@@ -572,21 +526,12 @@ class GridResults:
             return "not comparable yet"
         return "better" if row["low"] > 0 else "worse" if row["high"] < 0 else "no difference shown"
 
-    def _sound(self, configuration: str, seed: int, dataset: str) -> bool:
-        return (configuration, seed, dataset) in self.ranks and not self._stuck(configuration, seed)
-
-    def _stuck(self, configuration: str, seed: int) -> bool:
-        rows = self.table[(self.table["configuration"] == configuration) & (self.table["seed"] == seed)]
+    def _stuck(self, configuration: str, seed: int, dataset: str) -> bool:
+        rows = self.table.query("configuration == @configuration and seed == @seed and dataset == @dataset")
         return bool(rows["plateau"].fillna(False).any())
 
     def published(self) -> pd.DataFrame:
-        """What others published of the same configurations, of another model on other sets.
-
-        Returns
-        -------
-        DataFrame
-            configuration, R@1 in a column for each published set, and note.
-        """
+        """What others published of the same configurations: R@1 in a column for each set, and a note."""
         table, rows = published("ablation"), []
         for name, row_name in self.grid.published.items():
             of = table[table["configuration"] == row_name]
@@ -602,21 +547,17 @@ def load_grid(grid: Grid, root: str | Path) -> GridResults:
     A run of the same name that was trained or measured otherwise, before the grid's file was changed, does
     not count.
     """
-    root, rows, ranks, places = Path(root), [], {}, {}
+    rows, ranks, places = [], {}, {}
     for run in runs.find_runs(root, STAGE):
-        if run.name.startswith(f"{grid.name}--") and _belongs(grid, run, root):
-            m, key = run.metrics, (run.config["configuration"], run.manifest["seed"], run.config["dataset"])
-            row = {column: m.get(column) for column in COLUMNS}
-            row |= dict(zip(COLUMNS, (*key, run.config["context"]), strict=False))
-            row |= {f"R@{k}": 100 * m["hits"][str(k)] / m["queries"] for k in (1, 5, 10)}
-            row |= {f"hits@{k}": m["hits"][str(k)] for k in (1, 5, 10)}
-            row |= {"plateau": m["on_plateau"], "loss": m["final_loss"], "run": f"{run.stage}/{run.name}"}
-            rows.append(row)
-            ranks[key], places[key[2]] = np.load(run.dir / "ranks.npy"), np.load(run.dir / "places.npy")
-    missing = {(c, s) for c in grid.configurations for s in grid.seeds} - {key[:2] for key in ranks}
+        if run.name.startswith(f"{grid.name}--") and _belongs(grid, run, Path(root)):
+            rows.append(run.metrics)
+            dataset = run.config["dataset"]
+            ranks[run.config["configuration"], run.manifest["seed"], dataset] = np.load(run.dir / "ranks.npy")
+            places[dataset] = np.load(run.dir / "places.npy")
+    order = [(c, s) for c in grid.configurations for s in grid.seeds]
+    missing = set(order) - {key[:2] for key in ranks}
     rows += [{"configuration": c, "seed": s, "run": ""} for c, s in missing]
-    order = list(grid.configurations)
-    rows.sort(key=lambda row: (order.index(row["configuration"]), grid.seeds.index(row["seed"])))
+    rows.sort(key=lambda row: order.index((row["configuration"], row["seed"])))
     return GridResults(grid, tidy(rows), ranks, places)
 
 
