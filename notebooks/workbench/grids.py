@@ -94,9 +94,7 @@ class Grid:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds must differ, at least one, got {list(self.seeds)}")
         if unknown := {self.reference, *self.published} - set(self.configurations):
-            raise ValueError(
-                f"reference or published names {unknown.pop()!r}, no configuration of this grid"
-            )
+            raise ValueError(f"reference or published names {unknown.pop()!r}, no configuration of this grid")
         folders: dict[str, str] = {}
         for name, changes in self.configurations.items():
             if (other := folders.setdefault(_slug(name), name)) != name:
@@ -475,7 +473,7 @@ class GridResults:
     def recalls(self, dataset: str, k: int = 1) -> tuple[np.ndarray, np.ndarray]:
         """R@k in percent, NaN without a run, and whether it ended on the plateau: (configurations, seeds)."""
         keys = [[(c, s, dataset) for s in self.grid.seeds] for c in self.grid.configurations]
-        percent = [[100 * _hit(self.ranks.get(key, np.array([])), k).mean() for key in row] for row in keys]
+        percent = [[self._percent(key, k) for key in row] for row in keys]
         return np.array(percent), np.array([[self._stuck(*key) for key in row] for row in keys])
 
     def summary(self, dataset: str, k: int = 1, *, seed: int = 0) -> pd.DataFrame:
@@ -525,6 +523,9 @@ class GridResults:
         if not np.isfinite(row["points"]):
             return "not comparable yet"
         return "better" if row["low"] > 0 else "worse" if row["high"] < 0 else "no difference shown"
+
+    def _percent(self, key: tuple, k: int) -> float:
+        return 100 * _hit(self.ranks[key], k).mean() if key in self.ranks else np.nan
 
     def _stuck(self, configuration: str, seed: int, dataset: str) -> bool:
         rows = self.table.query("configuration == @configuration and seed == @seed and dataset == @dataset")
