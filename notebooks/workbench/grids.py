@@ -111,7 +111,7 @@ class Grid:
         base, default = self.base, TrainConfig()
         changes = {k: v for k, v in self.configurations[configuration].items() if k not in MEASURED}
         values = {**base, **changes, "seed": seed}
-        for part in ("aggregator", "adapter", "interact", "loss", "miner"):
+        for part in ("aggregator", "adapter", "interact"):
             key = f"{part}_options"
             of_base = base.get(part, getattr(default, part))
             if part != "interact" and changes.get(part, of_base) != of_base:  # another part, other options
