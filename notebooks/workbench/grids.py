@@ -72,7 +72,7 @@ class Grid:
     ``anchors_from``, ``sample-m`` or ``kmeans-m``, chooses m anchors among the training descriptors;
     ``rerank`` is the m of `rerank_in_context`; ``pca`` a number of dimensions, fitted on training
     descriptors, with ``whiten``. Options (``aggregator_options``, ...) are added to the base's, unless
-    another aggregator, adapter, loss or miner is named. The others are compared with the configuration
+    another aggregator or adapter is named. The others are compared with the configuration
     `reference`; `published` maps configurations to rows of the published ablation; `town` are arguments of
     `townscape.folder.write_town`, for a folder ``town...`` that is not there yet.
     """
