@@ -71,9 +71,8 @@ def read_json(path: str | os.PathLike) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}, line {error.lineno}, column {error.colno}: not JSON ({error.msg})"
-        ) from None
+        where = f"{path}, line {error.lineno}, column {error.colno}"
+        raise ValueError(f"{where}: not JSON ({error.msg})") from None
 
 
 def save_array(path: str | os.PathLike, array: np.ndarray) -> Path:
@@ -100,25 +99,20 @@ def _plain(obj: Any) -> Any:
     raise ValueError(f"a {type(obj).__name__} cannot be written as JSON: {obj!r}")
 
 
-def reserve(handle: int, size: int, path: str | os.PathLike) -> None:
-    """Take the disk space of an open file: on a full disk, a write to a mapped file kills the process."""
-    try:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(handle, 0, size)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OSError(f"{path}: the disk has no room for {size / 1e9:.3g} GB: free some") from None
-
-
 def new_array(path: str | os.PathLike, dtype: Any, shape: tuple[int, ...]) -> np.memmap:
     """A new ``.npy`` file, mapped for writing; without room on the disk an OSError, and no file is left."""
+    size = np.dtype(dtype).itemsize * math.prod(shape)
     try:
         array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
-        with open(path, "r+b") as stream:
-            reserve(stream.fileno(), os.path.getsize(path), path)
-    except BaseException:
-        Path(path).unlink(missing_ok=True)
-        raise
+        if hasattr(os, "posix_fallocate"):  # on a full disk, a write to a mapped file kills the process
+            with open(path, "r+b") as stream:
+                os.posix_fallocate(stream.fileno(), 0, os.path.getsize(path))
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            Path(path).unlink(missing_ok=True)
+            raise OSError(f"{path}: the disk has no room for {size / 1e9:.3g} GB: free some") from None
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):  # it cannot be reserved here
+            raise
     return array
 
 
