@@ -181,8 +181,7 @@ def evaluate(
     store = Path(root) / "descriptors"
     references = describe(model, test_set.database, store, loader="database", **options)
     queries = describe(model, test_set.queries, store, loader="queries", **options)
-    parts = references.kept(test_set.database), queries.kept(test_set.queries)
-    row_of = np.full(len(test_set.database), -1)  # of a reference, where none or some were skipped
+    row_of = np.full(len(test_set.database), -1)  # of each reference, unless it was skipped
     row_of[references.rows] = np.arange(len(references))
     positives = [rows[rows >= 0] for rows in (row_of[positives[query]] for query in queries.rows)]
 
@@ -190,17 +189,25 @@ def evaluate(
     values = [d.values if pca is None else pca.transform(d) for d in (references, queries)]
     indices, distances = search(*values, max(ks))
     counted = recall(indices, positives, ks, n_references=len(references))
-    search_s = time.perf_counter() - began
+    facts = {"dim": values[0].shape[1], "search_s": time.perf_counter() - began}
+    return _save(run, test_set, references, queries, indices, distances, positives, counted, **facts)
 
-    write_rankings(run.path("rankings.csv"), indices, distances, *parts, positives)
+
+def _save(
+    run, test_set, references, queries, indices, distances, positives, counted, *, dim, search_s
+) -> Evaluation:
+    """Write what was found into the run, and finish it."""
+    described = {"database": references, "queries": queries}
+    parts = {name: d.kept(getattr(test_set, name)) for name, d in described.items()}
+    write_rankings(run.path("rankings.csv"), indices, distances, *parts.values(), positives)
     runs.save_array(run.path("ranks.npy"), counted.per_query_rank)
-    embed_s = sum(d.manifest.get("embedding_seconds", d.manifest["seconds"]) for d in (references, queries))
-    head_s = sum(d.manifest["seconds"] for d in (references, queries)) if context.kind != "none" else 0.0
-    n_inside = _in_database(*parts, indices, distances)
+    head_s = sum(d.manifest["seconds"] for d in described.values() if d.context != "none")
+    embed_s = sum(d.manifest.get("embedding_seconds", d.manifest["seconds"]) for d in described.values())
+    n_inside = _in_database(*parts.values(), indices, distances)
     inside = f"{n_inside} of {len(queries)} queries lie in the data base" if n_inside else ""
-    facts = {name: config[name] for name in ("model", "dataset", "split", "context", "preprocess")}
-    facts |= {
-        "dim": values[0].shape[1],
+    kept = ("model", "dataset", "split", "context", "preprocess", "model_fingerprint")
+    facts = {name: run.config[name] for name in kept} | {
+        "dim": dim,
         "n_database": len(references),
         "n_queries": counted.n_queries,
         "n_without_positive": counted.n_without_positive,
@@ -209,20 +216,17 @@ def evaluate(
         "seconds": {"embed": round(embed_s, 3), "head": round(head_s, 3), "search": round(search_s, 3)},
         "images_per_s": round((len(references) + len(queries)) / max(embed_s, 1e-9), 2),
         "seed": run.manifest["seed"],
-        "model_fingerprint": config["model_fingerprint"],
-        "data_fingerprint": data,
-        "descriptors": {
-            part: Path(os.path.relpath(d.path, run.dir)).as_posix()
-            for part, d in (("database", references), ("queries", queries))
-        },
-        "left_out": [sentence for part in parts for sentence in part.left_out],
+        "data_fingerprint": run.manifest["data_fingerprint"],
+        "descriptors": {n: Path(os.path.relpath(d.path, run.dir)).as_posix() for n, d in described.items()},
+        "left_out": [sentence for part in parts.values() for sentence in part.left_out],
         "warning": "; ".join(filter(None, (test_set.warning, inside))),
     }
-    # For readers without this package.
-    percents = {f"R@{k}": {"percent": counted.percent(k), "interval": counted.interval(k)} for k in ks}
-    runs.write_json(run.path("result.json"), {**facts, "recall": percents})
+    percents = {f"R@{k}": counted.percent(k) for k in counted.hits}
+    # The recall is for readers without this package.
+    shown = {f"R@{k}": {"percent": counted.percent(k), "interval": counted.interval(k)} for k in counted.hits}
+    runs.write_json(run.path("result.json"), {**facts, "recall": shown})
     counts = ("n_queries", "n_database", "n_without_positive", "images_per_s")
-    run.finish({f"R@{k}": round(counted.percent(k), 4) for k in ks} | {name: facts[name] for name in counts})
+    run.finish({k: round(p, 4) for k, p in percents.items()} | {name: facts[name] for name in counts})
     return Evaluation.load(run.dir)
 
 

@@ -1,4 +1,4 @@
-"""Every part of the model as float64 loops straight from its equations: slow, obvious, and sharing no code with it.
+"""Every part of the model as float64 loops straight from its equations: slow, obvious, no code of the model.
 
 Arrays are numpy's; a linear layer is a pair (weight (out, in), bias (out,)).
 """
@@ -76,7 +76,7 @@ def probe_maps(patches, beta, probe):
 
 
 def soft_probing(cls, patches, layers, alpha):
-    """The descriptor of one image; layers: weighting, token, reduction, probe, post_dpn as pairs of layers."""
+    """The descriptor of one image; layers: weighting, token, reduction, probe, post_dpn as pairs."""
     n = len(patches)
     beta = np.zeros(n) if alpha is None else soft_weights(patches, *layers["weighting"], alpha)
     reduction = layers["reduction"]
