@@ -1,7 +1,7 @@
 """JupyterLab in a real headless Chromium: open a notebook, run it, move its slider, see the output change.
 
-``make test`` does this for one notebook, ``make test-browser`` (``SAGE_BROWSER=all``) for every one. The test waits
-for the kernel to say that it is idle, never for a number of seconds. It skips where no browser is installed.
+``make test`` does this for one notebook, ``make test-browser`` (``SAGE_BROWSER=all``) for every one. The test
+waits for the kernel to say that it is idle, never for some seconds. It skips where no browser is installed.
 """
 
 import json
@@ -22,6 +22,7 @@ CHROMIUM = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "
 
 # Of the notebook in front, through the application object that `--expose-app-in-browser` puts into the page.
 KERNEL = "window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel"
+ERROR = '.jp-mod-rendered-error, [data-mime-type="application/vnd.jupyter.stderr"] .ansi-red-fg'
 
 pytestmark = [
     pytest.mark.browser,
@@ -54,23 +55,12 @@ def lab(tmp_path_factory):
     ):
         (settings / extension).mkdir(parents=True)
         (settings / extension / f"{plugin}.jupyterlab-settings").write_text(json.dumps(values))
-    environment = {
-        **os.environ,
-        "JUPYTER_RUNTIME_DIR": str(home / "runtime"),
-        "JUPYTER_CONFIG_DIR": str(home / "config"),
-        "SAGE_RUNS": str(home / "runs"),
-    }
-    command = [
-        sys.executable,
-        "-m",
-        "jupyterlab",
-        "--no-browser",
-        "--allow-root",
-        "--port=0",
-        "--expose-app-in-browser",
-    ]
-    command += ["--IdentityProvider.token=test", f"--ServerApp.root_dir={home / 'notebooks'}"]
-    command += ["--LabApp.news_url=", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
+    folders = {"JUPYTER_RUNTIME_DIR": "runtime", "JUPYTER_CONFIG_DIR": "config", "SAGE_RUNS": "runs"}
+    environment = {**os.environ, **{name: str(home / folder) for name, folder in folders.items()}}
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--port=0"]
+    command += ["--expose-app-in-browser", "--IdentityProvider.token=test", "--LabApp.news_url="]
+    command += [f"--ServerApp.root_dir={home / 'notebooks'}"]
+    command += ["--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
     with open(home / "log.txt", "w") as log:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=home)
     try:
@@ -99,30 +89,30 @@ def test_a_notebook_runs_in_jupyterlab_and_its_slider_changes_the_output(lab, br
     page.set_default_timeout(180_000)
     page.goto(f"{lab}/lab/tree/{name}?token=test&reset")
     page.wait_for_selector(".jp-Notebook .jp-CodeCell")
-    # The page draws its indicator as idle before there is a kernel, and then a click on Run All Cells does nothing: JupyterLab itself is asked.
+    # The page's own indicator is idle before there is a kernel, and then Run All Cells does nothing.
     page.wait_for_function(f"{KERNEL}?.status === 'idle'", polling=100)
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_text("Run All Cells", exact=True).click()
-    cells = [
-        c for c in json.loads((ROOT / "notebooks" / name).read_text())["cells"] if c["cell_type"] == "code"
-    ]
-    source, last = "\n".join("".join(c["source"]) for c in cells), len(cells)
+    cells = json.loads((ROOT / "notebooks" / name).read_text())["cells"]
+    cells = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    source = "\n".join(cells)
     if "widgets.live_curve(" in source:
         # The loss is drawn while the kernel still trains.
         page.wait_for_selector("img.widget-image[src]", state="attached")
         assert page.locator('.jp-Notebook-ExecutionIndicator[data-status="busy"]').count() == 1
     # The count in the prompt of the last cell appears when it has run; an error would stop before it.
     page.wait_for_function(
-        """last => document.querySelector('.jp-mod-rendered-error, [data-mime-type="application/vnd.jupyter.stderr"] .ansi-red-fg')
-                  || [...document.querySelectorAll('.jp-InputPrompt')].some(p => p.textContent.trim() === `[${last}]:`)""",
-        arg=last,
+        """([error, last]) => {
+            const prompts = [...document.querySelectorAll('.jp-InputPrompt')].map(p => p.textContent.trim());
+            return document.querySelector(error) || prompts.includes(`[${last}]:`);
+        }""",
+        arg=[ERROR, len(cells)],
         timeout=240_000,
         polling=500,  # a page that draws nothing has no frames to poll at
     )
     page.wait_for_function(f"{KERNEL}.status === 'idle'", polling=100)
-    assert page.locator('[data-mime-type="application/vnd.jupyter.error"]').count() == 0, (
-        "a cell ended in an error"
-    )
+    errors = page.locator('[data-mime-type="application/vnd.jupyter.error"]')
+    assert errors.count() == 0, "a cell ended in an error"
     shots = os.environ.get("SAGE_SCREENSHOTS")
     if shots:
         page.screenshot(path=f"{shots}/{Path(name).stem}.png")
@@ -133,9 +123,8 @@ def test_a_notebook_runs_in_jupyterlab_and_its_slider_changes_the_output(lab, br
 
     slider = page.locator(".widget-slider .noUi-handle, .jupyter-widgets .noUi-handle").first
     if slider.count() == 0:
-        assert not re.search(r"\w+_(explorer|browser|matcher)\(", source), (
-            f"{name} has a widget but no slider was drawn"
-        )
+        has_widget = re.search(r"\w+_(explorer|browser|matcher)\(", source)
+        assert not has_widget, f"{name} has a widget but no slider was drawn"
         page.close()
         return
     slider.scroll_into_view_if_needed()
@@ -144,7 +133,10 @@ def test_a_notebook_runs_in_jupyterlab_and_its_slider_changes_the_output(lab, br
     slider.focus()
     page.keyboard.press("ArrowRight")
     page.wait_for_function(
-        "([node, before]) => node.innerHTML.replace(/noUi[^>]*|aria-[^>]*/g, '') !== before.replace(/noUi[^>]*|aria-[^>]*/g, '')",
+        """([node, before]) => {
+            const plain = html => html.replace(/noUi[^>]*|aria-[^>]*/g, '');
+            return plain(node.innerHTML) !== plain(before);
+        }""",
         arg=[output.element_handle(), before],
         polling=500,
     )

@@ -17,7 +17,7 @@ import pandas as pd
 from sagelib.graph import GeoVisualGraph
 from sagelib.images import load_image
 from sagelib.places import Places, heading_difference
-from sagelib.runs import check, write_text
+from sagelib.runs import write_text
 from sagelib.sampler import SamplerConfig, harvest
 from workbench import analysis, figures
 from workbench.figures import style
@@ -81,17 +81,11 @@ def retrieval_rows(
 
 def retrieval_map(database: Places, queries: Places, found: Mapping, query: int):
     """Draw one query and what was found for it on a plotly map of all; arguments as in `retrieval_rows`."""
-    return figures.places_plotly(
-        database.east_m,
-        database.north_m,
-        hover=[_file(path) for path in database.path],
-        query_east_m=queries.east_m,
-        query_north_m=queries.north_m,
-        query_hover=[f"{i}: {_file(path)}" for i, path in enumerate(queries.path)],
-        found=found["reference"][query],
-        correct=found["positive"][query],
-        chosen=query,
-    )
+    hover = [_file(path) for path in database.path]
+    crowd = dict(query_east_m=queries.east_m, query_north_m=queries.north_m)
+    crowd |= dict(query_hover=[f"{i}: {_file(path)}" for i, path in enumerate(queries.path)])
+    front = dict(found=found["reference"][query], correct=found["positive"][query], chosen=query)
+    return figures.places_plotly(database.east_m, database.north_m, hover=hover, **crowd, **front)
 
 
 def retrieval_browser(database: Places, queries: Places, found: Mapping, *, order: Sequence[int], truth):
@@ -154,24 +148,18 @@ def review_view(database: Places, queries: Places, positives, case: Mapping):
         Rows of the references that answer each query. Five are shown, first those that look the same way.
     case : mapping
         One of `workbench.analysis.suspects`.
-
-    Returns
-    -------
-    matplotlib figure
     """
     query, found, rows = case["query"], case["found"], np.asarray(positives[case["query"]], dtype=int)
     metres = analysis.metres_between(queries, query, database, rows)
     turn = heading_difference(database.heading_deg[rows], queries.heading_deg[query])
     near = np.lexsort((metres, turn > 45.0))[:5]
-    marks = [f"#{one['rank']} {'✓' if one['positive'] else '✗'}" for one in found]
+    captions = [f"#{c['rank']} {'✗✓'[c['positive']]}  {style.metres(c['metres'])}" for c in found]
     alike = f"more alike than {case['score']:.0%} of the right first answers are"
     return figures.review_page(
         load_image(queries.path[query]),
         [load_image(database.path[one["reference"]]) for one in found],
         [load_image(path) for path in database.path[rows[near]]],
-        retrieved_captions=[
-            f"{m}  {style.metres(one['metres'])}" for m, one in zip(marks, found, strict=True)
-        ],
+        retrieved_captions=captions,
         positive_captions=[f"a positive  {style.metres(m)}" for m in metres[near]],
         correct=[one["positive"] for one in found],
         query_caption=f"query {query}",
@@ -192,7 +180,7 @@ def write_review(result, test_set, folder, *, count: int) -> Path:
         That was evaluated; another one is refused.
     folder : path
     count : int
-        How many, as for `workbench.analysis.suspects`.
+        See `workbench.analysis.suspects`.
     """
     import jinja2
 
@@ -309,8 +297,6 @@ def patch_view(query, reference, query_patches, reference_patches, grid, row: in
     grid : (h, w)
     row, column : int
     """
-    check("row", row, 0, grid[0] - 1, whole=True)
-    check("column", column, 0, grid[1] - 1, whole=True)
     patch = analysis.unit(query_patches)[row * grid[1] + column]
     similarity = analysis.unit(reference_patches) @ patch
     return figures.patch_match(query, reference, (row, column), similarity.reshape(grid), grid=grid)
@@ -418,12 +404,7 @@ def live_curve(read_log: Callable, *, plateau: float, every_s: float = 2.0) -> I
         with live_curve(run.read_log, plateau=1.477):
             train(config, run)
 
-    Parameters
-    ----------
-    read_log : callable
-        Gives the lines of the log, oldest first (``Run.read_log``).
-    plateau : float
-        The loss's trivial resting place.
+    `plateau` is the loss's trivial resting place.
     """
     if not live():
         yield
@@ -444,6 +425,7 @@ def live_curve(read_log: Callable, *, plateau: float, every_s: float = 2.0) -> I
     def keep_drawing() -> None:
         while not stop.wait(every_s):
             draw()
+        draw()
 
     display(picture)
     thread = threading.Thread(target=keep_drawing, daemon=True)
@@ -453,4 +435,3 @@ def live_curve(read_log: Callable, *, plateau: float, every_s: float = 2.0) -> I
     finally:
         stop.set()
         thread.join()
-        draw()
