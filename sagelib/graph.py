@@ -466,7 +466,7 @@ class GeoVisualGraph:
         return result | {f"mean_{name}": float(value.mean()) for name, value in values.items() if len(value)}
 
     def compare(self, previous: GeoVisualGraph) -> dict:
-        """Edges gained and lost since `previous`, a graph of the same images: counts, and the Jaccard index."""
+        """Edges gained and lost since `previous`, a graph of the same images, and the Jaccard index."""
         now, before = ({*map(tuple, graph.edges().tolist())} for graph in (self, previous))
         common = len(now & before)
         counts = {"n_gained": len(now) - common, "n_lost": len(before) - common, "n_common": common}

@@ -1,4 +1,4 @@
-"""Training batches: draw places that look alike, harvest cliques of their images, choose a few.
+"""Training batches: draw places that look alike, harvest cliques of their images, choose K of each.
 
 `CliqueSampler` mines batches of P places x K images from the geo-visual graph; `PlaceSampler` draws them from
 labelled places. Both are batch samplers for a ``torch.utils.data.DataLoader``: iterating yields lists of
@@ -68,7 +68,9 @@ class SamplerConfig(GraphRules):
     graph_context : {"none", "solo", "anchors"}
         The cross-image head while the graph's descriptors are made: off, each image alone, or with the head's
         anchors. The paper is silent.
-    seed : int
+    refresh_every, seed : int
+    radius_m, max_heading_deg, tau, top_k, min_distance_m
+        Of `GraphRules`.
     """
 
     places_per_batch: int = 30

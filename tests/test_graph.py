@@ -80,7 +80,7 @@ def test_positions_that_are_none_are_refused():
 
 
 def test_images_of_different_planes_are_never_joined():
-    """Five images at one spot: a known zone is a plane whatever the city, an unknown one is each city's own."""
+    """Five images at one spot: a known zone is a plane whatever the city, an unknown one each city's own."""
     zones, cities = ["10S", "10T", "11S", "", ""], ["a", "b", "a", "a", "b"]
     graph = GeoVisualGraph(np.zeros(5), np.zeros(5), utm_zone=zones, city=cities)
     assert graph.edges().tolist() == [[0, 1]]
@@ -187,7 +187,7 @@ def test_the_first_clique_is_maximal_and_none_is_missed(town, least, share):
 
 
 def test_a_search_that_runs_out_of_steps_gives_up():
-    # Complete multipartite: many cliques of one node from each part, none larger, and degrees that say nothing.
+    # Complete multipartite: many cliques of one node from each part, none larger.
     parts = np.arange(36) // 3
     bits, every = adjacency_bits(parts[:, None] != parts), (1 << 36) - 1
     clique, left = first_clique(bits, every, 13, steps=200)
@@ -197,7 +197,7 @@ def test_a_search_that_runs_out_of_steps_gives_up():
 
 
 def test_a_clique_of_thousands_is_found_behind_a_dead_end():
-    # Nodes 0 and 1 form a clique of their own; 0 is also joined to 1,500 nodes that are all joined to one another.
+    # Nodes 0 and 1 form a clique of their own; 0 is also joined to 1,500 nodes, all joined to one another.
     matrix = np.ones((1502, 1502), dtype=bool)
     np.fill_diagonal(matrix, False)
     matrix[1, 2:] = matrix[2:, 1] = False
@@ -244,7 +244,7 @@ def test_the_record_of_the_steps_ends_in_the_clique(matrix, k, prefer):
 
 
 def test_ties_go_to_the_lowest_index_whatever_the_order_of_the_sums():
-    # Every row holds the same three affinities in another order: sums taken left to right differ in the last digit.
+    # Every row holds the same three affinities in another order: plain sums would differ in the last digit.
     a, b, c = -0.1, -0.2, -0.3
     weight = np.array([[0, a, b, c], [a, 0, c, b], [b, c, 0, a], [c, b, a, 0]])
     assert greedy_weighted_clique(weight, 4).tolist()[0] == 0

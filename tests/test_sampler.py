@@ -80,7 +80,7 @@ def check_batch(batch, east, north, places, images):
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_every_batch_keeps_its_promises(data):
-    """P places apart, each K images of a clique, taken by the greedy choice from the edges that pruning left."""
+    """P places apart, each K images of a clique, taken by the greedy choice from the unpruned edges."""
     draw = data.draw
     seed = draw(st.integers(0, 2**31))
     generator = np.random.default_rng(seed)
@@ -212,7 +212,7 @@ def test_cities_are_drawn_by_their_number_of_clusters():
 
 
 def test_similar_places_are_drawn_by_distance_to_the_farthest():
-    """Two without replacement, proportional to d_max - d, against the probabilities of one after the other."""
+    """Two without replacement, by d_max - d, against the probabilities of one after the other."""
     east, north, labels, _ = make_town(cities=1, clusters=5)
     angles = np.deg2rad([0.0, 20.0, 60.0, 90.0, 150.0])
     by_cluster = np.column_stack([np.cos(angles), np.sin(angles)]) * np.array([[1], [3], [0.5], [1], [2]])
@@ -509,7 +509,7 @@ def test_descriptors_of_wrong_shape_or_zero_are_refused(describe, message):
 
 
 def test_cities_of_one_zone_share_its_plane_and_others_do_not():
-    """Two cities on top of each other: in one zone their images are neighbours, in no known zone they are not."""
+    """Two cities on top of each other: in one zone images are neighbours, in no known zone they are not."""
     east, north, labels, descriptors = make_town(cities=2)
     east = east - 1e5 * (labels["city"] + 1)
     alone = make_sampler((east, north, labels, descriptors), places_per_batch=24)

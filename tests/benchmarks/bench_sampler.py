@@ -5,10 +5,9 @@
     python tests/benchmarks/bench_sampler.py --scaling       # 20,000 to 1,000,000 images
     python tests/benchmarks/bench_sampler.py --images        # one descriptor per image, memory-mapped float16
 
-Every case runs in a process of its own, so that its peak memory is its own. Milliseconds a batch include an epoch's
-set-up (neighbour lists, refresh) spread over its 4,000 batches; on a machine busy with other work the processor time,
-``cpu_ms_per_batch``, is the fairer number. Peak memory is beside the descriptors: anonymous memory
-less the descriptors where these lie in memory.
+Every case runs in a process of its own, so that its peak memory is its own. Milliseconds a batch include an
+epoch's set-up (graph, refresh) spread over its 4,000 batches; on a machine busy with other work the processor
+time, ``cpu_ms_per_batch``, is the fairer number. Peak memory is beside the descriptors.
 """
 
 import argparse
@@ -33,7 +32,7 @@ def synthetic_cities(clusters: int, layout: str, seed: int = 0):
     """East, north, city and cluster of ``22 x clusters x 20`` images.
 
     ``"lattice"``: clusters 60 m apart, images within 8 m of their middle, so that each cluster is one clique.
-    ``"crowd"``: middles at random, 40 m apart on average, images normal around them with 8 m: clusters overlap.
+    ``"crowd"``: middles at random, 40 m apart on average, images 8 m (normal) around them: clusters overlap.
     """
     generator = np.random.default_rng(seed)
     shape = (CITIES, clusters, IMAGES_PER_CLUSTER)
@@ -65,7 +64,7 @@ def random_descriptors(n: int, dimensions: int, dtype, path=None, seed: int = 1)
 
 
 class PeakMemory(threading.Thread):
-    """The greatest anonymous memory of this process, looked at twenty times a second (Linux; elsewhere NaN)."""
+    """The greatest anonymous memory of this process, twenty times a second (Linux; elsewhere NaN)."""
 
     def __init__(self):
         super().__init__(daemon=True)
@@ -207,7 +206,6 @@ def main() -> None:
     parser.add_argument("--dimensions", type=int, default=8448)
     parser.add_argument("--batches", type=int, default=1024, help="batches measured of the 4,000 of an epoch")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
-    parser.add_argument("--figure", type=Path, help="draw the scaling to this file (.png, .pdf)")
     parser.add_argument("--case", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
@@ -251,25 +249,9 @@ def main() -> None:
             row["epoch_cpu_vs_first"] = row["epoch_cpu_s"] / first["epoch_cpu_s"]
             row["n_log_n_vs_first"] = n * np.log(n) / (n0 * np.log(n0))
         rows += series
-        if options.figure:
-            draw(series, options.figure)
     show(rows)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
-
-
-def draw(series: list[dict], path: Path) -> None:
-    """Seconds an epoch against images, with n log n through the first point."""
-    from matplotlib.figure import Figure
-
-    n = np.array([row["images"] for row in series], float)
-    figure = Figure(figsize=(5, 3.5), layout="constrained")
-    axes = figure.add_subplot()
-    axes.loglog(n, [row["epoch_cpu_s"] for row in series], "o-", label="epoch of 4,000 batches")
-    axes.loglog(n, n * np.log(n) / (n[0] * np.log(n[0])) * series[0]["epoch_cpu_s"], "--", label="n log n")
-    axes.set(xlabel="images", ylabel="processor seconds")
-    axes.legend()
-    figure.savefig(path)
 
 
 def test_a_batch(benchmark):

@@ -1,7 +1,7 @@
 """The method in a hundred lines: a plain clique sampler, as one writes it with pandas and networkx.
 
-It does what `sagelib.sampler` does by default, and is slow: each draw takes distances to a whole city and to all
-pairs of its candidates, and every place starts a new search for a clique.
+It does what `sagelib.sampler` does by default, and is slow: each draw takes distances to a whole city and to
+all pairs of its candidates, and every place starts a new search for a clique.
 """
 
 import networkx as nx
@@ -10,7 +10,7 @@ import pandas as pd
 
 
 class PlainSampler:
-    """Batches from a table with the columns ``east``, ``north``, ``city``, ``cluster`` and one descriptor per cluster.
+    """Batches from a table with columns ``east``, ``north``, ``city``, ``cluster``; a descriptor per cluster.
 
     Parameters
     ----------
@@ -54,7 +54,7 @@ class PlainSampler:
         return graph
 
     def choose(self, clique) -> list[int] | None:
-        """Greedy weighted choice of `per_place` images of a clique, W = -(metres * distance of descriptors)."""
+        """Greedy weighted choice of `per_place` images of a clique; W = -(metres * d_vis)."""
         clique = list(self.random.permutation(clique))
         points = self.images.iloc[clique][["east", "north"]].to_numpy()
         owner = pd.MultiIndex.from_frame(self.images.iloc[clique][["city", "cluster"]])
