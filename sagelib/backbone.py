@@ -405,9 +405,8 @@ class ConvBackbone(Backbone):
 
     def _set_statistics(self, mean: Tensor, std: Tensor) -> None:
         self.norm.mean.copy_(mean)
-        self.norm.std.copy_(
-            torch.where(std > 1e-6, std, 1.0)
-        )  # a channel that is the same everywhere stays 0
+        # A channel that is the same everywhere stays 0.
+        self.norm.std.copy_(torch.where(std > 1e-6, std, 1.0))
 
     def _in_prefix(self, name: str) -> bool:
         return name.startswith(tuple(f"{stage}." for stage in self._names[: self._first]))

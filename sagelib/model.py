@@ -254,8 +254,8 @@ class SAGE(
     @classmethod
     def _from_pretrained(cls, *, model_id, map_location="cpu", **options):
         """Whole weights where the folder has them, else the trained part on its own backbone."""
-        for name in ("revision", "cache_dir", "force_download", "local_files_only", "token"):
-            options.pop(name, None)  # were for the download
+        for name in ("revision", "cache_dir", "force_download", "local_files_only", "token", "position"):
+            options.pop(name, None)  # of the download; the position follows from the backbone's name
         whole, trained = Path(model_id) / WEIGHTS, Path(model_id) / TRAINABLE
         if whole.is_file():
             model = cls(**{**options, "pretrained": False, "weights": None})
