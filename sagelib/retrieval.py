@@ -172,8 +172,8 @@ def _hits(indices, positives, n_references=None):
         raise ValueError(f"indices are from {indices.min()} to {indices.max()}, but there are {n} references")
     for query, rows in enumerate(lists):
         for row in rows[(rows < 0) | (rows >= n)]:
-            more = "" if n_references else ", the largest row found; where there are more, give n_references"
-            raise ValueError(f"query {query} has the positive {row}, but references are 0 to {n - 1}{more}")
+            more = "" if n_references or row < 0 else f"; were there more than {n}, give n_references"
+            raise ValueError(f"query {query} has the positive {row}, which is no row of a reference{more}")
     hit = np.stack([np.isin(row, rows) for row, rows in zip(indices, lists, strict=True)])
     first = np.where(hit.any(axis=1), hit.argmax(axis=1) + 1, 0)
     return hit, first, np.array([len(rows) for rows in lists])

@@ -115,7 +115,10 @@ def test_recall_refuses_what_was_not_searched():
         (lambda: recall([[0], [1]], [[0]], ks=(1,)), "2 queries were searched but positives are given for 1"),
         (lambda: recall([[0, 1]], [[0]], ks=(1, 2)).percent(3), "k must be one of 1, 2, got 3"),
         (lambda: recall([[0, 7]], [[0]], ks=(1,), n_references=5), "from 0 to 7, but there are 5 references"),
-        (lambda: recall([[0], [1]], [[99], [0]], ks=(1,)), "positive 99, but .* give n_references"),
+        (
+            lambda: recall([[0], [1]], [[99], [0]], ks=(1,)),
+            "positive 99, which is no row .* more than 2, give n_references",
+        ),
     ):
         with pytest.raises(ValueError, match=sentence):
             call()
