@@ -422,8 +422,8 @@ class Town(Plan):
             ahead, aside = rx * view.fx + ry * view.fy, rx * view.fy - ry * view.fx
             ok = (ahead > start) & (ahead < reach) & (np.abs(aside) < ahead * view.half + 4.5)
             for i in np.flatnonzero(ok):
-                dice = Dice(int(things[i, 4]), year, visit)
-                if chance is None or dice.chance(chance):
+                dice = None if chance is None else Dice(int(things[i, 4]), year, visit)
+                if dice is None or dice.chance(chance):
                     todo.append((ahead[i], kind, aside[i], things[i], dice))
         todo.sort(key=lambda item: -item[0])
         for ahead, kind, aside, thing, dice in todo[-70:]:
