@@ -10,29 +10,15 @@ from typing import Any
 from sagelib.runs import UNFINISHED, Run, atomic_path, fingerprint, now, plain, runs_root, write_json
 
 NOTEBOOKS = Path(__file__).resolve().parents[1]
-KINDS = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "a text",
-    dict: "a mapping of names to values",
-}
+KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", dict: "a mapping"}
 
 
 def start_page(namespace: Mapping[str, Any], **allowed: float | Sequence | None) -> None:
     """Begin a page: relative paths start at ``notebooks``, and parameters are what they are declared.
 
-    Parameters
-    ----------
-    namespace : mapping
-        The page's ``globals()``; its annotated names are the parameters.
-    **allowed
-        Of some parameters the least value, or all values; None for those that may be None.
-
-    Raises
-    ------
-    ValueError
-        With the name, what is allowed, and the value; and for a name that is no parameter of the page.
+    `namespace` is the page's ``globals()``, whose annotated names are the parameters; `allowed` says of some
+    of them the least value, or all values, or None where None may be. A ValueError names the parameter, what
+    is allowed, and the value; or a name that is no parameter of the page.
     """
     if NOTEBOOKS.is_dir():
         os.chdir(NOTEBOOKS)
@@ -62,13 +48,7 @@ def start_page(namespace: Mapping[str, Any], **allowed: float | Sequence | None)
 
 
 def read_list(text: str, what: str, kind: type = str, *, least: int = 1) -> list:
-    """The values, separated by commas, of the parameter called `what`; at least 0 or 1 of them, none twice.
-
-    Examples
-    --------
-    >>> read_list("256, 128", "pca_dims", int)
-    [256, 128]
-    """
+    """The values of the parameter `what`, separated by commas; at least so many of them, none twice."""
     try:
         values = [kind(part) for part in map(str.strip, text.split(",")) if part]
     except ValueError:

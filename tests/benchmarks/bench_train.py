@@ -1,9 +1,9 @@
-"""What stored tokens save: an epoch with a warm store against one without, and the share of the graph's refresh.
+"""What stored tokens save: an epoch with a warm store against one without; the share of the graph's refresh.
 
     python -m pytest tests/benchmarks/bench_train.py -o python_files='bench_*.py' --benchmark-only -s
 
-Both sides of a ratio are epochs of one training in one process. Seconds are those of the processor, not of the
-clock on the wall, so that other work on the machine does not decide.
+Both sides of a ratio are epochs of one training in one process. Seconds are those of the processor, not of
+the clock on the wall, so that other work on the machine does not decide.
 """
 
 import time
