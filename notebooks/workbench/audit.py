@@ -1,11 +1,9 @@
-"""The audit of contexts: the same weights and pictures, measured under every choice of which images share a
-batch.
+"""The audit of contexts: the same weights and pictures under every choice of which images share a batch.
 
 With the InteractHead a descriptor depends on its neighbours in the batch. Where the order of the files puts
 images of one place side by side, sorted batches find more than shuffled ones: an ordering leak.
 
     python -m workbench.audit --models random-head:gem2x2:tf_efficientnet_lite2 MY-RUN --sets data/town
-    data/gardens-point
 """
 
 import argparse
@@ -19,15 +17,8 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from sagelib import runs
-from sagelib.describe import (
-    Context,
-    Descriptors,
-    compose,
-    model_fingerprint,
-    names_in_order,
-    own_anchors,
-)
+from sagelib import describe, runs
+from sagelib.describe import Context, own_anchors
 from sagelib.evaluate import evaluate, open_model, training_run
 from sagelib.images import Preprocess
 from sagelib.interact import InteractHead
@@ -45,18 +36,9 @@ CONTEXTS = ("none", "solo", *(f"{kind}-{n}" for n in SIZES for kind in ("sorted"
 class Audit:
     """Recall of one model on one set under several contexts, from one embedding of the pictures.
 
-    Attributes
-    ----------
-    model, dataset : str
-    table : DataFrame
-        A row for each context and shuffle: context, kind, n (0: no batch size), shuffle, n_queries, hits@k
-        and R@k (percent).
-    ranks : dict of str to array (Q,)
-        Rank of each query's first positive, 0 for none, by ``context`` or ``context#shuffle``.
-    places : array (Q,)
-        Which queries are of one place: they are resampled together.
-    path : Path
-        The run directory.
+    `table` has a row for each context and shuffle: context, kind, n (0: no batch size), shuffle, n_queries,
+    hits@k and R@k (percent). `ranks`, by ``context`` or ``context#shuffle``, are each query's rank of its
+    first positive (0: none), `places` says which queries are of one place, and `path` is the run's directory.
     """
 
     model: str
@@ -67,8 +49,8 @@ class Audit:
     path: Path
 
     def summary(self, k: int = 1) -> pd.DataFrame:
-        """A row for each context: R@k, mean, lowest and highest over the shuffles, and Wilson's interval at
-        the mean."""
+        """A row for each context: R@k, mean and range over the shuffles, and Wilson's interval at the
+        mean."""
         rows = []
         for context, group in self.table.groupby("context", sort=False):
             percent, n = group[f"R@{k}"], int(group["n_queries"].iloc[0])
@@ -80,8 +62,7 @@ class Audit:
         return pd.DataFrame(rows)
 
     def leak(self, k: int = 1, seed: int = 0) -> pd.DataFrame:
-        """R@k under sorted-n less its mean under shuffled-n in points, for each n, with a 95 % interval (low,
-        high).
+        """R@k under sorted-n less its mean under shuffled-n, in points, for each n, with a 95 % interval.
 
         An interval above zero is an ordering leak. Queries of one place are resampled together, from `seed`.
         """
@@ -97,15 +78,7 @@ class Audit:
 
 
 def audit_contexts(
-    model,
-    test_set: TestSet,
-    root,
-    *,
-    contexts=CONTEXTS,
-    shuffles: int = 5,
-    seed: int = 0,
-    progress=True,
-    **options,
+    model, test_set: TestSet, root, *, contexts=CONTEXTS, shuffles: int = 5, seed: int = 0, **options
 ) -> Audit:
     """Measure one model under many contexts; its pictures go through the backbone once.
 
@@ -116,11 +89,10 @@ def audit_contexts(
     root : path
         A folder of runs; the audit is written to ``root/audit/<name>/``, and found there again.
     contexts : sequence of str
-        Default: none, solo, and sorted-n and shuffled-n for n = 2, 4, 8, 16, 32.
     shuffles : int
         Permutations of each shuffled-n, from the seeds `seed`, `seed` + 1, ...
     **options
-        Of `sagelib.evaluate.evaluate`: model_name, preprocess, device, ...
+        Of `sagelib.evaluate.evaluate`: model_name, preprocess, device, progress, ...
 
     Raises
     ------
@@ -131,33 +103,33 @@ def audit_contexts(
     if len(set(contexts)) < len(contexts):
         raise ValueError(f"contexts must be different, got {', '.join(map(str, contexts))}")
     runs.check("shuffles", shuffles, 1, whole=True)
-    plain = evaluate(model, test_set, root, progress=progress, **options)  # also checks and describes the set
+    plain = evaluate(model, test_set, root, **options)  # also checks and describes the set
     anchors = own_anchors(model) if Context("anchors") in contexts else None
     config = {key: getattr(plain, key) for key in ("model", "dataset", "preprocess")}
-    config["model_fingerprint"] = model_fingerprint(model).whole  # with its head
+    config["model_fingerprint"] = describe.model_fingerprint(model).whole  # with its head
     config |= {"contexts": [str(c) for c in contexts], "shuffles": shuffles, "rule": str(test_set.rule)}
     config["anchors"] = None if anchors is None else runs.fingerprint(anchors)
     name = f"{plain.path.name}-{runs.fingerprint(config)[:6]}"
     run = runs.Run.open(root, STAGE, name, config, seed=seed, data_fingerprint=plain.data_fingerprint)
     if run.finished:
         return load_audit(run.dir)
-    loaders = [
-        (part, Descriptors(plain.path / plain.descriptors[part]).values, names_in_order(places))
-        for part, places in (("database", test_set.database), ("queries", test_set.queries))
-    ]
+    parts = {"database": test_set.database, "queries": test_set.queries}
+    stored = {part: describe.Descriptors(plain.path / plain.descriptors[part]).values for part in parts}
+    names = {part: describe.names_in_order(places) for part, places in parts.items()}
     positives, rows, ranks = test_set.positives(), [], {}
     jobs = [(c, i) for c in contexts for i in range(shuffles if c.kind == "shuffled" else 1)]
-    for context, shuffle in tqdm(jobs, desc=f"audit {test_set.name}", unit="context", disable=not progress):
+    quiet = not options.get("progress", True)
+    for context, shuffle in tqdm(jobs, desc=f"audit {test_set.name}", unit="context", disable=quiet):
         how = dict(anchors=anchors, seed=seed + shuffle, device=options.get("device", "auto"))
         composed = [
-            compose(model, values, names, context, np.empty_like(values), loader=part, **how)
-            for part, values, names in loaders
+            describe.compose(model, values, names[part], context, np.empty_like(values), loader=part, **how)
+            for part, values in stored.items()
         ]
         counted = recall(search(*composed, max(KS))[0], positives, KS, n_references=len(test_set.database))
         ranks[f"{context}#{shuffle}" if context.kind == "shuffled" else str(context)] = counted.per_query_rank
         row = {"context": str(context), "kind": context.kind, "n": context.n or 0, "shuffle": shuffle}
-        row |= {"n_queries": counted.n_queries}
-        row |= {f"hits@{k}": counted.hits[k] for k in KS} | {f"R@{k}": counted.percent(k) for k in KS}
+        row |= {"n_queries": counted.n_queries, **{f"hits@{k}": counted.hits[k] for k in KS}}
+        row |= {f"R@{k}": counted.percent(k) for k in KS}
         rows.append(row)
     table = pd.DataFrame(rows)
     with runs.atomic_path(run.path("ranks.npz")) as temporary:
@@ -180,27 +152,10 @@ def load_audit(path) -> Audit:
 
 
 def open_audited(spec: str, root, seed: int = 0):
-    """A model to be audited, by name.
+    """A model with an InteractHead by its name for `open_model`, and its training run, or None.
 
-    Parameters
-    ----------
-    spec : str
-        A name for `sagelib.evaluate.open_model`; behind ``random-head:``, that model with a head of random
-        weights. What such a head does to recall is the context's doing alone.
-    root : path
-        The folder of runs.
-    seed : int
-        Of the random weights.
-
-    Returns
-    -------
-    model, run : SAGE, Run or None
-        The training run where the name is one.
-
-    Raises
-    ------
-    ValueError
-        If there is no such model, or it has no head.
+    Behind ``random-head:``, that model with a head of random weights from `seed`: what such a head does to
+    recall is the context's doing alone. Raises a ValueError if there is no such model, or it has no head.
     """
     mark, _, rest = spec.partition(":")
     name = rest if mark == "random-head" else spec
@@ -221,21 +176,17 @@ def open_audited(spec: str, root, seed: int = 0):
 def main(arguments: list[str] | None = None) -> int:
     """The command ``python -m workbench.audit``."""
     parser = argparse.ArgumentParser(prog="python -m workbench.audit", description=__doc__.splitlines()[0])
-    models = (
-        "a training run with a head, a released checkpoint's file, or random-head: before any model's name"
-    )
-    look = "(default: of a model's training, else {})"
-    parser.add_argument("--models", nargs="+", required=True, metavar="[LABEL=]NAME", help=models)
-    parser.add_argument(
-        "--sets", type=Path, nargs="+", required=True, help="sets whose test part is measured"
-    )
-    parser.add_argument("--runs", type=Path, default=Path("data/runs"), help="folder of runs")
-    parser.add_argument("--export", type=Path, help="folder for a small copy, as data/results/audit")
-    parser.add_argument("--shuffles", type=int, default=5, help="permutations of each shuffled-n")
-    parser.add_argument("--size", type=int, help=f"pixels a side {look.format(224)}")
-    parser.add_argument("--preprocess", help=f"mode of preprocessing {look.format('antialias')}")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto")
+    add, look = parser.add_argument, "(default: of a model's training, else {})"
+    models = "a training run with a head, a released checkpoint's file, or random-head: before any name"
+    add("--models", nargs="+", required=True, metavar="[LABEL=]NAME", help=models)
+    add("--sets", type=Path, nargs="+", required=True, help="sets whose test part is measured")
+    add("--runs", type=Path, default=Path("data/runs"), help="folder of runs")
+    add("--export", type=Path, help="folder for a small copy, as data/results/audit")
+    add("--shuffles", type=int, default=5, help="permutations of each shuffled-n")
+    add("--size", type=int, help=f"pixels a side {look.format(224)}")
+    add("--preprocess", help=f"mode of preprocessing {look.format('antialias')}")
+    add("--seed", type=int, default=0)
+    add("--device", default="auto")
     options = parser.parse_args(arguments)
     audits = []
     try:
