@@ -309,10 +309,9 @@ class CliqueSampler(_BatchSampler):
         """(P, K) image indices of batch `i`: from draws or, if these do not fill it, all places."""
         size, k, most = self.config.places_per_batch, self.config.images_per_place, 0
         for attempt in range(SWEEPS):
-            places: list[MinedPlace] = []
-            draws = range(0 if attempt else 4 * size + 16)
-            drawn = (self._draws.draw(epoch, i, draw) for draw in draws)
-            if self._fill(places, itertools.chain(drawn, self._draws.sweep(epoch, "sweep", i, attempt))):
+            draws = (self._draws.draw(epoch, i, draw) for draw in range(0 if attempt else 4 * size + 16))
+            places = self._fill(itertools.chain(draws, self._draws.sweep(epoch, "sweep", i, attempt)))
+            if len(places) == size:
                 self._counts["batches"] += 1
                 return np.stack([place.images for place in places])
             most = max(most, len(places))
@@ -322,16 +321,16 @@ class CliqueSampler(_BatchSampler):
             f"{size - most}, prune less (tau, top_k) or give more images"
         )
 
-    def _fill(self, places: list[MinedPlace], draws: Iterable) -> bool:
-        """Add places from one draw after the other; whether the batch became full."""
+    def _fill(self, draws: Iterable[np.ndarray]) -> list[MinedPlace]:
+        """Places from one draw after the other, until a batch is full."""
+        places, options = [], {"choose": self._choose, "counts": self._counts}
         for images in draws:
             self._counts["draws"] += 1
-            options = {"choose": self._choose, "before": tuple(places), "counts": self._counts}
-            for place in harvest(self.graph, images, self.config, **options):
-                places.append(place)
-                if len(places) == self.config.places_per_batch:
-                    return True
-        return False
+            found = harvest(self.graph, images, self.config, before=tuple(places), **options)
+            places += itertools.islice(found, self.config.places_per_batch - len(places))
+            if len(places) == self.config.places_per_batch:
+                break
+        return places
 
     def _choose(self, clique: np.ndarray) -> np.ndarray | None:
         """The K of a clique's images that make a place, as positions among them."""
@@ -352,9 +351,7 @@ class CliqueSampler(_BatchSampler):
         """Refuse places that cannot fill a batch, before an epoch is spent on finding out."""
         config, most, wanted = self.config, 0, self.config.places_per_batch
         for attempt in range(8):
-            places: list[MinedPlace] = []
-            self._fill(places, self._draws.sweep("room", attempt))
-            most = max(most, len(places))
+            most = max(most, len(self._fill(self._draws.sweep("room", attempt))))
             if most == wanted or 2 * most < wanted:
                 break
         self._counts.clear()
