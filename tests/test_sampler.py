@@ -117,8 +117,8 @@ def test_every_batch_keeps_its_promises(data):
     made.refresh(0, descriptors)
     try:
         batches = list(made)
-    except RuntimeError as error:
-        assert "needs" in str(error) and (config.tau or config.top_k or config.places_per_batch > 1)
+    except RuntimeError as error:  # the images of a place may lie in clusters that no draw brings together
+        assert f"needs {config.places_per_batch} places of {config.images_per_place} images" in str(error)
         batches = []
     joined = oracle.all_pairs(east, north, RADIUS, options.get("heading_deg"), config.max_heading_deg)
     for batch in batches:
