@@ -34,10 +34,8 @@ class InteractHead(nn.Module):
         Of the descriptors, and of a segment, which is the encoder's width (768: 8,448 = 11 x 768).
     heads, layers : int
         Attention heads, a divisor of ``segment_width``, and encoder layers.
-    ffn : int
-        Hidden width of the feed-forward part (GELU).
-    dropout : float
-        Dropout probability.
+    ffn, dropout : int, float
+        Hidden width of the feed-forward part (GELU), and the dropout everywhere.
     normalise : bool
         Bring the output to unit length; not in the paper.
     learned_anchors : int

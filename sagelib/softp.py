@@ -75,20 +75,13 @@ class SoftProbing(nn.Module):
     alpha : float, optional
         Strength of the soft weighting; ``None`` switches it off.
     dropout : float
-        Dropout probability inside the two branches (0.3 in the released model). A small data set trained from
-        a frozen backbone may need 0 to leave the loss's plateau.
-    hidden : int
-        Hidden width of the branches and of the token's layers.
-    norm_dropout : float
-        Dropout probability inside the power norm on G.
-    cells : int
+        Inside the two branches (0.3 in the released model). A small data set may need 0 to leave the plateau.
+    hidden, norm_dropout : int, float
+        Hidden width of the branches and of the token's layers; dropout inside the power norm on G.
+    cells, standardise : int, bool
         Not in the paper, which forgets where a patch lies: cut the grid into ``cells x cells`` parts and make
-        a G of each (softmax, power norm and lengths within the cell). 2 x 2 cells of 16 probes are as wide as
-        the paper's 64.
-    standardise : bool
-        Not in the paper: see :class:`SoftWeighting`.
-
-    ``out_dim``, the descriptor's width, is g + D K cells^2.
+        a G of each (softmax, power norm and lengths within the cell), so that ``out_dim`` is g + D K cells^2.
+        Nor this: see :class:`SoftWeighting`.
     """
 
     def __init__(

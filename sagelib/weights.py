@@ -17,11 +17,8 @@ from sagelib.runs import atomic_path
 __all__ = ["DROPPED", "RENAMED", "export_onnx", "load_authors_checkpoint"]
 
 # Width and depth of the transformer -> its name here.
-_BACKBONES = {
-    (384, 12): "vit_small_patch14_dinov2",
-    (768, 12): "vit_base_patch14_dinov2",
-    (1024, 24): "vit_large_patch14_dinov2",
-}
+_SIZES = {(384, 12): "small", (768, 12): "base", (1024, 24): "large"}
+_BACKBONES = {key: f"vit_{size}_patch14_dinov2" for key, size in _SIZES.items()}
 
 # Their name -> ours; patterns of whole names. What they get wrong does not fit the model.
 RENAMED = (
@@ -45,11 +42,8 @@ def load_authors_checkpoint(path: str | Path) -> SAGE:
     number of attention heads leaves no trace in a checkpoint; it is taken as the released model's, 16. Its
     ``preprocessing`` is the released evaluation's: 322 pixels, mode "paper".
 
-    Parameters
-    ----------
-    path : path
-        A file of ``torch.save({"model_state_dict": ...})``; names may start with ``module.``. Nothing in it
-        is executed. What is no such file, or does not fit, is a ValueError that lists what is wrong.
+    The file is of ``torch.save({"model_state_dict": ...})``; names may start with ``module.``. Nothing in it
+    is executed. What is no such file, or does not fit, is a ValueError that lists what is wrong.
     """
     checkpoint = read_checkpoint(path)
     state = checkpoint.get("model_state_dict") if isinstance(checkpoint, dict) else None
@@ -115,8 +109,7 @@ def _recognise(state: dict[str, Tensor], path: str | Path) -> dict:
 def export_onnx(model: SAGE, path: str | Path, *, image_size: int | tuple[int, int] = 322) -> Path:
     """Write the per-image model, without its head, as an ONNX file: images (B, 3, H, W) to (B, D).
 
-    The batch is free; the image size in pixels, multiples of the patch, is fixed. Needs the optional packages
-    ``onnx`` and ``onnxscript``.
+    The batch is free, the image size in pixels fixed. Needs the optional packages of ``sagelib[onnx]``.
     """
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     backbone, head, was_training = model.backbone, model.head, model.training
