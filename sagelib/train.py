@@ -313,9 +313,7 @@ class _State:
     graph: dict = field(default_factory=dict)  # reports of each source's sampler, by epoch
     edges: dict = field(default_factory=dict)  # of each source's last graph: images compared, pairs
     tail: list = field(default_factory=list)  # loss and gap of the steps that decide about the plateau
-    sums: dict = field(
-        default_factory=lambda: {"window": Counter(), "epoch": Counter()}
-    )  # of the steps' facts
+    sums: dict = field(default_factory=lambda: {"window": Counter(), "epoch": Counter()})  # of steps' facts
     epoch_seconds: dict = field(default_factory=dict)
     seconds: dict = field(default_factory=lambda: {"refresh": 0.0, "train": 0.0, "validate": 0.0})
     best: dict = field(default_factory=dict)
