@@ -1,19 +1,17 @@
 """Pictures to descriptors on disk: streamed, resumable, in a stated context; and tokens of a frozen prefix.
 
-Two passes. The first stores each picture's descriptor before the InteractHead, a function of the picture alone.
-The second, much cheaper, sends stored descriptors through the head in batches composed as a `Context` says.
+Two passes. The first stores each picture's descriptor before the InteractHead, a function of the picture
+alone. The second, cheaper, sends these through the head in batches composed as a `Context` says.
 """
 
 import contextlib
-import dataclasses
-import functools
 import hashlib
-import os
 import re
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,34 +28,29 @@ from sagelib.places import folder_name
 
 FLUSH_S = 2.0  # progress is recorded this often: a kill costs this much work and one batch
 FORMAT = 2  # of the stores; those of another one are made anew
+LIBRARIES = ("sagelib", "torch", "timm", "torchvision", "peft")  # whose modules are what their classes say
+PLAIN = (bool, int, float, str, type(None), tuple, list, dict)
+NO_SETTINGS = ("training", "weights", "pretrained", "preprocessing")  # on which no descriptor depends
+CONTEXTS = "it is none, solo, anchors, or with at least 1 image a batch sorted-n or shuffled-n, as sorted-8"
 
 
-# --------------------------------------------------------------------------------------------------- context
 @dataclass(frozen=True)
 class Context:
     """Which images share a batch of the InteractHead, and so what a descriptor depends on.
 
-    ``none``: the head is off. ``solo``: each image alone. ``sorted-n``: batches of n images in the order of their
-    file names; this is how the authors of SAGE evaluate, and where queries and references sort alike it puts true
-    pairs into like batches. ``shuffled-n``: batches of n in a random order. ``anchors``: each image with one fixed
-    set of reference descriptors. No batch holds queries and references.
-
-    Examples
-    --------
-    >>> Context.parse("sorted-8")
-    Context(kind='sorted', n=8)
+    ``none``: the head is off. ``solo``: each image alone. ``sorted-n``: batches of n images in the order of
+    their file names; so the authors of SAGE evaluate, and where queries and references sort alike it puts
+    true pairs into like batches. ``shuffled-n``: batches of n in a random order. ``anchors``: each image with
+    one fixed set of reference descriptors. No batch holds both queries and references.
     """
 
     kind: str
     n: int | None = None
 
     def __post_init__(self):
-        if self.kind not in ("none", "solo", "sorted", "shuffled", "anchors"):
-            raise ValueError(f"context {self.kind!r} is unknown; {_CONTEXTS}")
-        if self.batched and not self.n:
-            raise ValueError(f"context {self.kind!r} needs a batch size of at least 1; {_CONTEXTS}")
-        if not self.batched and self.n is not None:
-            raise ValueError(f"context {self.kind!r} takes no batch size, got {self.n}; {_CONTEXTS}")
+        known = self.kind in ("none", "solo", "sorted", "shuffled", "anchors")
+        if not known or (self.n or 0) < self.batched or not (self.batched or self.n is None):
+            raise ValueError(f"context {str(self)!r} is unknown; {CONTEXTS}")
 
     @property
     def batched(self) -> bool:
@@ -67,24 +60,19 @@ class Context:
     @classmethod
     def parse(cls, text: "str | Context") -> "Context":
         """Read ``none``, ``solo``, ``sorted-8``, ``shuffled-8`` or ``anchors``."""
-        match = re.fullmatch(r"([a-z]+)(?:-(\d+))?", str(text).strip())
+        match = re.fullmatch(r"([a-z]+)(?:-(\d+))?", str(text))
         if match is None:
-            raise ValueError(f"context {text!r} cannot be read; {_CONTEXTS}")
-        return cls(match[1], None if match[2] is None else int(match[2]))
+            raise ValueError(f"context {text!r} is unknown; {CONTEXTS}")
+        return cls(match[1], int(match[2]) if match[2] else None)
 
     def __str__(self):
         return self.kind if self.n is None else f"{self.kind}-{self.n}"
 
     def batches(self, names: Sequence[str], *, seed: int = 0, loader: str = "") -> list[np.ndarray]:
-        """Cut one loader's N images into batches of the head: int64 arrays, together every index once.
+        """Cut one loader's images into batches of the head: arrays of indices, every index once.
 
-        Parameters
-        ----------
-        names : sequence of N str
-            Sorted as strings (`names_in_order`); the permutation of ``shuffled-n`` starts from that order.
-        seed, loader : int, str
-            Of the permutation. References and queries need different names: two sets that are shuffled alike
-            would share like batches, as under ``sorted-n``.
+        The `names` (`names_in_order`) are sorted; ``shuffled-n`` permutes that order by `seed` and `loader`.
+        References and queries need different loaders: two sets of one size would be permuted alike.
         """
         order, n = np.arange(len(names)), self.n or 128
         if self.batched:
@@ -94,50 +82,33 @@ class Context:
         return [order[start : start + n] for start in range(0, len(order), n)]
 
 
-_CONTEXTS = "give one of none, solo, sorted-n, shuffled-n (n images a batch, as in sorted-8), anchors"
-
-
 def names_in_order(places) -> list[str]:
-    """The names that ``sorted-n`` sorts by: the paths.
-
-    Pictures of Mapillary SLS as downloaded are sorted by their names in the ``@east@north@...`` layout, which is
-    what the authors' batches are cut from.
-    """
+    """The paths, by which ``sorted-n`` sorts; of Mapillary SLS as downloaded, ``@east@north@...`` names."""
     if any(places.sequence):
         rows = zip(places.east_m, places.north_m, places.key, strict=True)
         return [folder_name(east, north, pano_id=key) for east, north, key in rows]
     return [str(p) for p in places.path]
 
 
-# ------------------------------------------------------------------------------------------------- one batch
 @contextlib.contextmanager
 def evaluating(model) -> Iterator[None]:
     """Evaluation mode, without gradients, for the time of a block."""
-    modules = list(model.modules()) if isinstance(model, torch.nn.Module) else []
-    modes = [module.training for module in modules]
+    modes = {part: part.training for part in model.modules()} if isinstance(model, torch.nn.Module) else {}
     try:
-        for module in modules:
-            module.training = False
+        for part in modes:
+            part.training = False
         with torch.no_grad():
             yield
     finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
+        for part, mode in modes.items():
+            part.training = mode
 
 
 def describe_batch(model, images, context="none", *, anchors=None, autocast=None) -> Tensor:
     """Descriptors (B, D) float32 of one batch, in evaluation mode and without gradients.
 
-    Parameters
-    ----------
-    model : SAGE or callable
-        See `describe`.
-    images : Tensor (B, 3, H, W), or pair of tokens (B, T, M) and grid
-        On the model's device; tokens as ``model.backbone.prefix`` gives them.
-    context, anchors
-        See `in_context`.
-    autocast : torch.dtype, optional
-        Lower precision of the pass.
+    `images` (B, 3, H, W), or a pair of tokens (B, T, M) of ``model.backbone.prefix`` and their grid, are on
+    the model's device; `context`, `anchors`: see `in_context`; `autocast`: a lower precision, or None.
     """
     x, *grid = images if isinstance(images, tuple) else (images,)
     with evaluating(model), torch.autocast(x.device.type, dtype=autocast, enabled=autocast is not None):
@@ -151,23 +122,21 @@ def describe_batch(model, images, context="none", *, anchors=None, autocast=None
 def in_context(model, descriptors: Tensor, context, anchors: Tensor | None = None) -> Tensor:
     """The InteractHead of `model` on one batch of descriptors (B, D), in this context; with gradients.
 
-    For ``sorted-n`` and ``shuffled-n`` the batch is the context. `anchors` (m, D) are by default the model's.
+    For ``sorted-n`` and ``shuffled-n`` the batch is the context. `anchors` (m, D): by default the model's.
     """
     context = Context.parse(context)
     if context.kind == "none":
         return descriptors
     _check_head(model, context, anchors)
-    if context.kind == "solo":
-        anchors = descriptors[:0]
-    elif context.kind == "anchors":
-        anchors = model.anchors if anchors is None else anchors
-    return model.interact(descriptors, anchors=None if context.batched else anchors)
+    anchors = model.anchors if context.kind == "anchors" and anchors is None else anchors
+    anchors = None if context.batched else descriptors[:0] if context.kind == "solo" else anchors
+    return model.interact(descriptors, anchors=anchors)
 
 
 def _check_head(model, context, anchors):
-    if not getattr(model, "has_head", hasattr(model, "interact")):
+    if context.kind != "none" and not getattr(model, "has_head", hasattr(model, "interact")):
         raise ValueError(f"context is {context}, but this model has no InteractHead: take context none")
-    if context.kind == "anchors" and anchors is None and getattr(model, "anchors", None) is None:
+    if context.kind == "anchors" and anchors is None and own_anchors(model) is None:
         raise ValueError("context is anchors, but none are given and the model has none: see choose_anchors")
 
 
@@ -175,19 +144,13 @@ def _check_head(model, context, anchors):
 class RowStore:
     """The rows (n, ...) of one array on disk, in a folder named by a key of all that they depend on.
 
-    Rows are written in blocks; a call that is killed goes on when it is made again. Only the whole is read.
-
-    Attributes
-    ----------
-    values : memmap (n, ...), read-only
-    manifest : dict
-        The key, seconds, and the pictures that were skipped, with the reason.
-    path : Path
+    Rows are written in blocks; a call that is killed goes on when it is made again. Only the whole is read:
+    `values`, a memmap, and `manifest`, a dict of the key, the seconds, and the pictures that were skipped.
     """
 
     def __init__(self, path):
         self.path = Path(path)
-        if not self._is_whole(self.path):
+        if not all((self.path / name).exists() for name in ("manifest.json", "rows.npy")):
             raise FileNotFoundError(f"there are no finished {type(self).__name__} in {path}")
         self.manifest = runs.read_json(self.path / "manifest.json")
         self.values = np.load(self.path / "rows.npy", mmap_mode="r")
@@ -195,43 +158,29 @@ class RowStore:
     def __len__(self) -> int:
         return len(self.values)
 
-    @staticmethod
-    def _is_whole(path: Path) -> bool:
-        return (path / "manifest.json").exists() and (path / "rows.npy").exists()
-
     @classmethod
     def make(cls, folder, label: str, key: dict, n: int, blocks: Callable, *, bar: bool = False, **facts):
-        """The rows of `key`, written now where they are missing; a second process waits for the first.
+        """The n rows of `key`, written now where they are missing; a second process waits for the first.
 
-        Parameters
-        ----------
-        folder : path
-            Where the store has its own folder, ``<label>-<hash of key>``.
-        n : int
-            Rows to be made, or skipped.
-        blocks : callable
-            From the numbers of rows read and skipped before to an iterator of positions, values (None where there
-            are none) and a list of ``{"row", "path", "reason"}`` of what is skipped.
-        bar : bool
-            Show a progress bar.
-        **facts
-            For the manifest.
+        They lie in ``folder/<label>-<hash of key>``. `blocks`, called with the numbers of rows read and
+        skipped before, iterates over positions, values (None where there are none), and a dict with ``row``,
+        ``path`` and ``reason`` of each row that is skipped. The `facts` go into the manifest, too.
         """
         path = Path(folder) / f"{label}-{runs.fingerprint([FORMAT, key])}"
         path.mkdir(parents=True, exist_ok=True)
         with runs.alone(path):
-            if not cls._is_whole(path):
-                with tqdm(total=n, unit="img", desc=label, disable=not bar) as shown:
-                    cls._write(path, {**key, **facts}, n, blocks, shown)
-        return cls(path)
+            with contextlib.suppress(FileNotFoundError):
+                return cls(path)
+            with tqdm(total=n, unit="img", desc=label, disable=not bar) as shown:
+                cls._write(path, {**key, **facts}, n, blocks, shown)
+            return cls(path)
 
     @staticmethod
     def _write(path, facts, n, blocks, shown):
         part, progress = path / ".rows.part.npy", path / ".progress.json"
-        values, state = None, {"read": 0, "skipped": [], "seconds": 0.0}
+        values, state, flushed = None, {"read": 0, "skipped": [], "seconds": 0.0}, time.perf_counter()
         if part.exists() and progress.exists():
             values, state = np.lib.format.open_memmap(part, mode="r+"), runs.read_json(progress)
-        flushed = time.perf_counter()
         shown.update(state["read"])
         for positions, block, skipped in blocks(state["read"], len(state["skipped"])):
             if block is not None:
@@ -252,47 +201,50 @@ class RowStore:
         if state["skipped"]:
             runs.save_array(path / "rows.npy", values[: n - len(state["skipped"])])
         del values  # a mapped file cannot be renamed on Windows
-        pace = {"images_per_s": round(n / max(state["seconds"], 1e-9), 2)}
-        runs.write_json(path / "manifest.json", {**state, **facts, **pace})
-        if state["skipped"]:
-            part.unlink()
-        else:
+        runs.write_json(path / "manifest.json", {**state, **facts})
+        if not state["skipped"]:
             part.replace(path / "rows.npy")
+        part.unlink(missing_ok=True)
         progress.unlink()
 
 
-class _Pictures(Dataset):
-    """(row, tensor, None) of a picture, or (row, None, sentence) where it does not decode."""
+class _Batches(Dataset):
+    """Batches of pictures: rows, images or None, and {row: sentence} of those that do not decode."""
 
-    def __init__(self, paths, preprocess):
+    def __init__(self, paths, preprocess, start, size):
         self.paths, self.preprocess = paths, preprocess
+        self.rows = [range(i, min(i + size, len(paths))) for i in range(start, len(paths), size)]
 
-    def __getitem__(self, row):
-        try:
-            picture = load_image(self.paths[row])
-        except (OSError, ValueError) as error:
-            return row, None, str(error)
-        takes_index = getattr(self.preprocess, "takes_index", False)
-        return row, self.preprocess(picture, row) if takes_index else self.preprocess(picture), None
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, number):
+        images, failures = {}, {}
+        for row in self.rows[number]:
+            more = (row,) if getattr(self.preprocess, "takes_index", False) else ()
+            try:
+                picture = load_image(self.paths[row])
+            except (OSError, ValueError) as error:
+                failures[row] = str(error)
+            else:
+                images[row] = self.preprocess(picture, *more)
+        if len(shapes := {tuple(image.shape) for image in images.values()}) > 1:
+            raise ValueError(f"preprocess gave several shapes, {sorted(shapes)}: it must give one size")
+        return list(images), torch.stack(list(images.values())) if images else None, failures
 
 
-def _collate(items):
-    decoded = [(row, image) for row, image, _ in items if image is not None]
-    if len(shapes := {tuple(image.shape) for _, image in decoded}) > 1:
-        raise ValueError(f"preprocess gave tensors of several shapes {sorted(shapes)}: it must give one size")
-    images = torch.stack([image for _, image in decoded]) if decoded else None
-    return [row for row, _ in decoded], images, {row: s for row, image, s in items if image is None}
-
-
-def _batches(paths, preprocess, start, size, workers):
-    """Rows, images (None where there are none) and {row: sentence} of failures, from row `start` on."""
-    return DataLoader(
-        _Pictures(paths, preprocess),
-        batch_sampler=[range(i, min(i + size, len(paths))) for i in range(start, len(paths), size)],
-        collate_fn=_collate,
-        num_workers=workers,
-        generator=torch.Generator(),  # otherwise a draw from torch's global one
-    )
+def _of_pictures(paths, preprocess, compute, dtype, advice, size, workers, on_error, start, n_skipped):
+    """Blocks of a `RowStore`: what `compute` makes of batches of `size` pictures."""
+    batches, own = _Batches(paths, preprocess, start, size), torch.Generator()  # not torch's global one
+    for rows, images, failures in DataLoader(batches, None, num_workers=workers, generator=own):
+        if failures and on_error == "raise":
+            raise ValueError(failures[min(failures)])
+        positions, values = np.arange(len(rows)) + start - n_skipped, None
+        if rows:
+            values, images = compute(images), None
+            values = _stored(values, dtype, [paths[row] for row in rows], advice)
+        yield positions, values, [{"row": r, "path": paths[r], "reason": s} for r, s in failures.items()]
+        start, n_skipped = start + len(rows) + len(failures), n_skipped + len(failures)
 
 
 def _stored(values: Tensor, dtype: str, paths, advice: str) -> np.ndarray:
@@ -306,7 +258,6 @@ def _stored(values: Tensor, dtype: str, paths, advice: str) -> np.ndarray:
     return kept.cpu().numpy()
 
 
-# ----------------------------------------------------------------------------------------------- descriptors
 class Descriptors(RowStore):
     """Descriptors on disk, `values` (n, D) float16 or float32, of which model, pictures and context."""
 
@@ -347,75 +298,42 @@ def describe(
 
     Parameters
     ----------
-    model : SAGE or callable
-        With ``embed`` (and ``interact``, for contexts other than none), or any callable from images
-        (B, 3, H, W) to descriptors (B, D). It is moved to `device` and run in evaluation mode.
-    places : Places
-        The pictures of one loader: references and queries are described by two calls.
-    folder : path
-        For the descriptors before the head and those of every context, each in a folder of its own.
+    model : SAGE, or callable from images (B, 3, H, W) to descriptors (B, D)
+        Moved to `device`, see `pick_device`.
+    places, folder : Places, path
+        Pictures of one loader, references or queries. In `folder`, every model, set and context has its own.
     preprocess : callable, optional
         From a PIL picture to a tensor, equal in shape for all; default: the model's, see `preprocess_of`.
-    context : str or Context
-    anchors : array (m, D), optional
-        For ``context="anchors"``: descriptors before the head, see `choose_anchors`; default: the model's own.
+    context, anchors, seed, loader : str or Context, array (m, D), int, str
+        See `Context`, `choose_anchors` (default: the model's own) and `Context.batches`.
     batch_size, workers : int
-        Pictures at once, and processes that decode them. Both change results by rounding at most.
+        Pictures at once, and processes that decode them: results differ by rounding at most.
     dtype : {"float16", "float32"}
-        Of the stored values. With unit-length descriptors float16 rounds distances by less than 1e-3.
-    device : str
-        See `pick_device`.
-    seed, loader : int, str
-        Of the batches of ``shuffled-n``, see `Context.batches`.
+        Of the stored values. float16 rounds distances between unit vectors by less than 1e-3.
     on_error : {"raise", "skip"}
-        A picture that does not decode raises an error, or has no row, see `Descriptors.kept`.
+        A picture that does not decode is a ValueError, or has no row, see `Descriptors.kept`.
     fingerprint : ModelFingerprint, optional
         Of `model`, where the caller has it: making it reads all weights.
-    progress : bool
-        Show a bar with pictures per second.
-
-    Raises
-    ------
-    ValueError
-        For bad settings, pictures that do not decode, and descriptors that are not finite.
     """
     context, preprocess = Context.parse(context), preprocess_of(model, preprocess)
     runs.check("dtype", dtype, choices=("float16", "float32"))
     runs.check("on_error", on_error, choices=("raise", "skip"))
     runs.check("batch_size", batch_size, 1, whole=True)
     runs.check("workers", workers, 0, whole=True)
+    _check_head(model, context, anchors)
     if len(places) == 0:
         raise ValueError("there is no picture to describe: places is empty")
-    if context.kind != "none":
-        _check_head(model, context, anchors)
     fingerprint, device = fingerprint or model_fingerprint(model), move_to(model, device)
     paths = [str(path) for path in places.path]
     advice = "try dtype='float32'" if dtype == "float16" else "the model gives NaN or infinity"
-
-    def embedded(start, n_skipped):
-        for rows, images, failures in _batches(paths, preprocess, start, batch_size, workers):
-            if failures and on_error == "raise":
-                raise ValueError(failures[min(failures)])
-            skipped = [{"row": r, "path": paths[r], "reason": failures[r]} for r in sorted(failures)]
-            values, positions = None, np.arange(len(rows)) + start - n_skipped
-            if images is not None:
-                values, images = describe_batch(model, images.to(device)), None
-                values = _stored(values, dtype, [paths[r] for r in rows], advice)
-            yield positions, values, skipped
-            start, n_skipped = start + len(rows) + len(failures), n_skipped + len(failures)
-
-    key = {
-        "model": fingerprint.embedding,
-        "data": runs.fingerprint([places.fingerprint(), pictures_fingerprint(places)]),
-        "preprocess": describe_callable(preprocess),
-        "context": "none",
-        "dtype": dtype,
-        "n_given": len(places),
-    }
+    how = (paths, preprocess, lambda images: describe_batch(model, images.to(device)))
+    how += (dtype, advice, batch_size, workers, on_error)
+    key = {"model": fingerprint.embedding, "preprocess": describe_callable(preprocess), "context": "none"}
+    key["data"] = runs.fingerprint([places.fingerprint(), pictures_fingerprint(places)])
+    key |= {"dtype": dtype, "n_given": len(places)}
     lack = f"not enough memory to describe {batch_size} pictures at a time on {device}: lower batch_size"
-    lack += f"; the head sees {context.n} at a time (context {context})" if context.n else ""
-    with runs.memory_errors(lack):
-        base = Descriptors.make(folder, "none", key, len(places), embedded, bar=progress, device=str(device))
+    with runs.memory_errors(lack + f", or the {context.n} of context {context}" * bool(context.n)):
+        base = Descriptors.make(folder, "none", key, len(paths), partial(_of_pictures, *how), bar=progress)
         if base.manifest["skipped"] and on_error == "raise":
             raise ValueError(f"{base.manifest['skipped'][0]['reason']} (on_error='skip' leaves it out)")
         if context.kind == "none":
@@ -426,14 +344,13 @@ def describe(
         if context.kind == "anchors":
             anchors = np.asarray(own_anchors(model) if anchors is None else anchors, np.float32)
             key |= {"anchors": runs.fingerprint(anchors)}
-        names = names_in_order(places[base.rows])
-        settings = (context, anchors, seed, loader, dtype, device)
-        blocks = functools.partial(_through_head, model, base.values, names, *settings)
-        facts = {"device": str(device), "embedding_seconds": base.manifest["seconds"]}
+        names, facts = names_in_order(places[base.rows]), {"embedding_seconds": base.manifest["seconds"]}
+        how = (model, base.values, names, context, anchors, seed, loader, dtype, device)
+        blocks = partial(_through_head, *how)
         made = Descriptors.make(folder, str(context), key, len(base), blocks, bar=progress, **facts)
-        if context.kind == "anchors":
-            runs.save_array(made.path / "anchors.npy", anchors)  # to describe one more picture, later
-        return made
+    if context.kind == "anchors":
+        runs.save_array(made.path / "anchors.npy", anchors)  # to describe one more picture, later
+    return made
 
 
 def _through_head(model, values, names, context, anchors, seed, loader, dtype, device, start=0, _=0):
@@ -441,39 +358,25 @@ def _through_head(model, values, names, context, anchors, seed, loader, dtype, d
     if anchors is not None:
         anchors = torch.as_tensor(np.asarray(anchors, np.float32), device=device)
     for rows in context.batches(names, seed=seed, loader=loader):
-        if start > 0:
-            start -= len(rows)
-            continue
-        batch = torch.from_numpy(np.asarray(values[rows], np.float32)).to(device)
-        with evaluating(model):
-            batch = in_context(model, batch, context, anchors).float()
-        yield rows, _stored(batch, dtype, [names[row] for row in rows], f"the head, {context}"), []
+        if start <= 0:
+            batch = torch.from_numpy(np.asarray(values[rows], np.float32)).to(device)
+            with evaluating(model):
+                batch = in_context(model, batch, context, anchors).float()
+            yield rows, _stored(batch, dtype, [names[row] for row in rows], f"context {context}"), []
+        start -= len(rows)
 
 
 def compose(
     model, values, names, context, out=None, *, anchors=None, seed=0, loader="", device="auto"
 ) -> np.ndarray:
-    """Send stored descriptors through the InteractHead in the batches of a context.
+    """Send stored descriptors, `values` (N, D), through the InteractHead in the batches of a context.
 
-    Parameters
-    ----------
-    values : array (N, D)
-        Descriptors before the head, of one loader.
-    names : sequence of N str
-        See `names_in_order`.
-    out : array (N, D), optional
-        Written row by row, may be a memmap; default: a new float32 array.
-    others
-        As for `describe`.
-
-    Returns
-    -------
-    array (N, D)
-        `out`. With the context none, the values themselves.
+    The N `names` are those of `names_in_order`; the other parameters are those of `describe`. The result is
+    written row by row into `out`, which may be a memmap; by default a new float32 array.
     """
     out = np.empty(values.shape, np.float32) if out is None else out
-    settings = (Context.parse(context), anchors, seed, loader, str(out.dtype), move_to(model, device))
-    for rows, block, _ in _through_head(model, values, names, *settings):
+    how = (Context.parse(context), anchors, seed, loader, str(out.dtype), move_to(model, device))
+    for rows, block, _ in _through_head(model, values, names, *how):
         out[rows] = block
     return out
 
@@ -485,39 +388,28 @@ def own_anchors(model) -> np.ndarray | None:
 
 
 def choose_anchors(descriptors, m: int, method: str = "sample", seed: int = 0) -> np.ndarray:
-    """Choose the fixed reference descriptors (m, D), float32, of ``anchors``, a context that is not in the paper.
+    """Choose the m fixed descriptors, (m, D) float32, of the context anchors, which is not in the paper.
 
-    Parameters
-    ----------
-    descriptors : array (N, D), or Descriptors of the context none
-        Of the data base, or of training pictures; never of queries.
-    m : int
-        How many, from 1 to N.
-    method : {"sample", "kmeans"}
-        Rows drawn without replacement; or centres of k-means (of at most 256 m rows), scaled to the mean length
-        of the descriptors, because a mean of unit vectors is shorter than they are.
+    They come from `descriptors` (N, D) before the head, of references or training pictures, never queries:
+    rows drawn without replacement (``sample``), or ``kmeans`` centres of at most 256 m rows, scaled to the
+    mean length of the descriptors, because a mean of unit vectors is shorter than they are.
     """
     if isinstance(descriptors, Descriptors):
-        runs.check(
-            "the context of descriptors among which anchors are", descriptors.context, choices=("none",)
-        )
+        runs.check("the context of the descriptors", descriptors.context, choices=("none",))
         descriptors = descriptors.values
-    n = len(descriptors)
-    runs.check("m", m, 1, n, whole=True)
+    runs.check("m", m, 1, n := len(descriptors), whole=True)
     runs.check("method", method, choices=("sample", "kmeans"))
     rng = runs.rng(seed, "anchors", method)
     if method == "sample":
         return np.asarray(descriptors[np.sort(rng.choice(n, m, replace=False))], np.float32)
     from sklearn.cluster import KMeans
 
-    rows = np.sort(rng.choice(n, min(n, 256 * m), replace=False))
-    x = np.ascontiguousarray(descriptors[rows], np.float32)
+    x = np.ascontiguousarray(descriptors[np.sort(rng.choice(n, min(n, 256 * m), replace=False))], np.float32)
     kmeans = KMeans(m, n_init=1, max_iter=50, random_state=int(rng.integers(2**31))).fit(x)
     centres, length = kmeans.cluster_centers_, np.linalg.norm(x, axis=1).mean()
     return (centres * (length / np.linalg.norm(centres, axis=1, keepdims=True))).astype(np.float32)
 
 
-# ---------------------------------------------------------------------------------------------------- tokens
 class TokenStore(RowStore):
     """Tokens after a backbone's frozen prefix, `values` (N, T, M) float16: what no training changes."""
 
@@ -538,22 +430,12 @@ def open_tokens(
 
     Parameters
     ----------
-    folder : path
-        Where all token stores live.
-    model : module with ``backbone.prefix`` and ``backbone.prefix_fingerprint``
     preprocess : Preprocess or Views
         With V views, row ``V i + v`` is version v of image i.
     limit_gb : float
-        Gigabytes (1e9 bytes) that this store may take.
+        Gigabytes (1e9 bytes) that this store may take; more is a ValueError.
     autocast : torch.dtype, optional
         Lower precision in which the prefix runs.
-    batch_size, workers, progress
-        As for `describe`.
-
-    Raises
-    ------
-    ValueError
-        If the tokens would take more than `limit_gb`, do not fit into float16, or a picture does not decode.
     """
     plain, views = (preprocess.plain, preprocess.count) if isinstance(preprocess, Views) else (preprocess, 1)
     size = (plain.image_size,) * 2 if isinstance(plain.image_size, int) else plain.image_size
@@ -566,34 +448,22 @@ def open_tokens(
 
     tokens, width = prefix(torch.zeros(1, 3, *size)).shape[1:]
     need_gb = len(paths) * tokens * width * 2 / 1e9
-    need = (
-        f"frozen tokens of {len(paths)} images ({tokens} x {width} in float16 each): {need_gb:.3g} GB on disk"
-    )
+    need = f"frozen tokens of {len(paths)} images, {tokens} x {width} each: {need_gb:.3g} GB on disk"
     if need_gb > limit_gb:
-        raise ValueError(
-            f"{need}, more than cache_limit_gb = {limit_gb:g}; raise it, or set it to None: no cache"
-        )
+        raise ValueError(f"{need}, more than cache_limit_gb = {limit_gb:g}; raise it, or set it to None")
+    advice = "set cache_limit_gb to None: no cache"
+    how = (paths, preprocess, prefix, "float16", advice, batch_size, workers, "raise")
 
-    def blocks(start, _):
-        if progress:
-            print(need)
-        for rows, images, failures in _batches(paths, preprocess, start, batch_size, workers):
-            if failures:
-                raise ValueError(failures[min(failures)])
-            values, images = prefix(images), None
-            yield rows, _stored(values, "float16", paths[rows], "set cache_limit_gb to None: no cache"), []
+    def blocks(*done):
+        print(need) if progress else None
+        return _of_pictures(*how, *done)
 
-    key = {
-        "prefix": model.backbone.prefix_fingerprint(),
-        "data": pictures_fingerprint(places),
-        "preprocess": repr(preprocess),
-        "autocast": str(autocast),
-    }
+    key = {"prefix": model.backbone.prefix_fingerprint(), "data": pictures_fingerprint(places)}
+    key |= {"preprocess": repr(preprocess), "autocast": str(autocast)}
     grid = model.backbone.grid((1, 3, *size))
     return TokenStore.make(folder, "tokens", key, len(paths), blocks, bar=progress, grid=grid)
 
 
-# --------------------------------------------------------------------- what identifies a model, and pictures
 class ModelFingerprint(NamedTuple):
     """Two hashes, equal for models that compute the same: without the InteractHead, and with it."""
 
@@ -608,109 +478,81 @@ class ModelFingerprint(NamedTuple):
 def model_fingerprint(model) -> ModelFingerprint:
     """Hashes that change with whatever changes a model's descriptors.
 
-    Modules of this package and of its libraries count with their classes, plain attributes, weights and buffers.
-    Other code needs an attribute ``fingerprint``, a text that changes whenever code or settings do (weights count
-    besides); without one the hashes are new at every call, and nothing that was stored for it is used again.
+    Modules of this package and of its libraries count with classes, plain attributes, weights and buffers.
+    Other code needs an attribute ``fingerprint``, a text that changes whenever code or settings do (weights
+    count besides); without one the hashes are new at every call, so that it is described anew.
     """
-    own, name = getattr(model, "fingerprint", None), type(model).__qualname__
+
+    def is_known(part):
+        altered = any(callable(getattr(type(part), name, None)) for name in vars(part))
+        hooks = part._forward_hooks or part._forward_pre_hooks
+        return type(part).__module__.partition(".")[0] in LIBRARIES and not altered and not hooks
+
+    own, facts = getattr(model, "fingerprint", None), {}
     parts = dict(model.named_modules(remove_duplicate=False)) if isinstance(model, torch.nn.Module) else {}
-    if own is None and not (parts and all(map(_is_of_a_library, parts.values()))):
+    if own is None and not (parts and all(map(is_known, parts.values()))):
         own, parts = secrets.token_hex(8), {}
-    state = {name: _state(part)[0 if own is None else 2 :] for name, part in parts.items()}
-    config = getattr(model, "config", None) or {} if hasattr(model, "has_head") else {}
-    state |= {
-        f"config.{key}": repr(config[key])
-        for key in config
-        if key not in ("weights", "pretrained", "preprocessing")
-    }
-    head = ("head", "config.interact", "config.interact_options")
-    below = {
-        name: value for name, value in state.items() if name not in head and not name.startswith("head.")
-    }
-    below = below if hasattr(model, "has_head") else state
-    return ModelFingerprint(runs.fingerprint([name, own, below]), runs.fingerprint([name, own, state]))
-
-
-def _is_of_a_library(part) -> bool:
-    """Whether a module computes what its class in a library says: it has no hooks, and no methods of its own."""
-    package = type(part).__module__.partition(".")[0]
-    patched = any(callable(getattr(type(part), name, None)) for name in vars(part))
-    hooked = part._forward_hooks or part._forward_pre_hooks or patched
-    return package in ("sagelib", "torch", "timm", "torchvision", "peft") and not hooked
-
-
-def _state(part):
-    """Class, plain attributes, weights and buffers of one module, without its submodules."""
-    plain, skipped = (bool, int, float, str, type(None), tuple, list, dict), ("training", "preprocessing")
-    attributes = {
-        name: repr(value)
-        for name, value in vars(part).items()
-        if isinstance(value, plain) and name not in skipped and not name.startswith("_")
-    }
-    loose = {name: value for name, value in vars(part).items() if torch.is_tensor(value)}
-    tensors = {**part._parameters, **part._buffers, **loose}
-    weights = {
-        name: [str(t.dtype), list(t.shape), t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()]
-        for name, t in tensors.items()
-        if t is not None
-    }
-    return [type(part).__qualname__, attributes, weights]
+    for at, part in parts.items():
+        facts[f"{at}.class"] = type(part).__qualname__
+        for name, value in {**vars(part), **part._parameters, **part._buffers}.items():
+            if torch.is_tensor(value):
+                raw = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+                facts[f"{at}.{name}"] = [str(value.dtype), list(value.shape), raw]
+            elif own is None and isinstance(value, PLAIN) and name[0] != "_" and name not in NO_SETTINGS:
+                facts[f"{at}.{name}"] = repr(value)
+    if not hasattr(model, "has_head"):
+        return ModelFingerprint(*[runs.fingerprint([type(model).__qualname__, own, facts])] * 2)
+    config = {k: repr(v) for k, v in (getattr(model, "config", None) or {}).items() if k not in NO_SETTINGS}
+    facts |= {f"head.{k}" if k.startswith("interact") else f"config.{k}": v for k, v in config.items()}
+    below = {k: v for k, v in facts.items() if not k.startswith("head.")}
+    return ModelFingerprint(*(runs.fingerprint([type(model).__qualname__, own, x]) for x in (below, facts)))
 
 
 def describe_callable(preprocess) -> str:
-    """A preprocess as text for a manifest: the repr of one of this package, name and fingerprint of another."""
-    if dataclasses.is_dataclass(preprocess) and type(preprocess).__module__.startswith("sagelib."):
+    """A preprocess as text: the repr of one of this package, name and ``fingerprint`` of another."""
+    if hasattr(preprocess, "__dataclass_fields__") and type(preprocess).__module__.startswith("sagelib."):
         return repr(preprocess)
     name = getattr(preprocess, "__qualname__", type(preprocess).__qualname__)
     return f"{name} {getattr(preprocess, 'fingerprint', None) or secrets.token_hex(8)}"
 
 
 def preprocess_of(model, preprocess: Callable | None = None) -> Callable:
-    """`preprocess`, or the model's ``preprocess``, or that of the dict ``preprocessing`` saved with a model."""
+    """`preprocess`, or the model's ``preprocess``, or that of the dict ``preprocessing`` saved with it."""
     preprocess = preprocess or getattr(model, "preprocess", None)
     if preprocess is None and getattr(model, "preprocessing", None):
-        preprocess = Preprocess(**model.preprocessing)
+        return Preprocess(**model.preprocessing)
     if preprocess is None:
         raise ValueError("this model names no preprocess: give one, as in preprocess=Preprocess(322)")
     return preprocess
 
 
 def pictures_fingerprint(places) -> str:
-    """A short hash of what the files hold, in order: a picture that was replaced under its name is another."""
+    """A short hash of what the files hold, in order: a picture replaced under its name is another one."""
     return runs.fingerprint([file_digest(path) for path in places.path])
 
 
 def file_digest(path) -> str:
-    """A hash of a file's bytes, empty where there is none; read again only when the system says it changed."""
-    try:
-        stat = os.stat(path)
-    except OSError:
-        return ""
-    return _digest(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+    """A hash of a file's bytes, or "" where there is none; read again only when its stat has changed."""
+    with contextlib.suppress(OSError):
+        stat = Path(path).stat()
+        return _digest(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+    return ""
 
 
-@functools.lru_cache(maxsize=1_000_000)
+@lru_cache(maxsize=1_000_000)
 def _digest(path, *stat):
-    try:
-        with open(path, "rb") as stream:
-            return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-    except OSError as error:
-        return f"unreadable: {error.strerror}"
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-# --------------------------------------------------------------------------------- devices and a first model
 def pick_device(name: str | torch.device = "auto") -> torch.device:
-    """The device of that name, if there is one; ``auto``: CUDA where there is one, then Apple's MPS, then CPU."""
+    """The device of that name, if there is one; ``auto``: CUDA where it is, then Apple's MPS, then CPU."""
     cuda, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
-    if name == "auto":
-        name = "cuda" if cuda else "mps" if mps else "cpu"
     runs.check("device", str(name).partition(":")[0], choices=("auto", "cpu", "cuda", "mps"))
-    device = torch.device(name)
+    device = torch.device(("cuda" if cuda else "mps" if mps else "cpu") if name == "auto" else name)
     if (device.type == "cuda" and (device.index or 0) >= cuda) or (device.type == "mps" and not mps):
-        raise ValueError(
-            f"device is {str(device)!r}, but PyTorch {torch.__version__} sees {cuda} CUDA devices and "
-            f"{'an' if mps else 'no'} MPS here: use device='auto', or a build of PyTorch for your GPU"
-        )
+        sees = f"PyTorch {torch.__version__} sees {cuda} CUDA devices and {'an' if mps else 'no'} MPS here"
+        raise ValueError(f"device is {str(device)!r}, but {sees}: use device='auto', or a build for your GPU")
     return device
 
 
@@ -724,7 +566,7 @@ def move_to(model, device: str | torch.device) -> torch.device:
 
 @dataclass(frozen=True)
 class GreyPixels:
-    """Preprocess of `baseline_pixels`: 8-bit grey, the mean over boxes, as a tensor (1, size, size) in [0, 1]."""
+    """Preprocess of `baseline_pixels`: 8-bit grey, the mean over boxes, as a tensor (1, size, size)."""
 
     size: int = 32
 
@@ -739,8 +581,7 @@ def baseline_pixels(images: Tensor) -> Tensor:
     Images are (B, 1, H, W) grey, or (B, 3, H, W) RGB with ImageNet normalisation. The inner product of two
     descriptors is the correlation of their thumbnails.
     """
-    if images.shape[1] == 3:
-        # Rec. 601, as Pillow's "L".
+    if images.shape[1] == 3:  # to grey by Rec. 601, as Pillow's "L"
         colours = (IMAGENET_MEAN, IMAGENET_STD, (0.299, 0.587, 0.114))
         mean, std, grey = (torch.tensor(c, device=images.device).view(3, 1, 1) for c in colours)
         images = ((images * std + mean) * grey).sum(dim=1, keepdim=True)

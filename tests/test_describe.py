@@ -86,18 +86,9 @@ def test_context_reads_and_writes(text):
     assert Context.parse(Context.parse(text)) == Context.parse(text)
 
 
-@pytest.mark.parametrize(
-    ("text", "sentence"),
-    [
-        ("sorted", "'sorted' needs a batch size of at least 1"),
-        ("shuffled-0", "'shuffled' needs a batch size of at least 1"),
-        ("solo-3", "'solo' takes no batch size, got 3"),
-        ("batch-8", "context 'batch' is unknown; give one of none, solo"),
-        ("Sorted 8", "context 'Sorted 8' cannot be read"),
-    ],
-)
-def test_context_refuses(text, sentence):
-    with pytest.raises(ValueError, match=sentence):
+@pytest.mark.parametrize("text", ["sorted", "shuffled-0", "solo-3", "batch-8", "Sorted 8"])
+def test_context_refuses(text):
+    with pytest.raises(ValueError, match=f"context '{text}' is unknown; it is none, solo, anchors, or"):
         Context.parse(text)
 
 
@@ -148,7 +139,7 @@ def test_descriptors_are_those_of_the_model(places, tmp_path, dtype):
     np.testing.assert_allclose(d.values, expected, atol=1e-6 if dtype == "float32" else 1e-3)
     assert (d.context, d.manifest["dtype"], d.manifest["skipped"]) == ("none", dtype, [])
     assert d.manifest["preprocess"] == "Preprocess(image_size=14, mode='paper')"
-    assert d.manifest["images_per_s"] > 0
+    assert d.manifest["seconds"] > 0
     assert {p.name for p in d.path.iterdir()} - {".lock"} == {"manifest.json", "rows.npy"}
     again = Descriptors(d.path)
     assert np.array_equal(again.values, d.values) and again.manifest == d.manifest
@@ -287,7 +278,7 @@ def test_killed_and_continued_gives_equal_bytes(tmp_path):
     for kills in (2, 6):  # killed twice, the second time after a continuation
         process = subprocess.Popen(command(0.15, "killed"))
         try:
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + 600
             while not log.exists() or len(log.read_text().split()) < kills:
                 assert process.poll() is None and time.monotonic() < deadline, "never came to its batch"
                 time.sleep(0.01)
@@ -415,7 +406,7 @@ def test_models_that_give_no_descriptors(places, tmp_path, output, dtype, senten
         ({"on_error": "ignore"}, "on_error must be one of raise, skip, got 'ignore'"),
         ({"device": "tpu"}, "device must be one of auto, cpu, cuda, mps, got 'tpu'"),
         ({"device": "cuda:99"}, "'cuda:99', but PyTorch .* sees"),
-        ({"preprocess": lambda p: torch.zeros(3, *p.size)}, "tensors of several shapes"),
+        ({"preprocess": lambda p: torch.zeros(3, *p.size)}, "preprocess gave several shapes"),
         ({"context": "anchors"}, "none are given and the model has none"),
         (
             {"context": "anchors", "anchors": np.zeros((3, 8))},
