@@ -17,13 +17,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from sagelib import runs
-from sagelib.images import IMAGENET_MEAN, IMAGENET_STD, Preprocess, Views, load_image
+from sagelib.images import Preprocess, Views, load_image
 from sagelib.places import folder_name
 
 FLUSH_S = 2.0  # progress is recorded this often: a kill costs this much work and one batch
@@ -140,7 +139,6 @@ def _check_head(model, context, anchors):
         raise ValueError("context is anchors, but none are given and the model has none: see choose_anchors")
 
 
-# ---------------------------------------------------------------------------------------------- rows on disk
 class RowStore:
     """The rows (n, ...) of one array on disk, in a folder named by a key of all that they depend on.
 
@@ -339,8 +337,7 @@ def describe(
         if context.kind == "none":
             return base
         key |= {"model": fingerprint.whole, "context": str(context), "skipped": base.manifest["skipped"]}
-        if context.kind == "shuffled":
-            key |= {"seed": seed, "loader": loader}
+        key |= {"seed": seed, "loader": loader} if context.kind == "shuffled" else {}
         if context.kind == "anchors":
             anchors = np.asarray(own_anchors(model) if anchors is None else anchors, np.float32)
             key |= {"anchors": runs.fingerprint(anchors)}
@@ -451,8 +448,7 @@ def open_tokens(
     need = f"frozen tokens of {len(paths)} images, {tokens} x {width} each: {need_gb:.3g} GB on disk"
     if need_gb > limit_gb:
         raise ValueError(f"{need}, more than cache_limit_gb = {limit_gb:g}; raise it, or set it to None")
-    advice = "set cache_limit_gb to None: no cache"
-    how = (paths, preprocess, prefix, "float16", advice, batch_size, workers, "raise")
+    how = (paths, preprocess, prefix, "float16", "set cache_limit_gb to None", batch_size, workers, "raise")
 
     def blocks(*done):
         print(need) if progress else None
@@ -562,33 +558,3 @@ def move_to(model, device: str | torch.device) -> torch.device:
     if isinstance(model, torch.nn.Module):
         model.to(device)
     return device
-
-
-@dataclass(frozen=True)
-class GreyPixels:
-    """Preprocess of `baseline_pixels`: 8-bit grey, the mean over boxes, as a tensor (1, size, size)."""
-
-    size: int = 32
-
-    def __call__(self, picture: Image.Image) -> Tensor:
-        grey = picture.convert("L").resize((self.size, self.size), Image.Resampling.BOX)
-        return torch.from_numpy(np.asarray(grey, np.float32) / 255)[None]
-
-
-def baseline_pixels(images: Tensor) -> Tensor:
-    """The first model of all: grey thumbnails of 32 x 32 pixels, (B, 1024), less their mean, to unit length.
-
-    Images are (B, 1, H, W) grey, or (B, 3, H, W) RGB with ImageNet normalisation. The inner product of two
-    descriptors is the correlation of their thumbnails.
-    """
-    if images.shape[1] == 3:  # to grey by Rec. 601, as Pillow's "L"
-        colours = (IMAGENET_MEAN, IMAGENET_STD, (0.299, 0.587, 0.114))
-        mean, std, grey = (torch.tensor(c, device=images.device).view(3, 1, 1) for c in colours)
-        images = ((images * std + mean) * grey).sum(dim=1, keepdim=True)
-    pixels = torch.nn.functional.adaptive_avg_pool2d(images, 32).flatten(1)
-    return torch.nn.functional.normalize(pixels - pixels.mean(dim=1, keepdim=True), dim=1)
-
-
-baseline_pixels.name = "pixels"
-baseline_pixels.preprocess = GreyPixels()
-baseline_pixels.fingerprint = "pixels-32-1"
