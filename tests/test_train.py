@@ -586,7 +586,7 @@ def test_views_are_the_picture_and_fixed_variants_of_it(tmp_path, kept, mined, m
 
 
 def test_the_bytes_are_told_and_refused_above_the_limit(tmp_path, kept, mined, capsys):
-    with pytest.raises(ValueError, match="128 images .*0.000836 GB.*more than cache_limit_gb = 0.0008"):
+    with pytest.raises(ValueError, match="128 images.*0.000836 GB.*more than cache_limit_gb = 0.0008"):
         kept(mined, limit_gb=0.0008)
     assert not (tmp_path / "tokens").exists()
     kept(mined, limit_gb=0.0009, progress=True)
