@@ -250,7 +250,7 @@ def load_trained(run: Run, which: str = "best") -> SAGE:
     path = run.dir / which / "trainable.safetensors"
     if not path.exists():
         raise FileNotFoundError(f"{run.dir} has no {which} weights yet: it is {run.manifest['status']}")
-    names = [*MODEL, "dropout", "train_context", "anchors", "validation_size", "preprocess"]
+    names = [*MODEL, "seed", "dropout", "train_context", "anchors", "validation_size", "preprocess"]
     model = build_model_of(TrainConfig(**{name: run.config[name] for name in names if name in run.config}))
     model.load_trainable_state_dict(read_weights(path))
     return model.eval()
@@ -841,14 +841,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def read_parameters(path: Path) -> dict[str, Any]:
+    """The names and values of a YAML file; a ValueError names the file and the line."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.MarkedYAMLError as error:
+        raise ValueError(f"{path}, line {error.problem_mark.line + 1}: this is not YAML") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold lines of the form NAME: VALUE, and is a {type(values).__name__}")
+    return values
+
+
 def _fields(path: Path | None, pairs: list[str]) -> tuple[dict[str, Any], list[str]]:
     """The fields that a file and the command line's pairs set, and the file's other keys."""
-    try:
-        values = {} if path is None else yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold lines of the form FIELD: VALUE, and is a {type(values).__name__}")
+    values = {} if path is None else read_parameters(path)
     chosen = {key: value for key, value in values.items() if key in TrainConfig.field_names()}
     for pair in pairs:
         key, mark, value = pair.partition("=")

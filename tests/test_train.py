@@ -669,9 +669,9 @@ def test_not_enough_memory(tmp_path, mined, monkeypatch, error):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (None, "No such file"),
-        ("a: [1", "cannot be read as YAML"),
-        ("- 1", "must hold lines of the form FIELD: VALUE, and is a list"),
+        (None, "there is no such file"),
+        ("a: [1", "line 1: this is not YAML"),
+        ("- 1", "must hold lines of the form NAME: VALUE, and is a list"),
         ("lr: -1.0", "lr must be a number above 0, got -1.0"),
         ("aggregator_options: {foo: 1}", "no model can be built of these options: .*'foo'"),
         ("tau: -1.0e-9\nfallback: null", "lower places_per_batch by .*prune less"),

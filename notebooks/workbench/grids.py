@@ -53,7 +53,7 @@ from sagelib.evaluate import published
 from sagelib.images import Preprocess
 from sagelib.places import Places, TestSet, open_set, open_training_set
 from sagelib.retrieval import KS, PCA, Difference, recall, search
-from sagelib.train import PRECISIONS, TrainConfig, open_run, train
+from sagelib.train import PRECISIONS, TrainConfig, open_run, read_parameters, train
 from townscape.folder import write_town
 from workbench.evidence import minimal_detectable_difference, query_places
 
@@ -157,12 +157,12 @@ def read_grid(path: str | Path) -> Grid:
         For what a grid cannot be, with the file and the configuration.
     """
     path = Path(path)
-    values = _read_yaml(path)
+    values = read_parameters(path)
     keys = (*Grid.__dataclass_fields__, "settings")
     if unknown := [key for key in values if key not in keys]:
         raise ValueError(f"{path}: a grid has no key {unknown[0]!r}; it has {', '.join(keys)}")
     if isinstance(values.get("configurations"), str):
-        other = _read_yaml(path.parent / values["configurations"])
+        other = read_parameters(path.parent / values["configurations"])
         shared = {key: other[key] for key in ("reference", "seeds", "published") if key in other}
         values = {**shared, **values, "configurations": other.get("configurations")}
     for key, kind in (("configurations", dict), ("reference", str)):
@@ -175,7 +175,9 @@ def read_grid(path: str | Path) -> Grid:
             raise ValueError(f"{path}: configuration {name!r} must be fields and values, got {changes!r}")
     base, settings = values.pop("base", None) or {}, values.pop("settings", None) or {}
     if isinstance(base, str):
-        base = {k: v for k, v in _read_yaml(path.parent / base).items() if k in TrainConfig.field_names()}
+        base = {
+            k: v for k, v in read_parameters(path.parent / base).items() if k in TrainConfig.field_names()
+        }
     values["base"] = {k: v for k, v in {**base, **settings}.items() if k != "seed"}
     values["seeds"] = tuple(values["seeds"])
     values["configurations"] = {str(k): dict(v or {}) for k, v in values["configurations"].items()}
@@ -183,19 +185,6 @@ def read_grid(path: str | Path) -> Grid:
         return Grid(**{"name": path.stem, **values})
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-
-
-def _read_yaml(path: Path) -> dict:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such file")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        raise ValueError(f"{path}{f', line {mark.line + 1}' if mark else ''}: this is not YAML") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: it must hold names and values, got {type(values).__name__}")
-    return values
 
 
 def _anchor_rule(text: str) -> tuple[str, int]:
@@ -583,7 +572,7 @@ def _belongs(grid: Grid, run: runs.Run, root: Path) -> bool:
 
 
 def pooled_difference(
-    ranks_a, ranks_b, k: int = 1, *, groups=None, seed: int = 0, draws: int = 4_000, level: float = 0.95
+    ranks_a, ranks_b, k: int = 1, *, groups=None, seed: int = 0, draws: int = 4_000
 ) -> Difference:
     """R@k of b less that of a over the same queries and seeds: a paired bootstrap over places, widened by
     seeds.
@@ -601,25 +590,20 @@ def pooled_difference(
     k : int
     groups : array (Q,), optional
         Queries with the same label are drawn together, such as those of one place; default: each alone.
-    seed, draws, level
+    seed, draws
         Of the resampling.
 
     Returns
     -------
     sagelib.retrieval.Difference
         With ``n_queries`` = S Q; ``p_exact`` is NaN: McNemar's test has no place for seeds.
-
-    Raises
-    ------
-    ValueError
-        If the shapes differ.
     """
     a, b = np.atleast_2d(ranks_a), np.atleast_2d(ranks_b)
     groups = np.arange(a.shape[1]) if groups is None else np.asarray(groups)
     if a.shape != b.shape or groups.shape != a.shape[1:]:
+        shapes = f"got {a.shape}, {b.shape} and {groups.shape}"
         raise ValueError(
-            "ranks_a and ranks_b must have the same shape (seeds, queries), and groups must have shape "
-            f"(queries,), got {a.shape}, {b.shape} and {groups.shape}"
+            f"the ranks must have the same shape (seeds, queries), and groups (queries,), {shapes}"
         )
     change = _hit(b, k).astype(float) - _hit(a, k)
     member = np.unique(groups, return_inverse=True)[1]
@@ -631,7 +615,7 @@ def pooled_difference(
     if len(a) > 1:
         error = _seeds_error((per_group - sizes * change.mean()) / sizes.mean())
         resampled = resampled + error * rng.standard_t(len(a) - 1, size=draws)
-    low, high = 100 * np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
+    low, high = 100 * np.quantile(resampled, [0.025, 0.975])
     p = min(1.0, 2 * (1 + min((resampled <= 0).sum(), (resampled >= 0).sum())) / (1 + draws))
     gained, lost = int((change > 0).sum()), int((change < 0).sum())
     points = 100 * float(change.mean())
