@@ -1,4 +1,5 @@
-"""Fixtures shared by the tests: the photographs of ``SAGE_DATA`` where they are, and a small town rendered once."""
+"""Fixtures shared by the tests: the photographs of ``SAGE_DATA`` where they are, and a small town rendered
+once."""
 
 import os
 from pathlib import Path
@@ -24,7 +25,8 @@ def vit_test_patch14(
 
 @pytest.fixture(scope="session")
 def sage_data() -> Path:
-    """The folder of real data sets named by ``SAGE_DATA``; the test skips, and says so, where there is none."""
+    """The folder of real data sets named by ``SAGE_DATA``; the test skips, and says so, where there is
+    none."""
     folder = os.environ.get("SAGE_DATA", "")
     if not folder or not Path(folder).is_dir():
         pytest.skip("SAGE_DATA names no folder of real photographs: tests on them are left out")
@@ -33,7 +35,8 @@ def sage_data() -> Path:
 
 @pytest.fixture(scope="session")
 def small_town(tmp_path_factory) -> Path:
-    """A town of a few streets in the folder layout of the field, rendered once a session at 56 x 56 pixels."""
+    """A town of a few streets in the folder layout of the field, rendered once a session at 56 x 56
+    pixels."""
     from townscape.folder import write_town
 
     return write_town(

@@ -1,4 +1,5 @@
-"""The audit of contexts: the leak where there is one and only there, agreement with evaluation, the command."""
+"""The audit of contexts: the leak where there is one and only there, agreement with evaluation, the
+command."""
 
 import pandas as pd
 import pytest

@@ -86,7 +86,9 @@ def test_conda_and_pyproject_ask_for_the_same_python():
 
 def test_importing_the_package_is_light_and_silent():
     """``import sagelib`` brings no torch, prints nothing, and leaves torch's global settings alone."""
-    program = "import sys, sagelib; assert 'torch' not in sys.modules and 'timm' not in sys.modules; print(sagelib.__version__)"
+    program = (
+        "import sys, sagelib; assert not {'torch', 'timm'} & set(sys.modules); print(sagelib.__version__)"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stderr == "" and done.stdout.count("\n") == 1
 
@@ -100,13 +102,15 @@ def test_importing_every_module_has_no_side_effects():
 import json, random, sys, warnings
 import numpy, torch, timm, torchvision, matplotlib, IPython.display
 random.seed(7); numpy.random.seed(7); torch.manual_seed(7)
-before = (len(warnings.filters), torch.get_num_threads(), str(torch.get_default_dtype()), matplotlib.get_backend(),
-          random.getstate()[1][:5], numpy.random.get_state()[1][:5].tolist(), torch.get_rng_state()[:64].tolist())
+def state():
+    generators = random.getstate()[1], numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    globals = torch.get_num_threads(), str(torch.get_default_dtype()), matplotlib.get_backend()
+    return [len(warnings.filters), *globals, *(state[:64] for state in generators)]
+before = state()
 import importlib
 for name in {modules!r}:
     importlib.import_module(name.removesuffix(".__init__"))
-after = (len(warnings.filters), torch.get_num_threads(), str(torch.get_default_dtype()), matplotlib.get_backend(),
-         random.getstate()[1][:5], numpy.random.get_state()[1][:5].tolist(), torch.get_rng_state()[:64].tolist())
+after = state()
 print(json.dumps([str(a) for a, b in zip(before[1:], after[1:]) if a != b]))
 """
     done = subprocess.run(
@@ -210,7 +214,8 @@ def test_the_commands_of_the_readme_exist():
 
 
 def test_the_code_of_the_readme_runs(tmp_path, monkeypatch, capsys):
-    """As it stands, in a folder that holds what it names; only the backbone is a small one of random weights."""
+    """As it stands, in a folder that holds what it names; only the backbone is a small one of random
+    weights."""
     for i in range(4):
         make_sets.write_picture(tmp_path / "holiday" / f"{i}.jpg", i)
     header, rows = ["file", "lat", "lon"], [[f"{i}.jpg", 48.137 + i / 1000, 11.575] for i in range(4)]

@@ -1,4 +1,5 @@
-"""The ablation runner: what a grid may be, what shares a run, what is skipped, what counts as evidence, and what is kept."""
+"""The ablation runner: what a grid may be, what shares a run, what is skipped, what counts as evidence, and
+what is kept."""
 
 import dataclasses
 import subprocess
@@ -104,7 +105,7 @@ def done(data, tmp_path_factory) -> tuple[Path, GridResults]:
     return root, run_grid(grid_of(), root, **data, device="cpu", progress=False)
 
 
-# --- grids -----------------------------------------------------------------------------------------------------
+# --- grids
 
 
 def test_a_configuration_adds_options_to_the_bases_unless_it_names_another_part():
@@ -187,7 +188,8 @@ def test_files(tmp_path):
     assert read_grid(again) == grid
     borrower = tmp_path / "borrower.yaml"
     path.write_text(
-        "base: base.yaml\nseeds: [4]\nreference: a\nconfigurations: {a: , b: {prefer: farthest}}\npublished: {a: X}\n"
+        "base: base.yaml\nseeds: [4]\nreference: a\npublished: {a: X}\n"
+        "configurations: {a: , b: {prefer: farthest}}\n"
     )
     borrower.write_text("title: Here?\nsettings: {lr: 1e-3}\nconfigurations: g.yaml\nreference: b\n")
     borrowed = read_grid(borrower)
@@ -211,7 +213,8 @@ def test_files(tmp_path):
 
 def test_the_shipped_grids():
     assert {path.stem for path in GRIDS} == set(
-        "components sampler adapter aggregator k-and-P alpha descriptor-size anchors components-streets aggregator-streets".split()
+        "components sampler adapter aggregator k-and-P alpha descriptor-size anchors "
+        "components-streets aggregator-streets".split()
     )
     theirs = set(published("ablation")["configuration"])
     for path in GRIDS:
@@ -267,14 +270,15 @@ def test_grids_share_their_full_method():
     assert len(shared) == 1
 
 
-# --- running ---------------------------------------------------------------------------------------------------
+# --- running
 
 
 def test_every_configuration_and_seed_is_measured(done):
     root, results = done
     assert len(results.table) == len(ROWS) * 2 and (results.table["run"] != "").all()
     assert results.datasets == ["pair"]
-    # One training serves the full method and its principal components, one the two measurements of a head trained alone.
+    # One training serves the full method and its principal components, one the two measurements of a head
+    # trained alone.
     trainings = runs.find_runs(root, "train")
     assert len(trainings) == (len(ROWS) - 2) * 2
     by_name = results.table.set_index(["configuration", "seed"])
@@ -288,7 +292,8 @@ def test_every_configuration_and_seed_is_measured(done):
 
 
 def test_a_second_stage_reorders_the_first_and_no_more(done, data):
-    """Among the first 5 the order may change; who is among them, and all behind them, is the first stage's."""
+    """Among the first 5 the order may change; who is among them, and all behind them, is the first
+    stage's."""
     root, results = done
     rows = {"full method": {**ROWS["second stage"], "rerank": None}}
     first = run_grid(
@@ -318,7 +323,8 @@ def test_a_changed_grid_does_not_show_the_runs_of_the_old_one(done):
 
 
 def test_tokens_are_shared(done):
-    """One store for training images, one for references, one for queries; of each seed, as the random backbone differs by seed."""
+    """One store for training images, one for references, one for queries; of each seed, as the random
+    backbone differs by seed."""
     root, _ = done
     assert len(list((root / "tokens").iterdir())) == 3 * 2
 
@@ -468,7 +474,7 @@ def test_mistakes_at_the_command_are_one_sentence(changes, sentence, tmp_path, c
     assert sentence in said and len(said.splitlines()) == 1
 
 
-# --- evidence --------------------------------------------------------------------------------------------------
+# --- evidence
 
 
 def test_the_difference_is_that_of_the_means_and_its_interval_that_of_the_paired_bootstrap():
@@ -510,7 +516,8 @@ def test_seeds_and_places_widen_the_interval():
     ids=["seeds", "single queries", "places", "all"],
 )
 def test_the_interval_covers_the_truth_as_often_as_it_says(seed_sd, flips, place_sd):
-    """Three seeds, 50 places of 10 queries, no difference in truth: over many experiments about 95 % of the intervals hold 0."""
+    """Three seeds, 50 places of 10 queries, no difference in truth: over many experiments about 95 % of the
+    intervals hold 0."""
     rng = np.random.default_rng(2)
     place = np.repeat(np.arange(50), 10)
 
@@ -593,7 +600,8 @@ def test_a_run_on_the_plateau_is_flagged_and_no_evidence():
 
 
 def test_training_on_the_plateau_is_noticed(data, tmp_path):
-    """A rate so small that nothing moves leaves the loss where all similarities are equal or the run is not flagged: the manifest decides."""
+    """A rate so small that nothing moves leaves the loss where all similarities are equal or the run is not
+    flagged: the manifest decides."""
     rows = {"full method": {}, "still": {"lr": 1e-12}}
     results = run_grid(grid_of(rows, seeds=(0,)), tmp_path, **data, device="cpu", progress=False)
     for row in results.table.itertuples():
@@ -602,7 +610,7 @@ def test_training_on_the_plateau_is_noticed(data, tmp_path):
         assert row.plateau == plateau["ended_there"]
 
 
-# --- what is kept ----------------------------------------------------------------------------------------------
+# --- what is kept
 
 
 def test_the_small_copy_gives_the_same_tables(done, tmp_path):

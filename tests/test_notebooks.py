@@ -1,5 +1,6 @@
-"""What every notebook promises: one cell of parameters, outputs kept, short cells, no definitions, no errors, exercises with collapsed
-solutions, a run that it names, help for each parameter, one sentence for a wrong one, and key numbers that are compared."""
+"""What every notebook promises: one cell of parameters, outputs kept, short cells, no definitions, no errors,
+exercises with collapsed solutions, a run that it names, help for each parameter, one sentence for a wrong
+one, and key numbers that are compared."""
 
 import ast
 import importlib.util
@@ -46,7 +47,8 @@ def tags(cell: dict) -> list[str]:
 
 
 def executed(path: Path, change) -> dict:
-    """The names of a page after its cells ran in this process; `change` is given them after the parameters."""
+    """The names of a page after its cells ran in this process; `change` is given them after the
+    parameters."""
     page = {"display": lambda *_shown: None}
     for cell in cells(path):
         exec("\n".join(line for line in source(cell).splitlines() if not line.startswith("%")), page)
@@ -89,7 +91,8 @@ def test_a_file_of_parameters_trains_the_same_on_the_page_and_by_the_command(pat
 
 @pytest.mark.parametrize("path", PARAMETERS, ids=lambda p: p.stem)
 def test_the_last_page_takes_every_file_of_parameters(path, tmp_path, monkeypatch):
-    """What one page calls a data set, another must not take for something else: 07 stands at the end of ``make reproduce``."""
+    """What one page calls a data set, another must not take for something else: 07 stands at the end of
+    ``make reproduce``."""
     monkeypatch.chdir(ROOT / "notebooks")
     monkeypatch.setenv("SAGE_RUNS", str(tmp_path))
     values = yaml.safe_load(path.read_text())
@@ -102,7 +105,8 @@ def test_the_last_page_takes_every_file_of_parameters(path, tmp_path, monkeypatc
 
 
 def test_the_papers_setting_runs_on_dinov2_from_a_file(tmp_path, monkeypatch):
-    """params/dinov2.yaml on random weights of ViT-B/14's layout, with the paper's sizes of all parts, made small in data alone."""
+    """params/dinov2.yaml on random weights of ViT-B/14's layout, with the paper's sizes of all parts, made
+    small in data alone."""
     monkeypatch.chdir(ROOT / "notebooks")
     torch.manual_seed(0)
     network = timm.create_model("vit_base_patch14_dinov2", num_classes=0, img_size=518)
@@ -123,7 +127,8 @@ def test_the_papers_setting_runs_on_dinov2_from_a_file(tmp_path, monkeypatch):
 
 
 def test_the_papers_data_train_on_the_page_and_by_the_command(tmp_path, monkeypatch):
-    """Mapillary SLS mined and GSV-Cities labelled: both ways find the same run, and no validation city is trained on."""
+    """Mapillary SLS mined and GSV-Cities labelled: both ways find the same run, and no validation city is
+    trained on."""
     monkeypatch.chdir(ROOT / "notebooks")
     data = make_sets.papers_training_data(tmp_path / "data")
     values = dict(places_per_batch=2, images_per_place=2, similar_places=2, min_clique=2, epochs=1)
@@ -251,7 +256,8 @@ def test_papermill_explains_every_parameter(path):
     assert "Unknown type" not in done.stdout
 
 
-# A wrong value of a parameter, and what the page says instead of a figure. The cells run as they stand, without a kernel, up to the first error.
+# A wrong value of a parameter, and what the page says instead of a figure. The cells run as they stand,
+# without a kernel, up to the first error.
 WRONG = (
     ("01", "dataset", "nosuch", "nosuch: there is no images/test"),
     ("01", "split", "nosuch", "there is no images/nosuch"),
@@ -325,7 +331,8 @@ def test_papermill_stops_with_the_sentence_and_the_place(tmp_path, monkeypatch, 
 
 
 def test_reproduce_stops_at_a_name_that_no_page_has(tmp_path, capsys):
-    """Each page is given its own of a file for several pages, and a slip of the pen must not run on defaults."""
+    """Each page is given its own of a file for several pages, and a slip of the pen must not run on
+    defaults."""
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text("dataset: town-small\nradius: 10.0\n")
     with pytest.raises(SystemExit):
