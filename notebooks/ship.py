@@ -22,8 +22,8 @@ from sagelib.images import Preprocess
 from sagelib.places import open_set, open_training_set
 from sagelib.train import TrainConfig, open_run, train
 from townscape.folder import ensure_town
-from workbench.evidence import query_places
-from workbench.tables import results_table, to_markdown, write_table
+from workbench.grids import keep
+from workbench.tables import query_places, results_table, to_markdown, write_table
 
 HERE = Path(__file__).resolve().parent
 DATA, RUNS, RESULTS = HERE.parent / "data", runs.runs_root(), HERE.parent / "data" / "results"
@@ -40,41 +40,34 @@ METHODS = {
     },
     "sage-static": {"schedule": "static"},
 }
-WITHOUT_WEIGHTS = ("sage-one-cell", "sage-static")  # kept for their results and logs
+WITHOUT_WEIGHTS = ("sage-one-cell", "sage-static", "sf-streets")  # kept for their results and logs
 SMALL = "tf_efficientnet_lite2"
 FROZEN = ("pixels", f"gem2x2:{SMALL}:random", f"gem:{SMALL}", f"gem2x2:{SMALL}")
 
 
-def keep(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
-    """Copy the small files of a run; the folder appears whole."""
-    aside = target.with_name(f".{target.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    for pattern in patterns:
-        for path in source.glob(pattern):
-            (aside / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(path, aside / path.relative_to(source))
-    shutil.rmtree(target, ignore_errors=True)
-    aside.rename(target)
+def train_and_keep(methods: dict[str, dict], folder: Path, data: Path) -> dict:
+    """Train on the set `data` unless that is done, keep what is small in `folder`, return the models.
 
-
-def train_and_keep(name: str, values: dict, folder: Path, data: Path, *, weights: bool):
-    """Train on the set `data` unless that is done, keep what is small in `folder`, return the model.
-
-    Weights are kept in half precision, and the model that is returned has these.
+    Weights are kept in half precision, and the models that are returned have these.
     """
-    config = TrainConfig.from_mapping({k: v for k, v in values.items() if k in TrainConfig.field_names()})
     mined = open_training_set(data.parent, data.name)
     validation = open_set(data.parent, data.name, split="val")
-    run = open_run(RUNS, name, config, mined=mined, validation=validation)
-    model = train(config, run, mined=mined, validation=validation).model
-    keep(run.dir, folder / "train" / name, ("manifest.json", "log.jsonl", *(["best/*"] if weights else [])))
-    if weights:
-        path = folder / "train" / name / "best" / "trainable.safetensors"
-        with safe_open(path, "pt") as file:
+    models, trained = {}, []
+    for name, values in methods.items():
+        config = TrainConfig.from_mapping({k: v for k, v in values.items() if k in TrainConfig.field_names()})
+        trained.append(open_run(RUNS, name, config, mined=mined, validation=validation))
+        models[name] = train(config, trained[-1], mined=mined, validation=validation).model
+    keep([run.dir for run in trained], folder / "train", ("manifest.json", "log.jsonl", "best/*"))
+    for name, model in models.items():
+        best = folder / "train" / name / "best"
+        if name in WITHOUT_WEIGHTS:
+            shutil.rmtree(best)
+            continue
+        with safe_open(best / "trainable.safetensors", "pt") as file:
             half = {key: file.get_tensor(key).half() for key in file.keys()}
-            save_file(half, path, metadata=file.metadata())
+            save_file(half, best / "trainable.safetensors", metadata=file.metadata())
         model.load_trainable_state_dict(half)
-    return model
+    return models
 
 
 def measure_and_keep(models: dict, sets: list, values: dict, folder: Path, name: str) -> None:
@@ -82,10 +75,8 @@ def measure_and_keep(models: dict, sets: list, values: dict, folder: Path, name:
     look = Preprocess(values["validation_size"], mode=values["preprocess"])
     pairs = [(test, model) for test in sets for model in models]
     results = [evaluate.evaluate(models[m], test, RUNS, model_name=m, preprocess=look) for test, m in pairs]
-    shutil.rmtree(folder / "evaluate", ignore_errors=True)
     kept = ("manifest.json", "result.json", "ranks.npy")
-    for result in results:
-        keep(result.path, folder / "evaluate" / result.path.name, kept)
+    keep([result.path for result in results], folder / "evaluate", kept)
     table = results_table(results, beside=False)
     for ending in ("md", "csv"):
         write_table(table, folder / f"{name}.{ending}")
@@ -106,9 +97,8 @@ def ship_town() -> None:
     town = ensure_town(DATA, "town", progress=True)
     values = yaml.safe_load((HERE / "params" / "town.yaml").read_text())
     models = evaluate.open_models(FROZEN)
-    for name, changes in METHODS.items():
-        weights = name not in WITHOUT_WEIGHTS
-        models[name] = train_and_keep(name, {**values, **changes}, RESULTS, town, weights=weights)
+    methods = {name: {**values, **changes} for name, changes in METHODS.items()}
+    models |= train_and_keep(methods, RESULTS, town)
     measure_and_keep(models, [open_set(DATA, "town")], values, RESULTS, "town")
 
 
@@ -120,7 +110,7 @@ def ship_streets(data: Path) -> None:
     others = sorted({path.parts[-3] for path in data.glob("*/images/test")} - {"sf-streets"})
     models = evaluate.open_models(("pixels", *FROZEN[-2:], "sage"), [RESULTS])
     folder = RESULTS / "photographs"
-    models["sf-streets"] = train_and_keep("sf-streets", values, folder, data / "sf-streets", weights=False)
+    models |= train_and_keep({"sf-streets": values}, folder, data / "sf-streets")
     sets = [open_set(data, name) for name in ("sf-streets", *others)]
     measure_and_keep(models, sets, values, folder, "photographs")
 

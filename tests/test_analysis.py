@@ -144,21 +144,6 @@ def test_label_preference_of_uniform_and_of_one_label():
     np.testing.assert_allclose(sought[["share", "area", "difference"]].sum(), [1, 1, 0], atol=1e-12)
 
 
-def test_labels_of_written_pictures_fit_their_pixels(small_town):
-    """The label of the sky lies where the written picture is as bright as the sky of a day."""
-    from townscape.plan import LABELS
-
-    test = open_set(small_town.parent, small_town.name)
-    paths = [*test.database.path[:4], test.queries.path[5]]
-    labels = analysis.town_labels(small_town, paths)
-    assert labels.shape == (5, 56, 56) and labels.max() < len(LABELS)
-    for path, drawn in zip(paths[:4], labels, strict=False):
-        grey, sky = np.asarray(load_image(path).convert("L"), dtype=float), drawn == LABELS.index("sky")
-        assert grey[sky].std() < grey[~sky].std()
-    with pytest.raises(ValueError, match="no picture of the town"):
-        analysis.town_labels(small_town, [str(paths[0]) + "x"])
-
-
 def test_patches_of_pictures_give_the_descriptors(small_town):
     paths = open_set(small_town.parent, small_town.name).queries.path[:5]
     torch.manual_seed(0)

@@ -11,18 +11,15 @@ from sagelib.evaluate import compare, evaluate_many, open_model, published, trai
 from sagelib.images import Preprocess
 from sagelib.model import build_model
 from sagelib.places import Places
-from workbench.evidence import (
-    bootstrap_mean,
-    minimal_detectable_difference,
-    query_places,
-    read_evaluations,
-    sets_with_results,
-)
 from workbench.tables import (
+    bootstrap_mean,
     chance_recall,
+    minimal_detectable_difference,
     published_by_parameters,
     published_by_size,
     published_recalls,
+    query_places,
+    read_evaluations,
     recall_arrays,
     results_table,
     to_latex,
@@ -137,13 +134,8 @@ def test_finished_evaluations_are_read_by_what_they_are(measured):
     recalls, low, high = recall_arrays(found, ["random", "other"], ["aligned", "sped"])
     assert recalls[0, 0] == evaluations[0].recall.percent(1) and np.isnan(recalls).sum() == 3
     assert low[0, 0] < recalls[0, 0] < high[0, 0]
-    with pytest.raises(ValueError, match="random on aligned has two evaluations"):
+    with pytest.raises(ValueError, match="duplicate"):
         recall_arrays([*found, under], ["random"], ["aligned"])
-    assert sets_with_results(found, ["sped", "aligned"], {}) == ["aligned"]
-    with pytest.raises(ValueError, match="nothing to show: it is not here; nor this"):
-        sets_with_results([], ["a", "b"], {"a": "it is not here", "b": "nor this"})
-    with pytest.raises(ValueError, match="nothing to show: no finished evaluation on a, b"):
-        sets_with_results([], ["a", "b"], {})
 
 
 # ------------------------------------------------------------------------------------------------- evidence
@@ -167,7 +159,7 @@ def test_bootstrap_mean_agrees_with_resampling_by_index():
     values = rng.choice([-1, -0.6, 0, 0.4, 1], size=200)
     by_index = values[rng.integers(0, 200, (20_000, 200))].mean(1)
     expected = [values.mean(), *np.quantile(by_index, [0.025, 0.975])]
-    np.testing.assert_allclose(bootstrap_mean(values, draws=20_000), expected, atol=0.006)
+    np.testing.assert_allclose(bootstrap_mean(values), expected, atol=0.01)
 
 
 def test_bootstrap_mean_of_groups_is_wider_where_queries_depend_on_each_other():

@@ -13,7 +13,7 @@ from PIL import Image
 from scipy.spatial import cKDTree
 
 from sagelib import places
-from townscape.folder import ensure_town, write_town
+from townscape.folder import ensure_town, town_labels, write_town
 from townscape.plan import (
     CONDITIONS,
     LABELS,
@@ -327,6 +327,19 @@ def test_folder_reads_back_as_places(small_town):
             assert picture.size == (56, 56) and picture.mode == "RGB"
     found = places.open_set(small_town.parent, small_town.name)
     assert all(len(p) > 0 for p in places.positives(found.database, found.queries))
+
+
+def test_labels_of_written_pictures_fit_their_pixels(small_town):
+    """The label of the sky lies where the written picture is as bright as the sky of a day."""
+    test = places.open_set(small_town.parent, small_town.name)
+    paths = [*test.database.path[:4], test.queries.path[5]]
+    labels = town_labels(small_town, paths)
+    assert labels.shape == (5, 56, 56) and labels.max() < len(LABELS)
+    for path, drawn in zip(paths[:4], labels, strict=False):
+        grey, sky = np.asarray(Image.open(path).convert("L"), dtype=float), drawn == L["sky"]
+        assert grey[sky].std() < grey[~sky].std()
+    with pytest.raises(ValueError, match="no picture of the town"):
+        town_labels(small_town, [paths[0] + "x"])
 
 
 def test_second_call_changes_nothing_and_a_lost_file_comes_back(tmp_path):

@@ -9,11 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import joblib
+import numpy as np
 from tqdm.auto import tqdm
 
 from sagelib.runs import check, cores, read_json, write_json
 from townscape.plan import SEED_RANGES, UTM_LETTER, UTM_ZONE, Plan, Shot, TownConfig, plan_shots
-from townscape.render import PICTURE_SIZE, render_files
+from townscape.render import PICTURE_SIZE, Town, render_files
 
 DEFAULT_SEEDS = {"train": range(1000, 1060), "val": range(1100, 1104), "test": range(1114, 1118)}
 """Towns of the default data set of :func:`ensure_town`."""
@@ -41,6 +42,26 @@ def shots_of(settings: dict) -> list[tuple[int, Shot]]:
         for kind in kinds.get(split, ("database", "queries"))
         for shot in plan_shots(Plan(seed, config), f"{split}/{kind}", images_of(settings, split))
     ]
+
+
+def town_labels(folder: str | os.PathLike, paths: Iterable[str]) -> np.ndarray:
+    """What each pixel of n pictures of the towns in `folder` shows: (n, H, W) indices into `plan.LABELS`.
+
+    The pictures are planned and rendered once more: light and weather never change their geometry.
+    """
+    settings = read_json(Path(folder) / "settings.json")
+    planned = {(shot.part, shot.name): (seed, shot) for seed, shot in shots_of(settings)}
+    towns, labels = {}, []
+    for path in map(Path, paths):
+        key = "/".join(path.parts[-3:-1]), path.name
+        if key not in planned:
+            raise ValueError(f"{path} is no picture of the town in {folder}")
+        seed, shot = planned[key]
+        if seed not in towns:
+            towns[seed] = Town(seed, TownConfig(**settings["config"]))
+        view = {"year": shot.year, "visit": shot.visit, "labels": True}
+        labels.append(towns[seed].render(shot.pose, shot.condition, settings["size"], **view)[1])
+    return np.stack(labels)
 
 
 def write_town(

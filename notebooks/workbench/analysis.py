@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -10,8 +9,8 @@ import pandas as pd
 from scipy.spatial.distance import cdist, pdist
 
 from sagelib.places import heading_difference
-from sagelib.runs import check, read_json, rng
-from workbench.evidence import bootstrap_mean
+from sagelib.runs import check, rng
+from workbench.tables import bootstrap_mean
 
 # --- descriptors --------------------------------------------------------------------------------------------
 
@@ -235,38 +234,6 @@ def label_preference(weights, shares, *, seed: int) -> pd.DataFrame:
     table = pd.DataFrame(bounds, columns=["difference", "low", "high"])
     table = table.assign(share=mass.mean(axis=0), area=area.mean(axis=0))
     return table.assign(ratio=table["share"] / table["area"].where(table["area"] > 0))
-
-
-def town_labels(folder, paths: Iterable) -> np.ndarray:
-    """Label of each pixel of the pictures of the town in `folder`, from the renderer.
-
-    Their poses are planned again from the folder's settings and rendered once more for their labels: light
-    and weather change a picture and never its geometry.
-
-    Returns
-    -------
-    array (n, H, W) of uint8
-        Of n `paths`: indices into `townscape.plan.LABELS`.
-    """
-    from townscape.folder import images_of
-    from townscape.plan import TownConfig, plan_shots
-    from townscape.render import Town
-
-    settings = read_json(Path(folder) / "settings.json")
-    config, planned, labels = TownConfig(**settings["config"]), {}, []
-    for path in map(Path, paths):
-        split, part = path.parts[-3:-1]
-        if (split, part) not in planned:
-            towns = [Town(seed, config) for seed in settings["seeds"].get(split, ())]
-            images = images_of(settings, split)
-            shots = [(town, shot) for town in towns for shot in plan_shots(town, f"{split}/{part}", images)]
-            planned[split, part] = {shot.name: (town, shot) for town, shot in shots}
-        if path.name not in planned[split, part]:
-            raise ValueError(f"{path} is no picture of the town in {folder}: its settings plan no such shot")
-        town, shot = planned[split, part][path.name]
-        view = dict(year=shot.year, visit=shot.visit, labels=True)
-        labels.append(town.render(shot.pose, shot.condition, settings["size"], **view)[1])
-    return np.stack(labels)
 
 
 class LocalFeatures(NamedTuple):

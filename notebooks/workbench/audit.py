@@ -24,8 +24,8 @@ from sagelib.images import Preprocess
 from sagelib.interact import InteractHead
 from sagelib.places import TestSet, open_set
 from sagelib.retrieval import KS, recall, search, wilson_interval
-from workbench.evidence import bootstrap_mean, query_places
 from workbench.grids import keep
+from workbench.tables import bootstrap_mean, query_places
 
 STAGE = "audit"
 SIZES = (2, 4, 8, 16, 32)

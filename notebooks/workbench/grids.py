@@ -55,7 +55,7 @@ from sagelib.places import Places, TestSet, open_set, open_training_set
 from sagelib.retrieval import KS, PCA, Difference, recall, search
 from sagelib.train import PRECISIONS, TrainConfig, open_run, read_parameters, train
 from townscape.folder import write_town
-from workbench.evidence import minimal_detectable_difference, query_places
+from workbench.tables import minimal_detectable_difference, query_places
 
 STAGE = "ablate"
 # How a configuration is measured once it is trained; its other entries are fields of `TrainConfig`.

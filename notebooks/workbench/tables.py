@@ -1,4 +1,4 @@
-"""Tables of evaluations beside published numbers, and the points of both for figures."""
+"""Evaluations that are there, tables of them beside published numbers, and what a difference is worth."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -6,24 +6,45 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.stats import hypergeom
+from scipy import optimize, stats
 
 from sagelib import runs
-from sagelib.evaluate import POOLINGS, Evaluation, published, training_run
+from sagelib.describe import Context, describe_callable
+from sagelib.evaluate import POOLINGS, STAGE, Evaluation, context_of, published, training_run
+from sagelib.places import Places
+from sagelib.retrieval import resampled_means
 
 
-def recall_arrays(
-    evaluations: Iterable[Evaluation], models: Sequence[str], datasets: Sequence[str], *, k: int = 1
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """R@k in percent and the ends of its interval, (models, datasets) each; NaN where there is none."""
-    arrays = np.full((3, len(models), len(datasets)), np.nan)
-    for e in evaluations:
-        if e.model in models and e.dataset in datasets:
-            at = models.index(e.model), datasets.index(e.dataset)
-            if np.isfinite(arrays[0][at]):
-                raise ValueError(f"{e.model} on {e.dataset} has two evaluations: give one of them")
-            arrays[:, *at] = e.recall.percent(k), *e.recall.interval(k)
-    return tuple(arrays)
+# ---------- finished runs
+def read_evaluations(
+    root, datasets: Iterable[str], models: Iterable[str], *, context: str | Context, preprocess: Callable
+) -> list[Evaluation]:
+    """The finished evaluations in a folder of runs, of two alike the last, by model and then by dataset."""
+    latest = sorted(runs.find_runs(root, STAGE), key=lambda run: run.manifest["finished"])
+    evaluations = [Evaluation.load(run.dir) for run in latest]
+    by_key = {(e.model, e.dataset, e.context, e.preprocess): e for e in evaluations}
+    how = describe_callable(preprocess)
+    keys = [(model, d, str(context_of(context, d)), how) for model in models for d in datasets]
+    return [by_key[key] for key in keys if key in by_key]
+
+
+def recall_arrays(evaluations: Iterable[Evaluation], models: Sequence[str], datasets: Sequence[str]) -> tuple:
+    """R@1 in percent and the ends of its interval, (models, datasets) each; NaN where there is none."""
+    rows = [(e.model, e.dataset, e.recall.percent(1), *e.recall.interval(1)) for e in evaluations]
+    table = pd.DataFrame(rows, columns=["model", "dataset", "recall", "low", "high"])
+    wide = table.pivot(index="model", columns="dataset")
+    arrays = (wide[name].reindex(index=models, columns=datasets) for name in ("recall", "low", "high"))
+    return tuple(array.to_numpy(float) for array in arrays)
+
+
+def training_runs(models: Iterable[str], roots: Iterable, further: Iterable[str] = ()) -> dict[str, runs.Run]:
+    """The finished training runs among `models`, by name, and those of `further`, which must be such runs."""
+    found = {name: training_run(name, roots) for name in [*models, *further]}
+    for name in further:
+        if found[name] is None:
+            folders = ", ".join(str(Path(root) / "train") for root in roots)
+            raise ValueError(f"there is no finished training run {name!r} in {folders}")
+    return {name: run for name, run in found.items() if run is not None}
 
 
 def trained_parameters(spec: str, roots: Iterable, model: Callable) -> int:
@@ -40,26 +61,16 @@ def trained_parameters(spec: str, roots: Iterable, model: Callable) -> int:
     return live["trained, head off"] + live.get("InteractHead", 0)
 
 
-def training_runs(models: Iterable[str], roots: Iterable, further: Iterable[str] = ()) -> dict[str, runs.Run]:
-    """The finished training runs among `models`, by name, and those of `further`, which must be such runs."""
-    found = {name: training_run(name, roots) for name in [*models, *further]}
-    for name in further:
-        if found[name] is None:
-            folders = ", ".join(str(Path(root) / "train") for root in roots)
-            raise ValueError(f"there is no finished training run {name!r} in {folders}")
-    return {name: run for name, run in found.items() if run is not None}
-
-
-def _published_points(dataset=None) -> pd.DataFrame:
-    """SAGE's published recalls on a set, with a column label such as ``SAGE ViT-L, sorted``."""
-    rows = published()
-    rows = rows[(rows["method"] == "SAGE") & ((rows["dataset"] == dataset) | (dataset is None))]
+# ---------- what SAGE's authors published
+def _published_points() -> pd.DataFrame:
+    """The published recalls of SAGE, with a column label such as ``SAGE ViT-L, sorted``."""
+    rows = published().query("method == 'SAGE'")
     label = "SAGE " + rows["backbone"].str.replace("DINOv2 ", "") + ", " + rows["context"]
     return rows.assign(label=label)
 
 
 def published_recalls(datasets: Sequence[str]) -> dict[str, np.ndarray]:
-    """SAGE's published R@1 on these sets, at its largest descriptor, by label; NaN where there is none."""
+    """R@1 on these sets, at the largest descriptor, by label; NaN where there is none."""
     rows = _published_points()
     rows = rows[(rows["dim"] == rows["dim"].max()) & rows["dataset"].isin(datasets)]
     groups = rows.groupby("label", sort=False)
@@ -67,24 +78,26 @@ def published_recalls(datasets: Sequence[str]) -> dict[str, np.ndarray]:
 
 
 def published_by_size(dataset: str) -> dict[str, tuple]:
-    """(dimensions, R@1) of SAGE's published descriptors on a set, by label; may be empty."""
-    groups = _published_points(dataset).sort_values("dim").groupby("label", sort=False)
-    return {label: (g["dim"].tolist(), g["r1"].tolist()) for label, g in groups}
+    """(dimensions, R@1) of the descriptors on a set, by label; may be empty."""
+    rows = _published_points().query("dataset == @dataset").sort_values("dim")
+    return {label: (g["dim"].tolist(), g["r1"].tolist()) for label, g in rows.groupby("label", sort=False)}
 
 
 def published_by_parameters(dataset: str) -> dict[str, tuple[int, float]]:
-    """(trained parameters, R@1) of SAGE's published models on a set, by label; may be empty."""
+    """(trained parameters, R@1) of the models on a set, by label; may be empty."""
     counts = published("parameters").drop(columns="source")
-    rows = _published_points(dataset).merge(counts, on=["method", "backbone", "dim", "context"])
-    return {row.label: (row.trained, row.r1) for row in rows.sort_values("trained").itertuples()}
+    rows = _published_points().query("dataset == @dataset")
+    rows = rows.merge(counts, on=["method", "backbone", "dim", "context"]).sort_values("trained")
+    return {row.label: (row.trained, row.r1) for row in rows.itertuples()}
 
 
+# ---------- the table of results
 def chance_recall(n_database: int, n_positives: Sequence[int], k: int) -> float:
     """R@k in percent of a random ranking, on average: the mean of ``1 - C(n - p, k) / C(n, k)`` over queries.
 
     n references, of which p, one of `n_positives`, answer a query.
     """
-    missed = hypergeom.pmf(0, n_database, np.asarray(n_positives), min(k, n_database))
+    missed = stats.hypergeom.pmf(0, n_database, np.asarray(n_positives), min(k, n_database))
     return 100 * float(np.mean(1 - missed))
 
 
@@ -96,35 +109,32 @@ def results_table(
     A set that is `missing` has a row that says why. Columns: dataset, method, backbone, dim, context, R@k in
     percent, its interval as text, hits@k, queries, references, without positive, preprocess, source.
     """
-    rows, sets, ks = [], {}, (1, 5, 10)
+    rows, chance, ks = [], {}, (1, 5, 10)
+    recalls, intervals, hits = ([form.format(k) for k in ks] for form in ("R@{}", "R@{} 95 %", "hits@{}"))
     for e in evaluations:
         counts = {"queries": e.n_queries, "references": e.n_database}
-        counts |= {"without positive": e.n_without_positive}
-        if e.dataset not in sets:
+        row = {"dataset": e.dataset, **counts, "without positive": e.n_without_positive}
+        if e.dataset not in chance:
             n_positives = e.rankings().groupby("query")["n_positives"].first()
             level = {f"R@{k}": chance_recall(e.n_database, n_positives, k) for k in ks}
-            chance = {"method": "chance", "source": "what a random ranking reaches on average"}
-            sets[e.dataset] = {"dataset": e.dataset, **chance, **level, **counts}
-        row = {"dataset": e.dataset, "method": e.model, "dim": e.dim, "context": e.context, **counts}
+            source = "what a random ranking reaches on average"
+            chance[e.dataset] = row | {"method": "chance", "source": source} | level
         source = f"run {e.path.name}" + (f"; {e.warning}" if e.warning else "")
-        row |= {"preprocess": e.preprocess, "source": source}
+        row |= {"method": e.model, "dim": e.dim, "context": e.context, "preprocess": e.preprocess}
         for k in ks:
             row |= {f"R@{k}": e.recall.percent(k), f"hits@{k}": e.hits[k]}
             row[f"R@{k} 95 %"] = "{:.1f}-{:.1f}".format(*e.recall.interval(k))
-        rows.append(row)
-    gone = [{"dataset": d, "method": "not run", "source": why} for d, why in (missing or {}).items()]
-    rows = [*sets.values(), *rows, *gone]
-    names = {"r1": "R@1", "r5": "R@5", "r10": "R@10"}
-    if beside:
-        others = published()[lambda t: t["dataset"].isin({row["dataset"] for row in rows})]
-        rows += others.rename(columns=names).to_dict("records")
-    columns = ["dataset", "method", "backbone", "dim", "context", *names.values()]
-    columns += [f"R@{k} 95 %" for k in ks] + [f"hits@{k}" for k in ks]
-    columns += ["queries", "references", "without positive", "preprocess", "source"]
-    counted = ("dim", "queries", "references", "without positive", *(f"hits@{k}" for k in ks))
-    types = dict.fromkeys(counted, "Int64") | dict.fromkeys(names.values(), float)
+        rows.append(row | {"source": source})
+    rows = [*chance.values(), *rows]
+    rows += [{"dataset": d, "method": "not run", "source": why} for d, why in (missing or {}).items()]
     order = {name: i for i, name in enumerate(dict.fromkeys(row["dataset"] for row in rows))}
-    table = pd.DataFrame(rows, columns=columns).astype(types)
+    if beside:
+        others = published()[lambda table: table["dataset"].isin(order)]
+        rows += others.rename(columns={f"r{k}": f"R@{k}" for k in ks}).to_dict("records")
+    counted = ["queries", "references", "without positive"]
+    columns = ["dataset", "method", "backbone", "dim", "context", *recalls, *intervals, *hits, *counted]
+    types = dict.fromkeys(["dim", *hits, *counted], "Int64") | dict.fromkeys(recalls, float)
+    table = pd.DataFrame(rows, columns=[*columns, "preprocess", "source"]).astype(types)
     return table.sort_values("dataset", key=lambda names: names.map(order), kind="stable", ignore_index=True)
 
 
@@ -158,10 +168,43 @@ def to_latex(table: pd.DataFrame) -> str:
 
 def write_table(table: pd.DataFrame, path) -> None:
     """Write a table as .csv (all digits), .md or .tex, whole or not at all."""
-    writers = {
-        ".csv": lambda t: t.to_csv(index=False, lineterminator="\n"),
-        ".md": to_markdown,
-        ".tex": to_latex,
-    }
-    ending = runs.check("the ending", Path(path).suffix, choices=tuple(writers))
-    runs.write_text(path, writers[ending](table))
+    ending = runs.check("the ending", Path(path).suffix, choices=(".csv", ".md", ".tex"))
+    csv = table.to_csv(index=False, lineterminator="\n")
+    runs.write_text(path, csv if ending == ".csv" else {".md": to_markdown, ".tex": to_latex}[ending](table))
+
+
+# ---------- what a difference is worth
+def query_places(queries: Places) -> np.ndarray:
+    """The place (n,) of each query, for resampling by places: its label, or else its cluster within 25 m.
+
+    A query without a position is a place of its own.
+    """
+    labels = queries.labels() if (queries.place >= 0).all() else queries.with_clusters(25.0).place
+    return np.where(labels < 0, labels.max(initial=0) + np.cumsum(labels < 0), labels)
+
+
+def bootstrap_mean(values, seed: int = 0, *, groups=None) -> tuple[float, float, float]:
+    """Mean of finite values (n,), one a query, with its 95 % percentile interval: (mean, low, high).
+
+    Queries, or whole `groups` of them, are resampled as in `sagelib.retrieval.paired_bootstrap`.
+    """
+    values = np.asarray(values, np.float64)
+    if values.ndim != 1 or len(values) == 0 or not np.isfinite(values).all():
+        raise ValueError(f"values must be finite and of shape (n > 0,), got shape {values.shape}")
+    resampled = resampled_means(values, np.unique(values), runs.rng(seed, "bootstrap_mean"), 2_000, groups)
+    return (float(values.mean()), *np.quantile(resampled, [0.025, 0.975]).tolist())
+
+
+def minimal_detectable_difference(n_queries: int, discordant: float) -> float:
+    """The smallest difference in R@k, in percentage points, that so many queries show with 80 % power.
+
+    Solves Connor's sample size for paired proportions, ``n = ((z_a sqrt(psi) + z_b sqrt(psi - d^2)) / d)^2``,
+    for d (Biometrics 1987); psi is `discordant`, the share of queries that only one of two models hits, z_a
+    belongs to the two-sided level of 5 %. NaN where not even d = psi would be found.
+    """
+    psi, (z_a, z_b) = runs.check("discordant", discordant, 0, 1), stats.norm.ppf([0.975, 0.8])
+
+    def surplus(d):
+        return np.sqrt(n_queries) * d - z_a * np.sqrt(psi) - z_b * np.sqrt(max(psi - d * d, 0))
+
+    return 100 * optimize.brentq(surplus, 0, psi) if psi and surplus(psi) >= 0 else float("nan")
