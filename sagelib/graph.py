@@ -1,18 +1,16 @@
-"""The geo-visual graph: images as nodes, metres and descriptors on the edges between them, and cliques in it.
+"""The geo-visual graph of images, cliques in it, and the greedy choice of images among them.
 
 Two images are joined when they lie within `radius_m` of each other (and, if asked, face the same way). An
 edge carries ``d_geo`` in metres, ``d_vis`` between descriptors, and the affinity ``W = -(d_geo * d_vis)``:
-never positive, and the nearer zero the closer the two images are. Pruning takes edges away by their affinity.
-The images of one training place are a clique of this graph, chosen greedily by affinity.
+never positive, and nearest zero for the closest images. Pruning takes edges away by their affinity. The
+images of one training place are a clique of this graph, chosen greedily by affinity.
 
-The file reads in that order: rules and pruning, cliques, the greedy choice, and `GeoVisualGraph`, which pages
-study and the sampler trains on. A few nodes are looked at densely (`GeoVisualGraph.subgraph`); all edges are
-listed only when asked for, so a graph of millions of images costs no more than their positions.
+A few nodes are looked at densely (`GeoVisualGraph.subgraph`); all edges are listed only when asked for, so a
+graph of millions of images costs no more than their positions.
 """
 
 from __future__ import annotations
 
-import copy
 import itertools
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -30,7 +28,6 @@ __all__ = ["GeoVisualGraph", "GraphRules", "GreedyStep", "first_clique", "greedy
 SIGN = {"closest": 1.0, "farthest": -1.0, "random": 0.0}  # of the affinities that the greedy choice maximises
 RENAMED = {"affine": "closest", "hard": "farthest", "uniform": "random"}
 MOST_EDGES = 400_000_000  # listed at once
-MOST_CLIQUES = 100_000  # counted: their number is exponential in the worst graph
 SEARCH_STEPS = 20_000  # of one search for a clique; graphs of points within a radius need a few dozen
 
 
@@ -49,8 +46,7 @@ class GraphRules:
     top_k : int, optional
         Of these, keep edges among the `top_k` best of either end; of equal ones, those to lower indices.
     min_distance_m : float
-        A floor under ``d_geo``, which the paper has not: two photographs of one position have ``W = 0``, the
-        best value of all, however different they look.
+        A floor under ``d_geo``, unlike the paper: at one position ``W = 0`` is best, however images look.
     """
 
     radius_m: float = 25.0
@@ -87,10 +83,10 @@ class GraphRules:
 
 
 def visual_distances(descriptors: np.ndarray) -> np.ndarray:
-    """The (n, n) float64 matrix of Euclidean distances between all of few descriptors, (n, D).
+    """(n, n) float64: Euclidean distances between a few descriptors, (n, D).
 
-    From inner products of differences to the first row: the common part of similar descriptors would cancel,
-    and leave rounding instead of a distance. Distances below their resolution are zero.
+    From inner products of differences to the first row, for those of similar descriptors would cancel.
+    Distances below their resolution are zero.
     """
     away = np.subtract(descriptors, descriptors[:1], dtype=np.float64)
     inner = away @ away.T
@@ -100,40 +96,30 @@ def visual_distances(descriptors: np.ndarray) -> np.ndarray:
     return np.sqrt(squared)
 
 
-# A set of nodes is an integer, bit i for node i: to intersect a few hundred nodes takes some 50 ns.
-
-
 def adjacency_bits(matrix: np.ndarray) -> list[int]:
-    """Rows of a boolean matrix as bit sets: bit j of entry i is ``matrix[i, j]``."""
+    """Rows of a boolean matrix as sets of nodes, integers with bit j for node j, which intersect in 50 ns."""
     rows = np.packbits(matrix, axis=1, bitorder="little")
     return [int.from_bytes(row.tobytes(), "little") for row in rows]
 
 
 def nodes_of(bits: int) -> list[int]:
     """The nodes of a bit set, ascending."""
-    nodes = []
-    while bits:
-        low = bits & -bits
-        nodes.append(low.bit_length() - 1)
-        bits ^= low
-    return nodes
+    return [node for node, bit in enumerate(reversed(f"{bits:b}")) if bit == "1"]
 
 
 def first_clique(joined: list[int], alive: int, min_size: int, steps=SEARCH_STEPS) -> tuple[int, int]:
     """The first maximal clique of at least `min_size` nodes, by depth-first extension in node order.
 
     A clique is a set of nodes each two of which are joined; maximal, if no node of `alive` can be added to
-    it. All sets are bit sets. Returns the clique, 0 if there is none, and `alive` without the nodes found to
-    be in no such clique, from which a later search may begin. After `steps` the search gives up, for it is
-    exponential in the worst graph: then there is no clique, but as many nodes left as one needs.
+    it. Returns the clique, 0 if there is none, and `alive` without the nodes found to be in no such clique,
+    for a later search. After `steps` the search, exponential in the worst graph, gives up: there is none.
 
-    As in Bron and Kerbosch (1973), but without their set of excluded nodes: a node is dropped only once no
-    clique of `min_size` holds it, and then it cannot extend one either.
+    As Bron and Kerbosch (1973), but without their set of excluded nodes: a node is dropped once no clique of
+    `min_size` holds it, and then it cannot extend one either.
     """
-    left = alive
-    while left.bit_count() >= min_size:
-        first = left & -left
-        stack = [(first, 1, joined[first.bit_length() - 1] & left, False)]
+    while alive.bit_count() >= min_size:
+        first = alive & -alive
+        stack = [(first, 1, joined[first.bit_length() - 1] & alive, False)]
         while stack:
             clique, size, common, failed = stack.pop()
             if size >= min_size:
@@ -141,7 +127,7 @@ def first_clique(joined: list[int], alive: int, min_size: int, steps=SEARCH_STEP
                     low = common & -common
                     clique |= low
                     common &= joined[low.bit_length() - 1]
-                return clique, left
+                return clique, alive
             if failed:  # only nodes with enough neighbours left can matter
                 for node in nodes_of(common):
                     if (joined[node] & common).bit_count() < min_size - size - 1:
@@ -149,20 +135,17 @@ def first_clique(joined: list[int], alive: int, min_size: int, steps=SEARCH_STEP
             if size + common.bit_count() < min_size:
                 continue
             if steps == 0:
-                return 0, left
+                return 0, alive
             steps -= 1
             low = common & -common
             stack.append((clique, size, common ^ low, True))
             stack.append((clique | low, size + 1, common & joined[low.bit_length() - 1], False))
-        left ^= first
-    return 0, left
+        alive ^= first
+    return 0, alive
 
 
 def largest_clique(joined: list[int], alive: int, min_size: int, steps=SEARCH_STEPS) -> int:
-    """A largest clique of at least `min_size` nodes, or 0: the first of that size, then one more, ...
-
-    When a search runs out of `steps`, the largest found so far.
-    """
+    """A largest clique of at least `min_size` nodes, or 0; after `steps` in vain the last found."""
     best = 0
     while True:
         clique, alive = first_clique(joined, alive, max(min_size, best.bit_count() + 1), steps)
@@ -176,11 +159,11 @@ class GreedyStep(NamedTuple):
 
     members: tuple[int, ...]  # the clique so far; empty when a seed is chosen
     means: np.ndarray  # (n,) mean affinity to the members, or to the neighbours for a seed; NaN: no candidate
-    chosen: int | None  # None: there was no candidate, and the next seed follows
+    chosen: int | None  # None: no candidate, and the next seed follows
 
 
 def check_prefer(prefer: str) -> str:
-    """`prefer`, if it says what the greedy choice prefers."""
+    """`prefer`, if the greedy choice knows it; a ValueError otherwise."""
     if prefer in RENAMED:
         raise ValueError(f"prefer={prefer!r} is now called {RENAMED[prefer]!r}")
     return check("prefer", prefer, choices=tuple(SIGN))
@@ -192,8 +175,8 @@ def greedy_weighted_clique(
     """A clique of `k` nodes, grown greedily from the node of highest mean affinity.
 
     The seed is ``argmax S(i)``, the mean of ``W_ij`` over the neighbours j of i; then, again and again, the
-    node of highest mean affinity to the clique joins, among those with an edge to every member. When there is
-    none before the clique has `k` nodes, the next best seed follows. Ties go to the lowest index.
+    node of highest mean affinity to the clique joins, among those with an edge to every member. If there is
+    none, the next best seed follows. Ties go to the lowest index.
 
     Parameters
     ----------
@@ -201,15 +184,13 @@ def greedy_weighted_clique(
         Symmetric; NaN or minus infinity where there is no edge. The diagonal is ignored.
     k : int
     prefer : {"closest", "farthest", "random"}
-        Maximise the affinity (the paper), minimise it for far and dissimilar images of one place, or look at
-        edges only: permute the nodes, and it is a random clique.
-    steps : list, optional
-        Every decision is appended, as `GreedyStep`.
+        Maximise the affinity (the paper), minimise it, or ignore it: of permuted nodes, a random clique.
+    steps : list, to which every `GreedyStep` is appended
 
     Returns
     -------
     (k,) int64 or None
-        In the order chosen; None if no seed leads to `k` nodes, which does not prove that there is no clique.
+        In the order chosen; None if no seed leads to `k` nodes, though there may be such a clique.
 
     Examples
     --------
@@ -225,32 +206,27 @@ def greedy_weighted_clique(
     W = np.where(edge, sign * np.where(edge, weight, 0.0), -np.inf)
     if not np.array_equal(W, W.T):
         raise ValueError(f"weight must be a symmetric matrix, got shape {W.shape} and another transpose")
-
-    def record(members: list[int], means: np.ndarray, chosen: int | None) -> None:
-        if steps is not None:
-            means = np.where(means > -np.inf, (sign or 1.0) * means, np.nan)
-            steps.append(GreedyStep(tuple(members), means, chosen))
-
     # Sums over sorted values: equal sets of affinities have equal means, whatever the order of the nodes.
     degree = edge.sum(axis=1)
     S = np.sort(np.where(edge, W, 0.0), axis=1).sum(axis=1) / np.maximum(degree, 1)
-    S[degree == 0] = -np.inf
-    for seed in np.argsort(-S, kind="stable").tolist():
-        if S[seed] == -np.inf and k > 1:  # a place of one image needs no edge
-            break
-        record([], S, seed)
-        clique = [seed]
+    lowest = np.finfo(float).min
+    S[degree == 0] = -np.inf if k > 1 else lowest  # a place of one image needs no edge
+    while (S > -np.inf).any():
+        clique: list[int] = []
         while len(clique) < k:
-            gain = np.sort(W[clique], axis=0).mean(axis=0)  # -inf where an edge to any member is missing
-            best = int(gain.argmax())
-            if gain[best] == -np.inf:
-                record(clique, gain, None)
+            # Minus infinity where an edge to any member is missing.
+            means = np.sort(W[clique], axis=0).mean(axis=0) if clique else S
+            best = int(means.argmax())
+            chosen = best if means[best] > -np.inf else None
+            if steps is not None:
+                shown = np.where(means > lowest, (sign or 1.0) * means, np.nan)
+                steps.append(GreedyStep(tuple(clique), shown, chosen))
+            if chosen is None:
+                S[clique[0]] = -np.inf
                 break
-            record(clique, gain, best)
-            clique.append(best)
+            clique.append(chosen)
         else:
             return np.array(clique, dtype=np.int64)
-        S[seed] = -np.inf
     return None
 
 
@@ -259,19 +235,15 @@ class GeoVisualGraph:
 
     Parameters
     ----------
-    east_m, north_m : (n,) float
-        UTM positions in metres.
+    east_m, north_m : (n,) float, UTM metres
     city, place : (n,) str or int, optional
-        Labels, those of places within a city. None: one city, or squares of side `radius_m`.
+        Labels, those of places within a city. None: one city, and squares of side `radius_m`.
     utm_zone : (n,) str, optional
         Images of one zone lie in one plane, those of an unknown zone in their city's; images of different
         planes are never joined. A city in two zones is two.
-    heading_deg : (n,) float, optional
-        Needed by `max_heading_deg` only.
-    descriptors : optional
-        See `with_descriptors`. Without them the graph is geographic only.
-    **rules
-        Of `GraphRules`.
+    heading_deg : (n,) float, for `max_heading_deg`
+    descriptors : optional, see `with_descriptors`
+    **rules : of `GraphRules`
 
     Attributes
     ----------
@@ -283,17 +255,19 @@ class GeoVisualGraph:
                  descriptors=None, **rules):  # fmt: skip
         self.rules, n = GraphRules(**rules), np.size(east_m)
         self.east_m, self.north_m = _column("east_m", east_m, n, float), _column("north_m", north_m, n, float)
-        self.heading_deg = np.zeros(n)
-        if self.rules.max_heading_deg is not None:
-            if heading_deg is None:
-                raise ValueError("max_heading_deg needs heading_deg, one heading per image")
-            self.heading_deg = _column("heading_deg", heading_deg, n, float)
+        turns = self.rules.max_heading_deg is not None
+        if turns and heading_deg is None:
+            raise ValueError("max_heading_deg needs heading_deg, one heading per image")
+        self.heading_deg = _column("heading_deg", heading_deg if turns else np.zeros(n), n, float)
         grid = same_grid(np.full(n, "") if utm_zone is None else _column("utm_zone", utm_zone, n))
         self.city = _numbered(np.zeros(n) if city is None else _column("city", city, n), grid)
         self._plane = _numbered(np.where(grid == "", self.city, -1), grid)
         squares = [np.floor(metres / self.rules.radius_m) for metres in (self.east_m, self.north_m)]
         self.cluster = _numbered(self.city, *(squares if place is None else [_column("place", place, n)]))
         self._describe(descriptors)
+
+    def __len__(self) -> int:
+        return len(self.east_m)
 
     @classmethod
     def from_places(cls, places, descriptors=None, **rules) -> GeoVisualGraph:
@@ -305,62 +279,51 @@ class GeoVisualGraph:
     def with_descriptors(self, descriptors) -> GeoVisualGraph:
         """The same nodes and rules with other descriptors, kept by reference.
 
-        An array (n, D), one row per image, or (n_clusters, D), one per cluster in the numbering of `cluster`;
-        any other object that an array of nodes indexes; or None.
+        An array (n, D), or (n_clusters, D) by `cluster`; any object that an array of nodes indexes; or None.
         """
-        graph = self.subgraph(slice(None))
-        graph._describe(descriptors)
-        return graph
+        return self.subgraph(slice(None))._describe(descriptors)
 
-    def _describe(self, descriptors) -> None:
-        self.descriptors, self._row, n = descriptors, np.arange(len(self)), len(self)
+    def _describe(self, descriptors) -> GeoVisualGraph:
+        n, clusters = len(self), int(self.cluster.max(initial=-1)) + 1
+        self.descriptors, self._row = descriptors, np.arange(n)
         if isinstance(descriptors, np.ndarray):
-            clusters = int(self.cluster.max(initial=-1)) + 1
             if descriptors.ndim != 2 or len(descriptors) not in (n, clusters):
                 shapes = f"({n}, D), one row per image, or ({clusters}, D), one per cluster"
                 raise ValueError(f"descriptors must have shape {shapes}, got {descriptors.shape}")
             check_finite(descriptors, "image" if len(descriptors) == n else "cluster")
-            if len(descriptors) != n:
-                self._row = self.cluster
-
-    def __len__(self) -> int:
-        return len(self.east_m)
+            self._row = self._row if len(descriptors) == n else self.cluster
+        return self
 
     def distances_m(self, i, j) -> np.ndarray:
         """Metres between nodes `i` and `j`, arrays that broadcast; infinite between planes."""
-        metres = np.square(self.east_m[i] - self.east_m[j])
-        metres += np.square(self.north_m[i] - self.north_m[j])
-        np.sqrt(metres, out=metres)
+        metres = np.sqrt((self.east_m[i] - self.east_m[j]) ** 2 + (self.north_m[i] - self.north_m[j]) ** 2)
         metres[self._plane[i] != self._plane[j]] = np.inf
         return metres
 
+    def _facing(self, i, j) -> np.ndarray | bool:
+        """Whether nodes `i` and `j` face the same way, as far as the rules ask."""
+        most = self.rules.max_heading_deg
+        return most is None or heading_difference(self.heading_deg[i], self.heading_deg[j]) <= most
+
     def subgraph(self, nodes) -> GeoVisualGraph:
         """The graph of some nodes in their order. Its matrices (n, n) are for few nodes."""
-        graph = copy.copy(self)
-        columns = ("east_m", "north_m", "heading_deg", "city", "cluster", "_plane", "_row")
-        graph.__dict__ = {name: getattr(self, name)[nodes] for name in columns}
+        graph = object.__new__(GeoVisualGraph)
         graph.rules, graph.descriptors = self.rules, self.descriptors
+        for name in ("east_m", "north_m", "heading_deg", "city", "cluster", "_plane", "_row"):
+            setattr(graph, name, getattr(self, name)[nodes])
         return graph
 
     @cached_property
     def d_geo(self) -> np.ndarray:
         """(n, n) float64: metres, infinite between planes."""
-        nodes = np.arange(len(self))
-        return self.distances_m(nodes[:, None], nodes)
-
-    @cached_property
-    def near(self) -> np.ndarray:
-        """(n, n) bool: the nodes within the radius of each other, themselves included, however they face."""
-        return self.d_geo <= self.rules.radius_m
+        return self.distances_m(*np.ogrid[: len(self), : len(self)])
 
     @cached_property
     def joined(self) -> np.ndarray:
         """(n, n) bool: the nodes that geography joins."""
-        joined = self.near.copy()
+        facing = self._facing(*np.ogrid[: len(self), : len(self)])
+        joined = (self.d_geo <= self.rules.radius_m) & facing
         np.fill_diagonal(joined, False)
-        if self.rules.max_heading_deg is not None:
-            turn = heading_difference(self.heading_deg[:, None], self.heading_deg)
-            joined &= turn <= self.rules.max_heading_deg
         return joined
 
     @cached_property
@@ -372,13 +335,11 @@ class GeoVisualGraph:
     @cached_property
     def weight(self) -> np.ndarray:
         """(n, n) float64: affinities of the edges that pruning leaves; minus infinity where there is none."""
-        i, j = self.joined.nonzero()
+        i, j = np.triu(self.joined).nonzero()
+        affinity = self.rules.affinity(self.d_geo[i, j], self.d_vis[i, j])
+        kept = self.rules.kept(i, j, affinity)
         weight = np.full(self.joined.shape, -np.inf)
-        weight[i, j] = self.rules.affinity(self.d_geo[i, j], self.d_vis[i, j])
-        if self.rules.tau is not None or self.rules.top_k is not None:
-            i, j = i[i < j], j[i < j]
-            pruned = ~self.rules.kept(i, j, weight[i, j])
-            weight[i[pruned], j[pruned]] = weight[j[pruned], i[pruned]] = -np.inf
+        weight[i[kept], j[kept]] = weight[j[kept], i[kept]] = affinity[kept]
         return weight
 
     @cached_property
@@ -392,23 +353,19 @@ class GeoVisualGraph:
         return (int(self.tree.count_neighbors(self.tree, self.rules.radius_m)) - len(self)) // 2
 
     @cached_property
-    def _pairs(self) -> np.ndarray:  # (E, 2) that geography joins
-        radius, most = self.rules.radius_m, self.rules.max_heading_deg
+    def _pairs(self) -> np.ndarray:
+        """(E, 2) int32: the pairs that geography joins."""
+        radius = self.rules.radius_m
         if self.n_near > MOST_EDGES:
             raise ValueError(f"{self.n_near:,} pairs within {radius:g} m: are these positions in metres?")
         # The margin keeps pairs that rounding would lose; the exact test follows.
         pairs = self.tree.query_pairs(radius * (1 + 1e-9) + 1e-9, output_type="ndarray").astype(np.int32)
-        i, j = pairs.T
-        joined = self.distances_m(i, j) <= radius
-        if most is not None:
-            joined &= heading_difference(self.heading_deg[i], self.heading_deg[j]) <= most
-        order = np.lexsort((j, i))
-        return pairs[order[joined[order]]]
+        pairs = pairs[np.lexsort(pairs.T[::-1])]
+        return pairs[(self.distances_m(*pairs.T) <= radius) & self._facing(*pairs.T)]
 
     @cached_property
-    def _edges(
-        self,
-    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:  # what pruning leaves of them, and its values
+    def _edges(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """The pairs that pruning leaves, and their values."""
         i, j = self._pairs.T
         values = {"d_geo": self.distances_m(i, j)}
         if self.descriptors is None:
@@ -445,42 +402,34 @@ class GeoVisualGraph:
         return graph
 
     def statistics(self) -> dict:
-        """Counts of the graph as a dictionary of plain numbers."""
-        degrees, values, graph = self.degrees(), self.edge_values(), self.to_networkx()
-        sizes = [len(clique) for clique in itertools.islice(nx.find_cliques(graph), MOST_CLIQUES)]
+        """Counts of the graph, its first 100,000 maximal cliques at most, and means over edges and nodes."""
+        graph, values = self.to_networkx(), self.edge_values() | {"degree": self.degrees()}
+        cliques = [len(clique) for clique in itertools.islice(nx.find_cliques(graph), 100_000)]
         components = [len(nodes) for nodes in nx.connected_components(graph)]
-        result = {"nodes": len(self), "geographic_edges": len(self._pairs), "edges": self.n_edges}
-        result |= {
+        counts = {
+            "nodes": len(self),
+            "edges": self.n_edges,
             "pruned_edges": len(self._pairs) - self.n_edges,
-            "isolated_nodes": int((degrees == 0).sum()),
+            "components": len(components),
+            "largest_component": max(components, default=0),
+            "maximal_cliques": len(cliques),
+            "largest_clique": max(cliques, default=0),
         }
-        result |= {"max_degree": int(degrees.max(initial=0)), "components": len(components)}
-        result |= {"largest_component": max(components, default=0), "maximal_cliques": len(sizes)}
-        result |= {
-            "largest_clique": max(sizes, default=0),
-            "cliques_cut_at_limit": len(sizes) >= MOST_CLIQUES,
-        }
-        if "weight" in values:
-            result["zero_weight_edges"] = int((values["weight"] == 0).sum())
-        values["degree"] = degrees
-        return result | {f"mean_{name}": float(value.mean()) for name, value in values.items() if len(value)}
+        return counts | {f"mean_{name}": float(value.mean()) for name, value in values.items() if len(value)}
 
     def compare(self, previous: GeoVisualGraph) -> dict:
         """Edges gained and lost since `previous`, a graph of the same images, and the Jaccard index."""
         now, before = ({*map(tuple, graph.edges().tolist())} for graph in (self, previous))
-        common = len(now & before)
-        counts = {"n_gained": len(now) - common, "n_lost": len(before) - common, "n_common": common}
-        return counts | {"jaccard": common / len(now | before) if now | before else 1.0}
+        counts = {"n_gained": len(now - before), "n_lost": len(before - now), "n_common": len(now & before)}
+        return counts | {"jaccard": len(now & before) / len(now | before) if now | before else 1.0}
 
 
 def check_finite(descriptors: np.ndarray, what: str, names=None) -> None:
-    """Refuse descriptors, (m, D), with a NaN or an infinity; the sentence says which `what` has the first."""
+    """Refuse descriptors, (m, D), with a NaN or an infinity; the sentence names the first `what`."""
     for at in range(0, len(descriptors), 1024):  # bounds the memory
         for i in np.flatnonzero(~np.isfinite(descriptors[at : at + 1024]).all(axis=1)) + at:
-            raise ValueError(
-                f"the descriptor of {what} {i if names is None else names[i]} holds a NaN or an infinity: "
-                "mend the model that gave it (its weights may have diverged; try without autocast)"
-            )
+            name = i if names is None else names[i]
+            raise ValueError(f"the descriptor of {what} {name} holds a NaN or infinity: training diverged?")
 
 
 def _column(name: str, values, n: int, kind: type | None = None) -> np.ndarray:

@@ -136,7 +136,7 @@ def harvest(graph: GeoVisualGraph, images, config: SamplerConfig, *, choose=None
         return greedy_weighted_clique(graph.subgraph(clique).weight, k, prefer=config.prefer)
 
     part = graph.subgraph(images)
-    joined, near = geo.adjacency_bits(part.joined), geo.adjacency_bits(part.near)
+    joined, near = geo.adjacency_bits(part.joined), geo.adjacency_bits(part.d_geo <= graph.rules.radius_m)
     usable = (1 << len(images)) - 1
     if gone := [place.clique if take_all else place.images for place in before]:
         metres = graph.distances_m(images[:, None], np.concatenate(gone))

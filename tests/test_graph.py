@@ -290,7 +290,6 @@ def test_statistics_are_those_of_networkx():
     assert counts["components"] == nx.number_connected_components(other)
     assert counts["largest_component"] == max(len(c) for c in nx.connected_components(other))
     assert counts["maximal_cliques"] == len(sizes) and counts["largest_clique"] == max(sizes)
-    assert not counts["cliques_cut_at_limit"]
 
 
 def test_new_descriptors_gain_and_lose_edges():
