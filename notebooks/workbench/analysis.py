@@ -1,20 +1,18 @@
 """Numbers for figures: t-SNE maps, distances within places, heatmaps, costs of the graph, failures."""
 
-import math
+from collections import namedtuple
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from scipy.spatial.distance import cdist, pdist
 
-from sagelib.places import heading_difference
+from sagelib.places import Places, heading_difference
 from sagelib.runs import check, rng
 from workbench.tables import bootstrap_mean
 
-# --- descriptors --------------------------------------------------------------------------------------------
 
-
+# ---------- descriptors
 def unit(descriptors) -> np.ndarray:
     """Bring each row, (n, D), to length 1 in float64; a row that is zero or not finite is refused."""
     values = np.asarray(descriptors, dtype=np.float64)
@@ -26,22 +24,10 @@ def unit(descriptors) -> np.ndarray:
 
 
 def tsne(descriptors, *, perplexity: float, seed: int) -> np.ndarray:
-    """Map descriptors to the plane by scikit-learn's t-SNE (van der Maaten and Hinton, JMLR 2008).
+    """Map descriptors (n, D) to the plane, (n, 2), by t-SNE (van der Maaten and Hinton, JMLR 2008).
 
     Unit rows, their first 50 principal components. The start is the first two of these with noise of a tenth
-    of their spread, which the seed decides: what another seed changes was never there.
-
-    Parameters
-    ----------
-    descriptors : array (n, D)
-    perplexity : float
-        About how many neighbours each point minds, below n.
-    seed : int
-
-    Returns
-    -------
-    array (n, 2) of float32
-        Neither the axes nor distances between far clusters mean anything.
+    of their spread, which the seed decides. `perplexity`, below n: how many neighbours a point minds, about.
     """
     import threadpoolctl
     from sklearn.decomposition import PCA
@@ -62,8 +48,8 @@ def choose_places(labels, *, places: int, images: int, seed: int) -> np.ndarray:
     names, counts = np.unique(labels[labels >= 0], return_counts=True)
     enough = names[counts >= images]
     if len(enough) < places:
-        words = f"{places} places of at least {images} images, and there are {len(enough)}"
-        raise ValueError(f"places asks for {words}")
+        few = f"and there are {len(enough)}"
+        raise ValueError(f"places asks for {places} places of at least {images} images, {few}")
     draw = np.random.default_rng(seed)
     chosen = np.sort(draw.choice(enough, places, replace=False))
     members = (np.flatnonzero(labels == name) for name in chosen)
@@ -71,23 +57,11 @@ def choose_places(labels, *, places: int, images: int, seed: int) -> np.ndarray:
 
 
 def split_by_heading(labels, heading_deg, *, max_heading_deg: float) -> np.ndarray:
-    """Split places into views, photographs of one place that look the same way.
+    """Split places into views, photographs of one place that look the same way: labels (n,), -1 for none.
 
-    The first photograph of a place that has no view leads one, and all within `max_heading_deg` of it join.
-
-    Parameters
-    ----------
-    labels : array (n,) of int
-        -1: no place, and no view.
-    heading_deg : array (n,)
-        Those without a heading (NaN) are a view of their own in each place.
-    max_heading_deg : float
-        At most 180.
-
-    Returns
-    -------
-    array (n,) of int
-        Labels from 0 in order of places, -1 where there is none.
+    The first photograph of a place that has no view leads one, and all within `max_heading_deg` (at most 180)
+    of it join; those without a heading (NaN) are a view of their own in each place. `labels` (n,) name the
+    places, -1 for none.
     """
     check("max_heading_deg", max_heading_deg, above=0, high=180)
     labels, heading = np.asarray(labels), np.asarray(heading_deg, dtype=np.float64)
@@ -124,58 +98,38 @@ def neighbour_purity(points, labels) -> np.ndarray:
     return labels[apart.argmin(axis=1)] == labels
 
 
-def true_references(database, queries, positives, *, max_heading_deg: float | None = None) -> np.ndarray:
-    """Choose one true reference for each query: the nearest of its positives that looks the same way.
+def by_nearness(database: Places, queries: Places, query: int, rows, max_heading_deg: float = 45.0) -> tuple:
+    """Order `rows` of the references of a query: those that look the same way first, then by metres.
 
-    Parameters
-    ----------
-    database, queries : Places
-    positives : sequence of arrays
-        Rows of the references that answer each query (`sagelib.places.positives`).
-    max_heading_deg : float, optional
-        Largest angle between the headings; None takes all. Where a heading is unknown, any angle will do.
+    Returns the rows, their metres, and whether the headings differ by at most `max_heading_deg`, which an
+    unknown heading does not rule out.
+    """
+    rows = np.asarray(rows, dtype=np.int64)
+    east, north = database.east_m[rows], database.north_m[rows]
+    metres = np.hypot(east - queries.east_m[query], north - queries.north_m[query])
+    alike = ~(heading_difference(database.heading_deg[rows], queries.heading_deg[query]) > max_heading_deg)
+    order = np.lexsort((metres, ~alike))
+    return rows[order], metres[order], alike[order]
 
-    Returns
-    -------
-    array (n, 2) of int
-        Rows of query and reference; queries without such a reference are left out.
+
+def true_references(database, queries, positives, *, max_heading_deg: float) -> np.ndarray:
+    """Rows (query, reference) of queries and the nearest of their positives that looks the same way, if any.
+
+    `positives` are the rows of the references that answer each query (`sagelib.places.positives`).
     """
     pairs = []
     for query, rows in enumerate(positives):
-        rows = np.asarray(rows, dtype=np.int64)
-        if max_heading_deg is not None:
-            turn = heading_difference(database.heading_deg[rows], queries.heading_deg[query])
-            rows = rows[~(turn > max_heading_deg)]
-        if len(rows):
-            pairs.append((query, rows[metres_between(queries, query, database, rows).argmin()]))
+        rows, _, alike = by_nearness(database, queries, query, rows, max_heading_deg)
+        if alike[:1].any():
+            pairs.append((query, rows[0]))
     return np.array(pairs, dtype=np.int64).reshape(-1, 2)
 
 
-def metres_between(queries, query: int, database, rows) -> np.ndarray:
-    """Metres between one query and some references, all in one UTM zone."""
-    east = database.east_m[rows] - queries.east_m[query]
-    return np.hypot(east, database.north_m[rows] - queries.north_m[query])
-
-
-# --- heatmaps -----------------------------------------------------------------------------------------------
-
-
+# ---------- heatmaps
 def label_shares(labels, grid: tuple[int, int], count: int) -> np.ndarray:
     """Share of each label in the area of each patch; a pixel across a border is divided by area.
 
-    Parameters
-    ----------
-    labels : array (H, W) of int
-        Label of each pixel, 0 ... count - 1.
-    grid : (h, w)
-        Patches.
-    count : int
-        Number of labels.
-
-    Returns
-    -------
-    array (h * w, count)
-        Rows sum to 1.
+    `labels` (H, W) are 0 ... count - 1, `grid` (h, w) the patches; returns (h * w, count), rows sum to 1.
     """
 
     def overlap(pixels: int, cells: int) -> np.ndarray:
@@ -185,24 +139,13 @@ def label_shares(labels, grid: tuple[int, int], count: int) -> np.ndarray:
         return np.maximum(shared, 0) * cells / pixels
 
     rows, columns = (overlap(*sizes) for sizes in zip(np.shape(labels), grid, strict=True))
-    shares = [rows @ (labels == label) @ columns.T for label in range(count)]
-    return np.stack([share.ravel() for share in shares], axis=1)
+    return np.stack([(rows @ (labels == label) @ columns.T).ravel() for label in range(count)], axis=1)
 
 
 def mass_on_labels(weights, shares) -> np.ndarray:
-    """Share of a heatmap's mass on each label.
+    """Share (..., L) of a heatmap's mass on each label, of `weights` (..., N), one a patch, not negative.
 
-    Parameters
-    ----------
-    weights : array (..., N), not negative
-        One a patch; uniform weights give each label's share of the picture.
-    shares : array (..., N, L)
-        From `label_shares`.
-
-    Returns
-    -------
-    array (..., L)
-        Sums to 1.
+    `shares` (..., N, L) are those of `label_shares`. Uniform weights give each label's share of the picture.
     """
     weights = np.asarray(weights, dtype=np.float64)
     if (weights < 0).any() or (weights.sum(axis=-1) == 0).any():
@@ -213,21 +156,10 @@ def mass_on_labels(weights, shares) -> np.ndarray:
 def label_preference(weights, shares, *, seed: int) -> pd.DataFrame:
     """Compare the share of the weight on each label with the label's share of the pictures.
 
-    Parameters
-    ----------
-    weights : array (n, N), not negative
-        One a patch and picture; for contributions of both signs, their positive part.
-    shares : array (n, N, L)
-        From `label_shares`, picture by picture.
-    seed : int
-        Of the bootstrap.
-
-    Returns
-    -------
-    DataFrame
-        A row each label: ``share`` of the weight and ``area``, the share of the picture (means over the
-        pictures); ``difference``, share - area, with its 95 % interval over resampled pictures, ``low`` and
-        ``high``; and ``ratio``, share / area (NaN where the area is 0): above 1 preferred, below 1 avoided.
+    Of n pictures, `weights` (n, N) and `shares` (n, N, L) as for `mass_on_labels`. A row each label:
+    ``share`` of the weight and ``area``, the share of the picture (means over the pictures); ``difference``,
+    share - area, with its 95 % interval over resampled pictures, ``low`` and ``high``; and ``ratio``,
+    share / area (NaN where the area is 0): above 1 preferred, below 1 avoided.
     """
     mass, area = mass_on_labels(weights, shares), np.mean(shares, axis=1)
     bounds = [bootstrap_mean(picture_by_picture, seed) for picture_by_picture in (mass - area).T]
@@ -236,23 +168,17 @@ def label_preference(weights, shares, *, seed: int) -> pd.DataFrame:
     return table.assign(ratio=table["share"] / table["area"].where(table["area"] > 0))
 
 
-class LocalFeatures(NamedTuple):
-    """What a model sees in n pictures before and after its aggregator, as tensors on the CPU.
-
-    ``cls`` (n, M), ``patches`` (n, N, M) in row-major order of ``grid`` (h, w), and ``descriptors`` (n, D),
-    the aggregator's, before any cross-image head.
-    """
-
-    cls: "torch.Tensor"  # noqa: F821
-    patches: "torch.Tensor"  # noqa: F821
-    grid: tuple[int, int]
-    descriptors: "torch.Tensor"  # noqa: F821
+LocalFeatures = namedtuple("LocalFeatures", "cls patches grid descriptors")
 
 
 def describe_patches(
     model, paths: Iterable, preprocess: Callable, *, batch_size: int, device: str
 ) -> LocalFeatures:
-    """Describe the pictures at n paths and keep their patches in memory; the model comes back on the CPU."""
+    """What a model sees in n pictures before and after its aggregator; the model comes back on the CPU.
+
+    Tensors on the CPU: ``cls`` (n, M), ``patches`` (n, N, M) in row-major order of ``grid`` (h, w), and
+    ``descriptors`` (n, D), the aggregator's, before any cross-image head.
+    """
     import torch
 
     from sagelib.describe import pick_device
@@ -274,7 +200,7 @@ def describe_patches(
 
 
 def score_contributions(aggregator, cls, patches, grid: tuple[int, int], other) -> np.ndarray:
-    """Share out the matching score ``descriptor . other`` between an image's patches.
+    """Share out the matching score ``descriptor . other`` between an image's patches: (B, N) float64.
 
     Where the aggregator is a sum over its patches once its own weights and lengths are held at their values
     (mean, GeM, NetVLAD, SALAD, Soft Probing), the shares are exact: they add up to the score less what comes
@@ -283,18 +209,8 @@ def score_contributions(aggregator, cls, patches, grid: tuple[int, int], other) 
     and add up to the difference of the two scores, but for a jump where a layer norm meets constant patches
     (MixVPR). The two kinds have other zeros: compare where the mass lies, not the values.
 
-    Parameters
-    ----------
-    aggregator : module
-        In evaluation mode, with ``forward(cls, patches, grid)``.
-    cls, patches : tensors (B, M) and (B, N, M)
-    grid : (h, w)
-    other : tensor (B, D) or (D,)
-        Descriptors of the other picture of each pair.
-
-    Returns
-    -------
-    array (B, N) of float64
+    Tensors `cls` (B, M), `patches` (B, N, M) and `other` (B, D) or (D,), descriptors of the other pictures;
+    the aggregator is in evaluation mode.
     """
     import torch
 
@@ -311,9 +227,7 @@ def score_contributions(aggregator, cls, patches, grid: tuple[int, int], other) 
     return (total * way).sum(dim=-1).double().cpu().numpy()
 
 
-# --- what the graph costs -----------------------------------------------------------------------------------
-
-
+# ---------- what the graph costs
 def graph_cost_table(logs: Mapping[str, Iterable[Mapping]], published: pd.DataFrame) -> pd.DataFrame:
     """What the graph cost, online and offline: measured in trainings, and as published.
 
@@ -332,44 +246,43 @@ def graph_cost_table(logs: Mapping[str, Iterable[Mapping]], published: pd.DataFr
         "measured", "published", or "estimated": where no training has the static schedule, the time to
         describe all images of the first one once, at the rate of its log.
     """
-    lines, estimate = [], None
+    measured, estimated = [], []
     for name, rows in logs.items():
-        epochs = pd.json_normalize([row for row in rows if row.get("kind") == "epoch"])
-        if "graph.mined.schedule" not in epochs:
+        rows = [row for row in rows if row.get("kind") == "epoch" and "mined" in row.get("graph", {})]
+        if not rows:
             continue
-        epochs = epochs.dropna(subset=["graph.mined.schedule"])
-        mined = epochs.filter(like="graph.mined.").rename(columns=lambda c: c.removeprefix("graph.mined."))
+        epochs = pd.DataFrame([row["graph"]["mined"] | row["seconds"] for row in rows])
         # A report stands in the log until the next refresh, so a graph counts in the epoch that made it.
-        made = mined["refreshed_epoch"] == mined["epoch"]
-        mined, refresh, train = mined[made], epochs["seconds.refresh"][made], epochs["seconds.train"]
-        schedule, images = mined["schedule"].iloc[0], int(mined["images"].iloc[0])
-        paid, added = "once", math.nan
-        if schedule == "online":
-            paid, added = "each epoch", 100 * refresh.sum() / max(train.sum(), 1e-9)
-        context = f"{mined['described_images'].mean():,.0f} of {images:,} images described"
-        lines.append((name, schedule, paid, refresh.mean(), added, "measured", context))
-        if estimate is None:
-            seconds = images * mined["seconds_describe"].sum() / max(mined["described_images"].sum(), 1)
-            context = (
-                f"all {images:,} images, at the rate of that log; no training with schedule static was timed"
-            )
-            estimate = (name, "static", "once", seconds, math.nan, "estimated", context)
-    if lines and all(line[1] != "static" for line in lines):
-        lines.append(estimate)
-    for row in published.to_dict("records"):
-        context = "R@1 {sped} on sped, {msls-val} on msls-val, context {context}; {source}".format(**row)
-        paid = "each epoch" if row["per"] == "epoch" else "once"
-        seconds, added = row["seconds"], row["added_pct"]
-        lines.append(("SAGE paper", row["schedule"], paid, seconds, added, "published", context))
+        made = epochs[epochs["refreshed_epoch"] == epochs["epoch"]]
+        online, images = made["schedule"].iloc[0] == "online", int(made["images"].iloc[0])
+        cost = {"schedule": made["schedule"].iloc[0], "seconds": made["refresh"].mean()}
+        cost["paid"] = "each epoch" if online else "once"
+        if online:
+            cost["added_pct"] = 100 * made["refresh"].sum() / max(epochs["train"].sum(), 1e-9)
+        described = made["described_images"]
+        context = f"{described.mean():,.0f} of {images:,} images described"
+        measured.append({"who": name, **cost, "kind": "measured", "context": context})
+        seconds = images * made["seconds_describe"].sum() / max(described.sum(), 1)
+        context = (
+            f"all {images:,} images, at the rate of that log; no training with schedule static was timed"
+        )
+        cost = {"schedule": "static", "paid": "once", "seconds": seconds}
+        estimated.append({"who": name, **cost, "kind": "estimated", "context": context})
+    if any(line["schedule"] == "static" for line in measured):
+        estimated = []
+    context = "R@1 {sped} on sped, {msls-val} on msls-val, context {context}; {source}"
+    paid = {"epoch": "each epoch"}
+    others = [
+        {**row, "who": "SAGE paper", "paid": paid.get(row["per"], "once"), "context": context.format(**row)}
+        for row in published.assign(kind="published").to_dict("records")
+    ]
     columns = ["who", "schedule", "paid", "seconds", "added_pct", "kind", "context"]
-    return pd.DataFrame(lines, columns=columns)
+    return pd.DataFrame([*measured, *estimated[:1], *others], columns=columns)
 
 
-# --- rankings and failures ----------------------------------------------------------------------------------
-
-
+# ---------- rankings and failures
 def ranking_arrays(table: pd.DataFrame, k: int) -> dict[str, np.ndarray]:
-    """Turn ``Result.rankings()`` into arrays (Q, k), a row each query.
+    """Turn ``Evaluation.rankings()`` into arrays (Q, k), a row each query.
 
     ``reference``, ``positive``, ``distance`` (between descriptors), ``metres`` (NaN unknown); k may be less.
     """
@@ -389,8 +302,7 @@ def suspects(table: pd.DataFrame, database, queries, positives, *, count: int) -
     Parameters
     ----------
     table : DataFrame
-        ``Evaluation.rankings()`` (`sagelib.evaluate`).
-    database, queries : Places
+        ``Evaluation.rankings()`` (`sagelib.evaluate`) on `database` and `queries`, `Places`.
     positives : sequence of arrays
         Rows of the references that answer each query (`sagelib.places.positives`).
     count : int
@@ -411,20 +323,19 @@ def suspects(table: pd.DataFrame, database, queries, positives, *, count: int) -
     wrong = np.flatnonzero(~right)
     order = wrong[np.lexsort((np.nan_to_num(metres[wrong], nan=np.inf), -alike[wrong]))][: count or None]
     scores = np.searchsorted(np.sort(alike[right]), alike[order]) / (right.sum() or np.nan)
-    nearest = dict(true_references(database, queries, positives).tolist())
-    nearest |= dict(true_references(database, queries, positives, max_heading_deg=45.0).tolist())
     # Paths in the table are relative to a folder of its own: the same for those that are not in it.
     folder = str(database.path[table["reference"].iloc[0]]).removesuffix(table["reference_path"].iloc[0])
     ranked = dict(iter(table[table["query"].isin(order)].sort_values("rank").groupby("query")))
     cases = []
     for query, score in zip(order.tolist(), scores.tolist(), strict=True):
-        rows, reference, truth = ranked[query], nearest.get(query), None
-        if reference is not None:
-            rank = rows.loc[rows["reference"] == reference, "rank"].sum()
-            away = metres_between(queries, query, database, reference)
-            path = str(database.path[reference]).removeprefix(folder)
-            truth = {"reference": reference, "reference_path": path, "metres": float(away), "rank": int(rank)}
+        rows, answers, truth = ranked[query], positives[query], None
+        if len(answers):
+            nearest, away, _ = by_nearness(database, queries, query, answers)
+            truth = {"reference": int(nearest[0])}
+            truth["reference_path"] = str(database.path[nearest[0]]).removeprefix(folder)
+            truth["metres"] = float(away[0])
+            truth["rank"] = int(rows.loc[rows["reference"] == nearest[0], "rank"].sum())
         found = rows[["rank", "reference", "reference_path", "metres", "positive"]].head(5).to_dict("records")
         case = {"query": query, "query_path": rows["query_path"].iloc[0], "score": score}
-        cases.append(case | {"n_positives": len(positives[query]), "found": found, "truth": truth})
+        cases.append(case | {"n_positives": len(answers), "found": found, "truth": truth})
     return cases

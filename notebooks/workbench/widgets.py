@@ -16,7 +16,7 @@ import pandas as pd
 
 from sagelib.graph import GeoVisualGraph
 from sagelib.images import load_image
-from sagelib.places import Places, heading_difference
+from sagelib.places import Places
 from sagelib.runs import write_text
 from sagelib.sampler import SamplerConfig, harvest
 from workbench import analysis, figures
@@ -149,18 +149,16 @@ def review_view(database: Places, queries: Places, positives, case: Mapping):
     case : mapping
         One of `workbench.analysis.suspects`.
     """
-    query, found, rows = case["query"], case["found"], np.asarray(positives[case["query"]], dtype=int)
-    metres = analysis.metres_between(queries, query, database, rows)
-    turn = heading_difference(database.heading_deg[rows], queries.heading_deg[query])
-    near = np.lexsort((metres, turn > 45.0))[:5]
+    query, found = case["query"], case["found"]
+    near, metres, _ = analysis.by_nearness(database, queries, query, positives[query])
     captions = [f"#{c['rank']} {'✗✓'[c['positive']]}  {style.metres(c['metres'])}" for c in found]
     alike = f"more alike than {case['score']:.0%} of the right first answers are"
     return figures.review_page(
         load_image(queries.path[query]),
         [load_image(database.path[one["reference"]]) for one in found],
-        [load_image(path) for path in database.path[rows[near]]],
+        [load_image(path) for path in database.path[near[:5]]],
         retrieved_captions=captions,
-        positive_captions=[f"a positive  {style.metres(m)}" for m in metres[near]],
+        positive_captions=[f"a positive  {style.metres(m)}" for m in metres[:5]],
         correct=[one["positive"] for one in found],
         query_caption=f"query {query}",
         notes=alike if np.isfinite(case["score"]) else "",
