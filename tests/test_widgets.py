@@ -65,23 +65,22 @@ def test_rows_of_retrievals(street):
     assert len(captions(widgets.retrieval_rows(*street, [1]))) == 5
 
 
-def test_the_browser_follows_slider_and_click(street):
+def test_the_browser_follows_slider_and_click(street, capsys):
     database, queries, found = street
-    box = widgets.retrieval_browser(*street, order=[2, 0], truth={0: 4})
-    shown = box.children[2]
-    before = bytes(shown.value)
-    assert box.query == 2 and before.startswith(PNG)
-    box.position.value = 1
-    assert box.query == 0 and bytes(shown.value) != before and "q0.png" in box.children[1].value
-    assert list(box.map.data[3].x) == [10.0 * i for i in found["reference"][0]]
-    assert list(box.map.data[4].x) == [5.0]
-    press(box.map.data[1], [2])
-    assert box.query == 2 and box.position.value == 0
-    press(box.map.data[1], [1])
-    assert box.query == 2, "a query that is not among those browsed"
+    box, chart = widgets.retrieval_browser(*street, order=[2, 0], truth={0: 4}).children
+    position = box.children[0]
+    assert captions(box.result)[0] == "query 2"
+    position.value = 1
+    assert captions(box.result)[0] == "query 0" and "query 0: q0.png" in capsys.readouterr().out
+    assert list(chart.data[3].x) == [10.0 * i for i in found["reference"][0]]
+    assert list(chart.data[4].x) == [5.0]
+    press(chart.data[1], [2])
+    assert position.value == 0 and captions(box.result)[0] == "query 2"
+    press(chart.data[1], [1])
+    assert position.value == 0, "a query that is not among those browsed"
     far = database.replace(east_m=database.east_m * 1000)
-    zoomed = widgets.retrieval_browser(far, queries, found, order=[0], truth={}).map.layout.xaxis.range
-    assert zoomed == (5 - 60, found["reference"][0].max() * 10_000 + 60)
+    _, chart = widgets.retrieval_browser(far, queries, found, order=[0], truth={}).children
+    assert chart.layout.xaxis.range == (5 - 60, found["reference"][0].max() * 10_000 + 60)
 
 
 # --- is the ground truth right? -----------------------------------------------------------------------------
@@ -217,7 +216,7 @@ def test_graph_view_gives_the_graph_of_its_values(crowd):
     assert isinstance(figure, Figure)
     built = GeoVisualGraph(*crowd[:2], descriptors=crowd[2], radius_m=25, tau=-30.0, top_k=4)
     assert strict["edges"] == built.n_edges < loose["edges"]
-    assert strict["edges"] + strict["pruned"] == loose["edges"] + loose["pruned"]
+    assert strict["edges"] + strict["pruned_edges"] == loose["edges"] + loose["pruned_edges"]
     assert strict["mean_weight"] > -30.0
     _, hard = widgets.graph_view(*crowd, **OPTIONS | dict(prefer="farthest"))
     assert hard["mean_weight"] < loose["mean_weight"], "hard places are farther and less alike"
@@ -225,21 +224,22 @@ def test_graph_view_gives_the_graph_of_its_values(crowd):
     assert empty["places"] == empty["edges"] == 0 and np.isnan(empty["mean_weight"])
 
 
-def test_the_graph_explorer_follows_its_sliders(crowd):
+def test_the_graph_explorer_follows_its_sliders(crowd, capsys):
     box = widgets.graph_explorer(*crowd, images_per_place=3, seed=0)
-    first, edges = bytes(box.picture.value), box.numbers["edges"]
-    assert first.startswith(PNG)
-    box.radius_m.value = 12
-    assert box.numbers["edges"] < edges and bytes(box.picture.value) != first
-    assert f"{box.numbers['edges']:,} edges" in box.text.value
-    box.radius_m.value = 25
-    box.top_k.value = 2
-    assert box.numbers["edges"] < edges and box.numbers["pruned"] > 0
-    box.top_k.value = "off"
-    box.tau.value = box.tau.options[-1]
-    assert 0 < box.numbers["edges"] < edges
-    box.tau.value = "off"
-    assert box.numbers["edges"] == edges
+    radius_m, tau, top_k, _, _, _ = box.children
+
+    def edges():
+        assert isinstance(box.result, Figure)
+        found = re.findall(r"([\d,]+) edges, ([\d,]+) pruned", capsys.readouterr().out)
+        return [int(number.replace(",", "")) for number in found[-1]]
+
+    all_of_them, none = edges()
+    for slider, value in ((radius_m, 12), (top_k, 2), (tau, tau.options[-1])):
+        before = slider.value
+        slider.value = value
+        assert 0 < edges()[0] < all_of_them
+        slider.value = before
+        assert edges() == [all_of_them, none]
 
 
 # --- patches, descriptors, training -------------------------------------------------------------------------
@@ -259,30 +259,30 @@ def test_a_patch_finds_its_copy(pair):
 
 
 def test_the_patch_matcher_follows_slider_and_click(pair):
-    box = widgets.patch_matcher(*pair)
-    first = bytes(box.picture.value)
-    assert first.startswith(PNG) and (box.row.value, box.column.value) == (1, 2)
-    box.column.value = 3
-    assert bytes(box.picture.value) != first
-    press(box.clickable.data[0], [0], xs=[39], ys=[29])
-    assert (box.row.value, box.column.value) == (2, 3)
+    left, box = widgets.patch_matcher(*pair).children
+    row, column = box.children[:2]
+    assert box.result.axes[0].get_title() == "patch (1, 2)"
+    column.value = 3
+    assert box.result.axes[0].get_title() == "patch (1, 3)"
+    press(left.children[0].data[0], [0], xs=[39], ys=[29])
+    assert (row.value, column.value) == (2, 3) and box.result.axes[0].get_title() == "patch (2, 3)"
 
 
 def test_the_tsne_explorer_follows_its_sliders_and_the_mouse(street):
     rng, place, paths = np.random.default_rng(0), np.repeat(np.arange(4), 3), street[0].path[:12]
     descriptors = {"a": rng.normal(size=(12, 8)), "b": rng.normal(size=(12, 5))}
-    box = widgets.tsne_explorer(descriptors, place, paths, aid=None, class_aid=None, perplexity=4, seed=0)
-    before = np.concatenate([trace.x for trace in box.chart.data])
-    box.perplexity.value = 6
-    after = np.concatenate([trace.x for trace in box.chart.data])
-    assert not np.allclose(before, after)
+    box, chart, photograph = widgets.tsne_explorer(
+        descriptors, place, paths, aid=None, class_aid=None, perplexity=4, seed=0
+    ).children
+    before = np.concatenate([trace.x for trace in chart.data])
+    box.children[0].value = 6
+    assert not np.allclose(before, np.concatenate([trace.x for trace in chart.data]))
     expected = analysis.tsne(descriptors["b"], perplexity=6, seed=0)
-    shown = [trace.x for trace in box.chart.data if trace.customdata[0][3] == "b"]
+    shown = [trace.x for trace in chart.data if trace.customdata[0][3] == "b"]
     np.testing.assert_allclose(np.concatenate(shown), expected[:, 0], rtol=1e-6)
-    trace = box.chart.data[1]
+    trace = chart.data[1]
     press(trace, [2], event="hover")
-    name = str(trace.customdata[2][1])
-    assert name in box.photograph.value and "data:image/jpeg;base64," in box.photograph.value
+    assert str(trace.customdata[2][1]) in photograph.value and "data:image/jpeg;base64," in photograph.value
 
 
 def test_the_live_curve_of_a_page_appears_only_where_somebody_looks(monkeypatch):

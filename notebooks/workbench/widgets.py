@@ -1,9 +1,10 @@
 """Things to click, slide and hover in JupyterLab; beside each a plain function draws the same figure.
 
-The plain functions work without a browser; the widgets, ``ipywidgets.VBox``, only pass their controls on.
+The plain functions work without a browser; the widgets only pass their controls on.
 """
 
 import contextlib
+import functools
 import html
 import itertools
 import os
@@ -32,26 +33,24 @@ def live() -> bool:
     return bool(os.environ.get("JPY_SESSION_NAME"))
 
 
-def _slider(name: str, value: int, low: int, high: int):
+def _slider(value: int, low: int, high: int, **options):
     import ipywidgets
 
-    return ipywidgets.IntSlider(value, low, high, description=name, continuous_update=False)
+    return ipywidgets.IntSlider(value, low, high, continuous_update=False, **options)
 
 
-def _follow(show: Callable, *controls) -> None:
-    """Call `show` whenever one of the controls is moved, and now."""
-    for control in controls:
-        control.observe(lambda _change: show(), "value")
-    show()
+def _interactive(show: Callable, **controls):
+    """The controls, and under them what `show` prints and returns, now and whenever one is moved."""
+    import ipywidgets
+
+    return ipywidgets.interactive(show, {"auto_display": True}, **controls)
 
 
 def _file(path) -> str:
     return str(path).rsplit("/", 1)[-1][:60]
 
 
-# --- queries and what was retrieved for them ----------------------------------------------------------------
-
-
+# ---------- queries and what was retrieved for them
 def retrieval_rows(
     database: Places, queries: Places, found: Mapping, chosen, *, k=4, tile=1.3, title=None, truth=None
 ):
@@ -91,73 +90,55 @@ def retrieval_map(database: Places, queries: Places, found: Mapping, query: int)
 def retrieval_browser(database: Places, queries: Places, found: Mapping, *, order: Sequence[int], truth):
     """Browse queries, in `order`, and their retrievals on a map: move the slider, or click a query.
 
-    Other arguments as in `retrieval_rows`. Attributes: ``position`` (the slider), ``query`` (the index of the
-    query shown) and ``map``.
+    Other arguments as in `retrieval_rows`. The map looks closely where all of it would be too large.
     """
     import ipywidgets
     import plotly.graph_objects as go
 
-    order = [int(query) for query in order]
-    position = _slider("query", 0, 0, len(order) - 1)
+    order, east = [int(query) for query in order], [*database.east_m, *queries.east_m]
     chart = go.FigureWidget(retrieval_map(database, queries, found, order[0]))
-    picture, heading = ipywidgets.Image(format="png"), ipywidgets.HTML()
-    box = ipywidgets.VBox([position, heading, picture, chart])
-    box.position, box.map = position, chart
 
-    def show() -> None:
-        box.query = query = order[position.value]
-        figure = retrieval_rows(database, queries, found, [query], k=5, tile=1.75, truth=truth)
-        picture.value = figures.to_png(figure)
-        heading.value = f"<b>query {query}</b>: {html.escape(_file(queries.path[query]))}"
+    def show(position: int):
+        query = order[position]
         fresh = retrieval_map(database, queries, found, query)
         with chart.batch_update():
             for old, new in zip(chart.data[2:], fresh.data[2:], strict=True):
-                old.x, old.y, old.text = new.x, new.y, new.text
-                old.marker.color, old.marker.symbol = new.marker.color, new.marker.symbol
-            _zoom(chart, fresh)
+                old.update(x=new.x, y=new.y, text=new.text)
+                old.marker.update(color=new.marker.color, symbol=new.marker.symbol)
+            for axis, key in ((chart.layout.xaxis, "x"), (chart.layout.yaxis, "y")):
+                near = np.concatenate([np.asarray(trace[key], dtype=float) for trace in fresh.data[3:]])
+                if np.nanmax(east) - np.nanmin(east) >= 2500:
+                    axis.range = np.nanmin(near) - 60, np.nanmax(near) + 60
+        print(f"query {query}: {_file(queries.path[query])}")
+        return retrieval_rows(database, queries, found, [query], k=5, tile=1.75, truth=truth)
+
+    box = _interactive(show, position=_slider(0, 0, len(order) - 1, description="query"))
 
     def clicked(_trace, points, _state) -> None:
         if points.point_inds and points.point_inds[0] in order:
-            position.value = order.index(points.point_inds[0])
+            box.children[0].value = order.index(points.point_inds[0])
 
     chart.data[1].on_click(clicked)
-    _follow(show, position)
-    return box
+    return ipywidgets.VBox([box, chart])
 
 
-def _zoom(chart, fresh, *, whole_m: float = 2500.0, margin_m: float = 60.0) -> None:
-    """Look at the query and what was found where the whole map is too large for either to be seen."""
-    east = np.concatenate([np.asarray(trace.x, dtype=float) for trace in fresh.data[:2]])
-    if not np.nanmax(east) - np.nanmin(east) >= whole_m:
-        return
-    for axis, key in ((chart.layout.xaxis, "x"), (chart.layout.yaxis, "y")):
-        near = np.concatenate([np.asarray(trace[key], dtype=float) for trace in fresh.data[3:]])
-        axis.range = (np.nanmin(near) - margin_m, np.nanmax(near) + margin_m)
-
-
-# --- is the ground truth right? -----------------------------------------------------------------------------
-
-
+# ---------- is the ground truth right?
 def review_view(database: Places, queries: Places, positives, case: Mapping):
     """Draw one suspected error of the ground truth: what was retrieved above, what is called true below.
 
-    Parameters
-    ----------
-    database, queries : Places
-    positives : sequence of arrays
-        Rows of the references that answer each query. Five are shown, first those that look the same way.
-    case : mapping
-        One of `workbench.analysis.suspects`.
+    `positives` are the rows of the references that answer each query, of which five are shown, first those
+    that look the same way; `case` is one of `workbench.analysis.suspects`.
     """
     query, found = case["query"], case["found"]
     near, metres, _ = analysis.by_nearness(database, queries, query, positives[query])
-    captions = [f"#{c['rank']} {'✗✓'[c['positive']]}  {style.metres(c['metres'])}" for c in found]
     alike = f"more alike than {case['score']:.0%} of the right first answers are"
     return figures.review_page(
         load_image(queries.path[query]),
         [load_image(database.path[one["reference"]]) for one in found],
         [load_image(path) for path in database.path[near[:5]]],
-        retrieved_captions=captions,
+        retrieved_captions=[
+            f"#{c['rank']} {'✗✓'[c['positive']]}  {style.metres(c['metres'])}" for c in found
+        ],
         positive_captions=[f"a positive  {style.metres(m)}" for m in metres[:5]],
         correct=[one["positive"] for one in found],
         query_caption=f"query {query}",
@@ -169,16 +150,8 @@ def write_review(result, test_set, folder, *, count: int) -> Path:
     """Write ``folder/review.html``, on which a person judges each suspected error of the ground truth.
 
     One file with everything inside: it opens without a kernel or a network, keeps verdicts in the browser,
-    and saves them as CSV or JSON.
-
-    Parameters
-    ----------
-    result : sagelib.evaluate.Evaluation
-    test_set : sagelib.places.TestSet
-        That was evaluated; another one is refused.
-    folder : path
-    count : int
-        See `workbench.analysis.suspects`.
+    and saves them as CSV or JSON. `result` is the `Evaluation` on `test_set`, which must be the same;
+    `count` as for `workbench.analysis.suspects`.
     """
     import jinja2
 
@@ -197,29 +170,14 @@ def write_review(result, test_set, folder, *, count: int) -> Path:
     return write_text(Path(folder) / "review.html", page)
 
 
-# --- the graph and the places that are drawn from it --------------------------------------------------------
-
-
+# ---------- the graph and the places that are drawn from it
 def graph_view(east_m, north_m, descriptors, *, radius_m, tau, top_k, images_per_place, places, prefer, seed):
-    """Build the geo-visual graph, draw places as the sampler does, and show both on a map.
+    """Build the geo-visual graph, draw at most `places` as the sampler does, and show both on a map.
 
-    Parameters
-    ----------
-    east_m, north_m : array (n,)
-    descriptors : array (n, D)
-    radius_m, tau, top_k, prefer
-        See `sagelib.graph.GeoVisualGraph` and `greedy_weighted_clique`.
-    images_per_place, places : int
-        K, and the largest number of places.
-    seed : int
-        Order of the images before the harvest (`sagelib.sampler.harvest`).
-
-    Returns
-    -------
-    figure : matplotlib figure
-    numbers : dict
-        ``edges``, ``pruned``, ``degree`` (mean), ``places``; and means over the pairs within places (NaN
-        without any): ``mean_weight`` (W), ``mean_distance_m``, ``mean_similarity`` (cosine).
+    Parameters as of `sagelib.graph.GeoVisualGraph` and `sagelib.sampler.SamplerConfig`; the seed decides the
+    order of the images before the harvest. Returns a matplotlib figure, and a dict of the graph's statistics,
+    the number of ``places``, and means over the pairs within these (NaN without any): ``mean_weight`` (W),
+    ``mean_distance_m``, ``mean_similarity`` (cosine).
     """
     graph = GeoVisualGraph(east_m, north_m, descriptors=descriptors, radius_m=radius_m, tau=tau, top_k=top_k)
     least = max(SamplerConfig.min_clique, images_per_place)
@@ -233,67 +191,48 @@ def graph_view(east_m, north_m, descriptors, *, radius_m, tau, top_k, images_per
         part, cosine = graph.subgraph(images), rows[images] @ rows[images].T
         weight = -part.d_geo * part.d_vis
         pairs += zip(weight[within], part.d_geo[within], cosine[within], strict=True)
-    means = pd.DataFrame(
-        pairs, columns=["mean_weight", "mean_distance_m", "mean_similarity"], dtype=float
-    ).mean()
-    counts = graph.statistics()
-    numbers = {"edges": counts["edges"], "pruned": counts["pruned_edges"], "degree": counts["mean_degree"]}
+    names = ["mean_weight", "mean_distance_m", "mean_similarity"]
+    means = pd.DataFrame(pairs, columns=names, dtype=float).mean()
     weight = graph.edge_values()["weight"]
     figure = figures.graph_map(east_m, north_m, graph.edges(), weight, cliques=chosen, radius_m=radius_m)
-    return figure, numbers | {"places": len(chosen)} | means.to_dict()
+    return figure, graph.statistics() | {"places": len(chosen)} | means.to_dict()
 
 
 def graph_explorer(east_m, north_m, descriptors, *, images_per_place: int, seed: int):
     """Slide radius, tau, top_k and the preference, and see the graph and the sampled places change.
 
-    Arguments as in `graph_view`; the steps of tau are quantiles of the affinities within 50 m. Attributes:
-    ``radius_m``, ``tau``, ``top_k``, ``prefer``, ``seed`` (controls), ``picture``, ``text`` and ``numbers``.
+    Arguments as in `graph_view`; the steps of tau are quantiles of the affinities within 50 m.
     """
     import ipywidgets
 
     widest = GeoVisualGraph(east_m, north_m, descriptors=descriptors, radius_m=50.0).edge_values()
     taus = np.unique(np.quantile(widest["weight"], np.linspace(0.05, 0.95, 19)).round(1)).tolist()
-    controls = {"radius_m": _slider("radius_m", 25, 5, 50)}
-    for name, steps in (("tau", taus), ("top_k", (20, 10, 8, 6, 5, 4, 3, 2, 1))):
-        options = ["off", *steps]  # a selection slider cannot hold None
-        controls[name] = ipywidgets.SelectionSlider(
-            options=options, description=name, continuous_update=False
-        )
-    controls["prefer"] = ipywidgets.ToggleButtons(
-        options=["closest", "farthest", "random"], description="prefer"
+
+    def show(**values):
+        values = {name: None if value == "off" else value for name, value in values.items()}
+        values |= {"images_per_place": images_per_place, "places": 8}
+        figure, numbers = graph_view(east_m, north_m, descriptors, **values)
+        edges = "{edges:,} edges, {pruned_edges:,} pruned, {mean_degree:.1f} neighbours an image; "
+        pairs = "W {mean_weight:.1f} m, {mean_distance_m:.1f} m apart, cosine {mean_similarity:.2f}"
+        print((edges + "{places} places drawn; their pairs: " + pairs).format(**numbers))
+        return figure
+
+    steps = functools.partial(ipywidgets.SelectionSlider, continuous_update=False)
+    return _interactive(
+        show,
+        radius_m=_slider(25, 5, 50),
+        tau=steps(options=["off", *taus]),  # a selection slider cannot hold None
+        top_k=steps(options=["off", 20, 10, 8, 6, 5, 4, 3, 2, 1]),
+        prefer=ipywidgets.ToggleButtons(options=["closest", "farthest", "random"]),
+        seed=ipywidgets.BoundedIntText(seed, 0, 10_000),
     )
-    controls["seed"] = ipywidgets.BoundedIntText(seed, 0, 10_000, description="seed")
-    picture, text, rows = ipywidgets.Image(format="png"), ipywidgets.HTML(), list(controls.values())
-    box = ipywidgets.VBox([ipywidgets.HBox(rows[:3]), ipywidgets.HBox(rows[3:]), text, picture])
-    vars(box).update(controls, picture=picture, text=text)
-
-    def show() -> None:
-        values = {name: None if c.value == "off" else c.value for name, c in controls.items()}
-        values |= dict(images_per_place=images_per_place, places=8)
-        figure, box.numbers = graph_view(east_m, north_m, descriptors, **values)
-        picture.value = figures.to_png(figure)
-        text.value = (
-            "{edges:,} edges, {pruned:,} pruned, {degree:.1f} neighbours an image; {places} places drawn; "
-            "their pairs: W {mean_weight:.1f} m, {mean_distance_m:.1f} m apart, cosine {mean_similarity:.2f}"
-        ).format(**box.numbers)
-
-    _follow(show, *rows)
-    return box
 
 
-# --- patches ------------------------------------------------------------------------------------------------
-
-
+# ---------- patches
 def patch_view(query, reference, query_patches, reference_patches, grid, row: int, column: int):
     """Draw one patch of a query and its cosine with each patch of a reference, as a matplotlib figure.
 
-    Parameters
-    ----------
-    query, reference : images
-    query_patches, reference_patches : arrays (h * w, M)
-        Patch tokens in row-major order.
-    grid : (h, w)
-    row, column : int
+    Two images and their patch tokens (h * w, M), in row-major order of `grid` (h, w).
     """
     patch = analysis.unit(query_patches)[row * grid[1] + column]
     similarity = analysis.unit(reference_patches) @ patch
@@ -303,27 +242,24 @@ def patch_view(query, reference, query_patches, reference_patches, grid, row: in
 def patch_matcher(query, reference, query_patches, reference_patches, grid):
     """Pick a patch of the query, by a click or by two sliders, and see what it matches in the reference.
 
-    Arguments as in `patch_view`. Attributes: ``row``, ``column`` (sliders), ``picture`` and ``clickable``.
+    Arguments as in `patch_view`.
     """
     import ipywidgets
     import plotly.graph_objects as go
 
-    row, column = (_slider(name, n // 2, 0, n - 1) for name, n in zip(("row", "column"), grid, strict=True))
     pixels = np.asarray(query)
     height, width = pixels.shape[:2]
     clickable = go.FigureWidget(go.Image(z=pixels, hoverinfo="none"))
     clickable.update_layout(title={"text": "click a patch", "font": {"size": 13}}, width=330)
     clickable.update_layout(height=330 * height // width + 40, margin={"l": 5, "r": 5, "t": 35, "b": 5})
     clickable.update_xaxes(visible=False).update_yaxes(visible=False)
-    # The wide picture must not squeeze the one that takes the clicks.
-    left = ipywidgets.Box([clickable], layout={"flex": "0 0 340px"})
-    picture = ipywidgets.Image(format="png", layout={"width": "calc(100% - 345px)", "object_fit": "contain"})
-    box = ipywidgets.VBox([ipywidgets.HBox([row, column]), ipywidgets.HBox([left, picture])])
-    box.row, box.column, box.picture, box.clickable = row, column, picture, clickable
 
-    def show() -> None:
-        figure = patch_view(query, reference, query_patches, reference_patches, grid, row.value, column.value)
-        picture.value = figures.to_png(figure)
+    def show(row: int, column: int):
+        return patch_view(query, reference, query_patches, reference_patches, grid, row, column)
+
+    row, column = (_slider(n // 2, 0, n - 1) for n in grid)
+    box = _interactive(show, row=row, column=column)
+    box.layout.width = "calc(100% - 345px)"  # the wide picture must not squeeze the one that takes the clicks
 
     def clicked(_trace, points, _state) -> None:
         if points.xs:
@@ -331,19 +267,14 @@ def patch_matcher(query, reference, query_patches, reference_patches, grid):
             row.value = min(int(points.ys[0] * grid[0] / height), grid[0] - 1)
 
     clickable.data[0].on_click(clicked)
-    _follow(show, row, column)
-    return box
+    return ipywidgets.HBox([ipywidgets.Box([clickable], layout={"flex": "0 0 340px"}), box])
 
 
-# --- descriptors --------------------------------------------------------------------------------------------
-
-
+# ---------- descriptors
 def tsne_explorer(
     descriptors: Mapping, place, paths: Sequence[str], *, aid, class_aid, perplexity: int, seed: int
 ):
     """Slide perplexity and seed and see what stays of the t-SNE maps; hover a point to see its photograph.
-
-    Attributes: ``perplexity``, ``seed`` (sliders), ``chart`` and ``photograph``.
 
     Parameters
     ----------
@@ -358,24 +289,16 @@ def tsne_explorer(
     import ipywidgets
     import plotly.graph_objects as go
 
-    perplexities = _slider("perplexity", perplexity, 2, max(min(30, len(place) - 1), perplexity))
-    seeds = _slider("seed", seed, 0, max(9, seed))
-
-    def draw():
-        options = dict(perplexity=perplexities.value, seed=seeds.value)
-        maps = {name: analysis.tsne(values, **options) for name, values in descriptors.items()}
+    @functools.cache
+    def draw(perplexity: int, seed: int):
+        maps = {n: analysis.tsne(v, perplexity=perplexity, seed=seed) for n, v in descriptors.items()}
         return figures.tsne_plotly(maps, place, files=[_file(p) for p in paths], aid=aid, class_aid=class_aid)
 
-    chart = go.FigureWidget(draw())
-    photograph = ipywidgets.HTML("hover over a point to see its photograph")
-    box = ipywidgets.VBox([ipywidgets.HBox([perplexities, seeds]), chart, photograph])
-    box.perplexity, box.seed, box.chart, box.photograph = perplexities, seeds, chart, photograph
-
-    def show(_change) -> None:
-        fresh = draw()
+    def show(perplexity: int, seed: int) -> None:
+        fresh = draw(perplexity, seed)
         with chart.batch_update():
             for old, new in zip(chart.data, fresh.data, strict=True):
-                old.x, old.y = new.x, new.y
+                old.update(x=new.x, y=new.y)
             chart.layout.annotations = fresh.layout.annotations
 
     def hovered(trace, points, _state) -> None:
@@ -385,16 +308,16 @@ def tsne_explorer(
             caption = f"<b>{index}</b> {html.escape(_file(paths[index]))}"
             photograph.value = f'<img src="{source}"><br>{caption}'
 
+    chart = go.FigureWidget(draw(perplexity, seed))
+    photograph = ipywidgets.HTML("hover over a point to see its photograph")
     for trace in chart.data:
         trace.on_hover(hovered)
-    for slider in (perplexities, seeds):
-        slider.observe(show, "value")
-    return box
+    widest = max(min(30, len(place) - 1), perplexity)
+    controls = dict(perplexity=_slider(perplexity, 2, widest), seed=_slider(seed, 0, max(9, seed)))
+    return ipywidgets.VBox([_interactive(show, **controls), chart, photograph])
 
 
-# --- training -----------------------------------------------------------------------------------------------
-
-
+# ---------- training
 @contextlib.contextmanager
 def live_curve(read_log: Callable, *, plateau: float, every_s: float = 2.0) -> Iterator:
     """Show the loss under a cell while the block inside trains; do nothing on a page without a browser::
@@ -410,20 +333,16 @@ def live_curve(read_log: Callable, *, plateau: float, every_s: float = 2.0) -> I
     import ipywidgets
     from IPython.display import display
 
-    picture, stop, drawn = ipywidgets.Image(format="png"), threading.Event(), 0
+    picture, stop = ipywidgets.Image(format="png"), threading.Event()
 
     def draw() -> None:
-        nonlocal drawn
-        steps = [row for row in read_log() if row.get("kind") == "step"]
-        if len(steps) > drawn:
-            drawn = len(steps)
-            curve = [[row[name] for row in steps] for name in ("step", "loss")]
-            picture.value = figures.to_png(figures.loss_curve(*curve, plateau=plateau))
+        steps = pd.DataFrame([row for row in read_log() if row.get("kind") == "step"])
+        if len(steps):
+            picture.value = figures.to_png(figures.loss_curve(steps["step"], steps["loss"], plateau=plateau))
 
     def keep_drawing() -> None:
         while not stop.wait(every_s):
             draw()
-        draw()
 
     display(picture)
     thread = threading.Thread(target=keep_drawing, daemon=True)
@@ -433,3 +352,4 @@ def live_curve(read_log: Callable, *, plateau: float, every_s: float = 2.0) -> I
     finally:
         stop.set()
         thread.join()
+        draw()
