@@ -9,41 +9,27 @@ Images are PIL images or arrays (H, W, 3); `east_m` and `north_m` are arrays (n,
 recalls are percents; NaN means "not run" or "unknown": it is drawn as such, or counted in the title.
 """
 
-# ruff: noqa: F401
-from workbench.figures.descriptors import aid_bars, thumbnail_page, tsne_figure, tsne_plotly
+# ruff: noqa: F401, I001
+# fmt: off
+from types import FunctionType
+
 from workbench.figures.graph import (
-    graph_change,
-    graph_histograms,
-    graph_map,
-    greedy_steps,
-    pair_matrices,
-    sampler_comparison,
-)
-from workbench.figures.heatmaps import (
-    contributions_pair,
-    heatmap_overlay,
-    label_map,
-    mass_bars,
-    number_grids,
-    patch_match,
+    graph_change, graph_histograms, graph_map, greedy_steps, pair_matrices, sampler_comparison,
 )
 from workbench.figures.maps import (
-    dates,
-    distance_histogram,
-    heading_rose,
-    images_per_place,
-    nearest_map,
-    place_map,
-    places_plotly,
+    dates, distance_histogram, heading_rose, images_per_place, nearest_map, place_map, places_plotly,
+    thumbnail_page, tsne_figure, tsne_plotly,
 )
-from workbench.figures.photographs import contact_sheet, retrieval_panel, review_page
-from workbench.figures.style import PALETTE, RIGHT, WRONG, to_png
-from workbench.figures.tables import (
-    ablation_figure,
-    context_audit,
-    graph_cost,
-    recall_bars,
-    recall_vs_dim,
-    recall_vs_parameters,
+from workbench.figures.pictures import (
+    contact_sheet, contributions_pair, heatmap_overlay, label_map, number_grids, patch_match,
+    retrieval_panel, review_page,
 )
-from workbench.figures.training import loss_curve, recall_per_epoch, training_rates
+from workbench.figures.results import (
+    ablation_figure, aid_bars, context_audit, graph_cost, loss_curve, mass_bars, recall_bars,
+    recall_per_epoch, recall_vs_dim, recall_vs_parameters, training_rates,
+)
+from workbench.figures.style import PALETTE, RIGHT, WRONG, styled, to_png
+
+for _name, _value in list(globals().items()):  # all that draws, in one style
+    if isinstance(_value, FunctionType) and _value not in (styled, to_png):
+        globals()[_name] = styled(_value)

@@ -9,43 +9,32 @@ from matplotlib.figure import Figure
 
 from workbench.figures import style
 from workbench.figures.maps import count_histogram
-from workbench.figures.style import AFFINITY, BLACK, BLUE, GREEN, RED, colour, styled, whole_ticks
+from workbench.figures.style import AFFINITY, BLACK, BLUE, GREEN, RED, whole_ticks
 
 AFFINITY_NAME = "W = -(d_geo · d_vis)  (m)"
 
 
-@styled
 def graph_map(east_m, north_m, edges, weight, *, radius_m, cliques=(), node_labels=(), title=None) -> Figure:
     """Draw a geo-visual graph on its map: edges by their affinity W, places (cliques) by colour and marker.
 
-    Parameters
-    ----------
-    edges, weight : arrays (E, 2) of int and (E,)
-        W = -(d_geo d_vis), in metres; near 0 is close in both.
-    radius_m : float
-        Drawn as a scale bar.
-    cliques : sequence of sequences of int
-        Nodes of each chosen place.
+    `edges` (E, 2) have `weight` (E,), W = -(d_geo d_vis) in metres: near 0 is close in both. `radius_m` is
+    drawn as a scale bar; `cliques` holds the nodes of each chosen place.
     """
+    style.agree(edges=edges, weight=weight)
     at, names = style.local(east_m, north_m)
     edges, weight = np.asarray(edges, dtype=int).reshape(-1, 2), np.asarray(weight, dtype=float)
-    if len(edges) != len(weight):
-        raise ValueError(f"weight must have one value an edge, got {len(weight)} for {len(edges)} edges")
     figure, axis = style.panel(8.2, 5.4)
     style.metre_axes(axis, at, names)
     if len(edges):
         order = np.argsort(weight)  # the strongest edges on top
-        width = float(np.clip(400 / len(edges), 0.5, 2.5))
-        look = {"cmap": AFFINITY, "linewidths": width, "alpha": 0.85}
-        lines = LineCollection(at[edges[order]], array=weight[order], **look)
-        axis.add_collection(lines)
+        look = {"cmap": AFFINITY, "linewidths": np.clip(400 / len(edges), 0.5, 2.5), "alpha": 0.85}
+        lines = axis.add_collection(LineCollection(at[edges[order]], array=weight[order], **look))
         figure.colorbar(lines, cax=axis.inset_axes([1.02, 0, 0.025, 1]), label=AFFINITY_NAME)
     axis.scatter(*at.T, s=np.clip(6000 / len(at), 6, 60), color="#666666", linewidths=0, zorder=2)
     for i, clique in enumerate(cliques):
-        mark = dict(zip(("color", "marker"), style.place_mark(i), strict=True))
-        axis.scatter(*at[list(clique)].T, s=95, edgecolors="white", linewidths=1, zorder=3, **mark)
+        axis.scatter(*at[list(clique)].T, s=95, edgecolors="white", linewidths=1, zorder=3, **style.mark(i))
     for label, point in zip(node_labels, at, strict=False):
-        style.write(axis, label, point, (6, 5), halo=True, fontsize=10, zorder=4)
+        style.write(axis, label, point, (6, 5), **style.HALO, fontsize=10, zorder=4)
     (left, right), (low, high) = axis.get_xlim(), axis.get_ylim()
     x, y = left + 0.04 * (right - left), low - 0.07 * (high - low)
     axis.plot([x, x + radius_m], [y, y], color=BLACK, linewidth=3, solid_capstyle="butt")
@@ -58,7 +47,6 @@ def graph_map(east_m, north_m, edges, weight, *, radius_m, cliques=(), node_labe
     return figure
 
 
-@styled
 def graph_histograms(degree, clique_size, weight) -> Figure:
     """Draw how many neighbours an image has, how large the cliques are, and the affinities of the edges."""
     figure, axes = style.panels(1, 3, (10.2, 3.5))
@@ -67,23 +55,21 @@ def graph_histograms(degree, clique_size, weight) -> Figure:
     neighbours.set(xlabel="neighbours of an image", ylabel="images")
     count_histogram(sizes, np.asarray(clique_size), bars=30)
     sizes.set(xlabel="images in a clique", ylabel="cliques")
-    affinities.hist(np.asarray(weight, dtype=float), bins=40, color=GREEN)
+    affinities.hist(weight, bins=40, color=GREEN)
     affinities.set(xlabel=AFFINITY_NAME, ylabel="edges")
     whole_ticks(neighbours.xaxis, sizes.xaxis, *(axis.yaxis for axis in axes[0]), most=5)
     return figure
 
 
-@styled
 def pair_matrices(d_geo_m, d_vis, weight, kept, *, title) -> Figure:
     """Draw arrays (n, n): metres, L2 of descriptors, and their negated product where an edge is `kept`."""
     import seaborn
 
-    shown = np.where(np.asarray(kept, dtype=bool), np.asarray(weight, dtype=float), np.nan)
     figure, axes = style.panels(1, 3, (10.6, 3.7))
     for axis, values, scale, label in (
         (axes[0, 0], d_geo_m, "cividis_r", "d_geo (m)"),
         (axes[0, 1], d_vis, "cividis_r", "d_vis (L2)"),
-        (axes[0, 2], shown, AFFINITY, "W of the edges that stay (m)"),
+        (axes[0, 2], np.where(kept, weight, np.nan), AFFINITY, "W of the edges that stay (m)"),
     ):
         seaborn.heatmap(values, cmap=scale, square=True, cbar_kws={"shrink": 0.75}, ax=axis)
         axis.grid(False)
@@ -94,7 +80,6 @@ def pair_matrices(d_geo_m, d_vis, weight, kept, *, title) -> Figure:
     return figure
 
 
-@styled
 def greedy_steps(east_m, north_m, edges, chosen, scores) -> Figure:
     """Draw each step of the greedy choice on a toy map of n nodes and `edges` (E, 2).
 
@@ -102,13 +87,11 @@ def greedy_steps(east_m, north_m, edges, chosen, scores) -> Figure:
     compared, S(i) in the first, the mean affinity to the clique in the next; NaN for a node that was no
     candidate.
     """
+    style.agree(chosen=chosen, scores=scores)
     at, names = style.local(east_m, north_m)
-    edges, scores = np.asarray(edges, dtype=int).reshape(-1, 2), np.asarray(scores, dtype=float)
-    if scores.shape != (len(chosen), len(at)):
-        raise ValueError(f"scores must have shape ({len(chosen)}, {len(at)}), got {scores.shape}")
     columns = 2 if len(chosen) in (2, 4) else 3
     figure, axes = style.tiles(len(chosen), columns, (3.7, 3.1), (1.2, 0.8), sharex=True, sharey=True)
-    spread, norm = max(np.ptp(at, axis=0).max(), 1.0), Normalize(np.nanmin(scores), np.nanmax(scores))
+    norm, ring = Normalize(np.nanmin(scores), np.nanmax(scores)), {"facecolors": "none", "edgecolors": RED}
     for axis, clique, values in zip(axes.flat, map(list, chosen), scores, strict=False):
         inside, candidate = np.isin(edges, clique).all(axis=1), np.isfinite(values)
         axis.add_collection(LineCollection(at[edges[~inside]], colors="#d4d4d4", linewidths=1, zorder=1))
@@ -116,27 +99,24 @@ def greedy_steps(east_m, north_m, edges, chosen, scores) -> Figure:
         axis.scatter(*at[~candidate].T, s=85, color="#e2e2e2", edgecolors="#b0b0b0", zorder=3)
         disc = {"s": 150, "edgecolors": "#444444", "linewidths": 0.8, "zorder": 4}
         picture = axis.scatter(*at[candidate].T, c=values[candidate], cmap=AFFINITY, norm=norm, **disc)
-        axis.scatter(*at[clique].T, s=230, facecolors="none", edgecolors=RED, linewidths=2.6, zorder=5)
-        star = {"marker": "*", "color": "white", "edgecolors": RED, "linewidths": 1, "zorder": 6}
-        axis.scatter(*at[clique[-1]], s=60, **star)
+        axis.scatter(*at[clique].T, s=230, linewidths=2.6, zorder=5, **ring)
+        axis.scatter(*at[clique[-1]], s=60, marker="*", color="white", edgecolors=RED, linewidths=1, zorder=6)
         for i in np.flatnonzero(candidate):
-            font = {"halo": True, "ha": "center", "fontsize": 9, "zorder": 7}
+            font = {"ha": "center", "fontsize": 9, "zorder": 7} | style.HALO
             style.write(axis, f"{values[i]:.1f}", at[i], (0, 10), **font)
         axis.set_aspect("equal")
-        low, high = at.min(axis=0), at.max(axis=0)
-        axis.set_xlim(low[0] - 0.12 * spread, high[0] + 0.12 * spread)
-        axis.set_ylim(low[1] - 0.15 * spread, high[1] + 0.15 * spread)
         axis.set_title(f"step {len(clique)}: node {clique[-1]} joins", fontsize=12)
-    for axis in axes[-1]:
-        axis.set_xlabel(names[0])
-    for axis in axes[:, 0]:
-        axis.set_ylabel(names[1])
+    spread, low, high = np.ptp(at, axis=0).max(), at.min(axis=0), at.max(axis=0)
+    axis.set_xlim(low[0] - 0.12 * spread, high[0] + 0.12 * spread)
+    axis.set_ylim(low[1] - 0.15 * spread, high[1] + 0.15 * spread)
+    for axis in axes.flat:
+        axis.set(xlabel=names[0], ylabel=names[1])
+        axis.label_outer()
     figure.colorbar(picture, ax=axes, label="what is compared: mean W (m)", shrink=0.8)
     figure.suptitle("Greedy weighted sampling, step by step")
     return figure
 
 
-@styled
 def sampler_comparison(samplers: Mapping[str, Mapping], *, title="What the samplers draw") -> Figure:
     """Compare samplers by how hard their batches are.
 
@@ -151,14 +131,14 @@ def sampler_comparison(samplers: Mapping[str, Mapping], *, title="What the sampl
         (axes[0, 2], "positive_distance_m", "distance of positives\n(m)", 1),
     ):
         for i, (row, sampler) in enumerate(zip(y, samplers.values(), strict=True)):
-            values = np.asarray(sampler[key], dtype=float)
+            values, tint = np.asarray(sampler[key], dtype=float), style.colour(i)
             if not np.isfinite(values).any():
                 left = {"transform": axis.get_yaxis_transform(), "va": "center", "color": style.GREY}
                 axis.text(0.03, row, "none", **left)
                 continue
             low, first, median, third, high = np.nanquantile(values, [0.05, 0.25, 0.5, 0.75, 0.95])
-            axis.hlines(row, low, high, color=colour(i), linewidth=1.6)
-            axis.hlines(row, first, third, color=colour(i), linewidth=11, alpha=0.55)
+            axis.hlines(row, low, high, color=tint, linewidth=1.6)
+            axis.hlines(row, first, third, color=tint, linewidth=11, alpha=0.55)
             axis.plot([median], [row], marker="|", markersize=19, markeredgewidth=3, color=BLACK)
             style.write(axis, f"{median:.{digits}f}", (median, row), (0, 12), ha="center", fontsize=10)
         axis.set_xlabel(label)
@@ -170,7 +150,6 @@ def sampler_comparison(samplers: Mapping[str, Mapping], *, title="What the sampl
     return figure
 
 
-@styled
 def graph_change(epoch, gained, lost, kept) -> Figure:
     """Draw how many edges each refresh gained, lost and kept, against the one before it; arrays (n,)."""
     gained, lost, kept = (np.asarray(v, dtype=float) for v in (gained, lost, kept))
@@ -182,7 +161,7 @@ def graph_change(epoch, gained, lost, kept) -> Figure:
     edges.axhline(0, color=BLACK, linewidth=1)
     edges.set_ylabel("edges")
     edges.yaxis.set_major_formatter(lambda value, _: f"{abs(value):,.0f}")
-    figure.legend(*edges.get_legend_handles_labels(), loc="outside lower left", ncols=3)
+    figure.legend(loc="outside lower left", ncols=3)
     union = gained + lost + kept
     share.plot(epoch, 100 * (gained + lost) / np.where(union > 0, union, np.nan), color=BLUE, marker="o")
     share.set_ylabel("edges that differ (% of either)")

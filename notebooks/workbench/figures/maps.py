@@ -1,53 +1,52 @@
-"""Where and when photographs were taken, and where what was found for one of them lies."""
+"""Maps: where and when photographs were taken, what was found for one, and t-SNE maps of descriptors."""
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from scipy.spatial.distance import cdist
 
 from workbench.figures import style
-from workbench.figures.style import BLACK, BLUE, ORANGE, RED, RIGHT, SKY, WRONG, colour, marker, styled
+from workbench.figures.style import BLACK, BLUE, ORANGE, PALETTE, RED, RIGHT, SKY, WRONG, mark
+
+PLOTLY_MARKERS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x", "star",
+                  "triangle-left", "triangle-right")  # fmt: skip
 
 
-@styled
 def place_map(east_m, north_m, *, group, heading_deg, title) -> Figure:
     """Draw n photographs on a map, with equal metres on both axes.
 
     `group` (n,) of str, for instance "reference" and "query", gives colour and marker; a line points to each
     heading (n,), in degrees clockwise from north, NaN unknown.
     """
-    start, names = style.local(east_m, north_m)
-    group, angle = np.asarray(group).astype(str), np.deg2rad(np.asarray(heading_deg, dtype=float))
+    at, names = style.local(east_m, north_m)
+    group, angle = np.asarray(group), np.deg2rad(heading_deg)
     figure, axis = style.panel(7.2, 5.2)
-    style.metre_axes(axis, start, names)
-    length = 0.02 * max(np.ptp(start, axis=0).max(), 1.0)
-    end = start + length * np.stack([np.sin(angle), np.cos(angle)], axis=1)
-    handles = []
+    style.metre_axes(axis, at, names)
+    length = 0.02 * max(np.ptp(at, axis=0).max(), 1.0)
+    lines = np.stack([at, at + length * np.stack([np.sin(angle), np.cos(angle)], axis=1)], axis=1)
     for i, label in enumerate(dict.fromkeys(group.tolist())):
-        at, mark = group == label, {"color": colour(i), "marker": marker(i)}
-        axis.scatter(*start[at].T, s=14, alpha=0.75, linewidths=0, **mark)
-        looking = at & np.isfinite(angle)
-        lines = np.stack([start[looking], end[looking]], axis=1)
-        axis.add_collection(LineCollection(lines, colors=colour(i), linewidths=0.9))
-        handles.append(Line2D([], [], linestyle="", markersize=7, label=f"{label} ({at.sum():,})", **mark))
-    style.legend_below(figure, handles, columns=4)
+        here = group == label
+        axis.scatter(
+            *at[here].T, s=14, alpha=0.75, linewidths=0, label=f"{label} ({here.sum():,})", **mark(i)
+        )
+        axis.add_collection(LineCollection(lines[here], colors=style.colour(i), linewidths=0.9))
+    figure.legend(loc="outside lower center", ncols=4, markerscale=2)
     figure.suptitle(title)
     return figure
 
 
-@styled
 def images_per_place(place) -> Figure:
     """Count the images of each place; label -1 (no place known) is left out and counted in the title."""
     place = np.asarray(place)
     counts = np.unique(place[place >= 0], return_counts=True)[1]
     figure, axis = style.panel(7.2, 4.2)
-    count_histogram(axis, counts, bars=40)
     if len(counts):
-        median = float(np.median(counts))
-        axis.axvline(median, color=RED, linestyle="--", label=f"median {median:g}")
+        count_histogram(axis, counts, bars=40)
+        axis.axvline(np.median(counts), color=RED, linestyle="--", label=f"median {np.median(counts):g}")
         axis.legend()
     left_out = int((place < 0).sum())
     stated = f"{len(counts):,} places" + (f", {left_out:,} images of none" if left_out else "")
@@ -59,13 +58,11 @@ def images_per_place(place) -> Figure:
 
 def count_histogram(axis, values: np.ndarray, bars: int) -> None:
     """A bar for each whole number, or for as many of them as it takes to have at most `bars`."""
-    if len(values):
-        step = max(math.ceil((values.max() - values.min() + 1) / bars), 1)
-        edges = np.arange(values.min(), values.max() + step + 1, step) - 0.5
-        axis.hist(values, bins=edges, color=BLUE, rwidth=0.92)
+    step = math.ceil((values.max() - values.min() + 1) / bars)
+    edges = np.arange(values.min(), values.max() + step + 1, step) - 0.5
+    axis.hist(values, bins=edges, color=BLUE, rwidth=0.92)
 
 
-@styled
 def distance_histogram(distance_m, *, radius_m: float) -> Figure:
     """Draw how far each query's nearest reference is, on a logarithmic axis if the metres span two decades.
 
@@ -93,17 +90,15 @@ def distance_histogram(distance_m, *, radius_m: float) -> Figure:
     return figure
 
 
-@styled
 def heading_rose(heading_deg) -> Figure:
     """Draw headings as a rose, clockwise from north; each petal's area is its share."""
     heading = np.asarray(heading_deg, dtype=float)
-    finite = heading[np.isfinite(heading)] % 360
-    bins, width = 24, 15.0
-    counts = np.bincount((((finite + width / 2) % 360) / width).astype(int), minlength=bins)
+    finite = heading[np.isfinite(heading)]
+    counts = np.histogram((finite + 7.5) % 360, bins=24, range=(0, 360))[0]
     figure = style.NotebookFigure(figsize=(5.2, 5.2), layout="constrained")
     axis = figure.add_subplot(projection="polar", theta_offset=np.pi / 2, theta_direction=-1)
-    petal = {"width": np.deg2rad(width) * 0.94, "color": SKY, "edgecolor": BLUE, "linewidth": 1}
-    axis.bar(np.deg2rad(np.arange(bins) * width), np.sqrt(counts), **petal)
+    petal = {"width": np.deg2rad(14.1), "color": SKY, "edgecolor": BLUE, "linewidth": 1}
+    axis.bar(np.deg2rad(np.arange(0, 360, 15)), np.sqrt(counts), **petal)
     ticks = np.sqrt(counts.max()) * np.array([0.5, 1.0]) if len(finite) else []
     axis.set_yticks(ticks, [f"{round(tick**2):,}" for tick in ticks], color=style.DARK, fontsize=10)
     axis.set_rlabel_position(67.5)
@@ -114,15 +109,13 @@ def heading_rose(heading_deg) -> Figure:
     return figure
 
 
-@styled
 def dates(date, *, group) -> Figure:
     """Count images a month (a day, where all lie within three months), a row for each group.
 
     `date` (n,) is datetime64, NaT unknown; `group` (n,) is str, for instance "reference" and "query".
     """
-    date, group = np.asarray(date, dtype="datetime64[D]"), np.asarray(group).astype(str)
-    dated = ~np.isnat(date)
-    names = list(dict.fromkeys(group.tolist())) or [""]
+    date, group = np.asarray(date, dtype="datetime64[D]"), np.asarray(group)
+    dated, names = ~np.isnat(date), list(dict.fromkeys(group)) or [""]
     figure, axes = style.panels(len(names), 1, (7.8, 1.4 + 1.8 * len(names)), sharex=True)
     if dated.any():
         first, last = date[dated].min(), date[dated].max()
@@ -130,7 +123,7 @@ def dates(date, *, group) -> Figure:
         edges = np.arange(first.astype(f"datetime64[{unit}]"), last.astype(f"datetime64[{unit}]") + 2)
         for i, (axis, name) in enumerate(zip(axes[:, 0], names, strict=True)):
             at = dated & (group == name)
-            axis.hist(date[at], bins=edges.astype("datetime64[D]"), color=colour(i))
+            axis.hist(date[at], bins=edges.astype("datetime64[D]"), color=style.colour(i))
             axis.set_ylabel("images")
             style.whole_ticks(axis.yaxis, most=4)
             axis.set_title(f"{name} ({at.sum():,})", loc="left", fontsize=12)
@@ -140,7 +133,6 @@ def dates(date, *, group) -> Figure:
     return figure
 
 
-@styled
 def nearest_map(
     east_m, north_m, found, *, query_east_m, query_north_m, radius_m=25, descriptor_distance=None, title=None
 ) -> Figure:
@@ -149,33 +141,29 @@ def nearest_map(
     `found` (k,) has their rows, nearest first, and `descriptor_distance` (k,) their L2; a circle of
     `radius_m` stands around the query's own position.
     """
-    found = np.asarray(found, dtype=int)
     at, names = style.local(np.append(east_m, query_east_m), np.append(north_m, query_north_m))
-    query, nearest = at[-1], at[found]
+    query, nearest = at[-1], at[np.asarray(found, dtype=int)]
     figure, axis = style.panel(8.6, 5.2)
     style.metre_axes(axis, at, names)
     axis.scatter(*at[:-1].T, s=9, color="#c4c4c4", linewidths=0, label=f"{len(at) - 1:,} references")
     axis.scatter(*nearest.T, s=210, color=BLUE, edgecolors="white", linewidths=1.2, zorder=3)
     close = cdist(nearest, nearest) < 0.03 * max(np.ptp(at, axis=0).max(), 1.0)
-    written = np.zeros(len(found), dtype=bool)
-    for rank in range(len(found)):  # discs that would cover each other share their numbers
-        here = np.flatnonzero(close[rank] & ~written)
-        if not written[rank]:
-            written[here] = True
-            font = {"fontsize": 11 if len(here) == 1 else 8, "fontweight": "bold", "color": "white"}
-            numbers = ",".join(str(r + 1) for r in here)
-            axis.text(*nearest[rank], numbers, ha="center", va="center", zorder=4, **font)
+    ranks = list(range(len(nearest)))
+    while ranks:  # discs that would cover each other share their numbers
+        here = [rank for rank in ranks if close[ranks[0], rank]]
+        font = {"fontsize": 11 if len(here) == 1 else 8, "fontweight": "bold", "color": "white"}
+        numbers = ",".join(str(rank + 1) for rank in here)
+        axis.text(*nearest[ranks[0]], numbers, ha="center", va="center", zorder=4, **font)
+        ranks = [rank for rank in ranks if rank not in here]
     star = {"marker": "*", "s": 420, "color": RED, "edgecolors": "white", "zorder": 2.9}
     axis.scatter(*query, label="the query", **star)
     turn = np.linspace(0, 2 * np.pi, 200)
     circle = query + radius_m * np.stack([np.cos(turn), np.sin(turn)], axis=1)
     axis.plot(*circle.T, color=RED, linestyle="--", linewidth=1.2, label=f"{radius_m:g} m")
-    for rank in range(len(found)):
-        parts = [f"{rank + 1}"]
-        if descriptor_distance is not None:
-            parts.append(f"distance {float(descriptor_distance[rank]):.2f}")
-        parts.append(style.metres(math.dist(nearest[rank], query)))
-        axis.scatter([], [], s=60, color=BLUE, label="  ".join(parts))
+    for rank, place in enumerate(nearest):
+        apart = "" if descriptor_distance is None else f"distance {descriptor_distance[rank]:.2f}  "
+        label = f"{rank + 1}  {apart}{style.metres(math.dist(place, query))}"
+        axis.scatter([], [], s=60, color=BLUE, label=label)
     figure.legend(loc="outside right upper")
     axis.set_title(title or "Where the nearest photographs were taken")
     return figure
@@ -196,29 +184,112 @@ def places_plotly(
     at, names = style.local(np.append(east_m, query_east_m), np.append(north_m, query_north_m))
     references, queries = np.split(at, [len(east_m)])
     lines = [(queries[chosen], end, (None, None)) for end in references[found]]
-    layers = (references, queries, np.reshape(lines, (-1, 2)), references[found], queries[[chosen]])
-    traces = ("references", "queries", "found", "found, by rank", "this query")
-    scatters = [
-        go.Scatter(x=at[:, 0], y=at[:, 1], name=name) for at, name in zip(layers, traces, strict=True)
-    ]
-    figure = go.Figure(scatters)
-    figure.update_traces(mode="markers", hovertemplate="%{text}<extra>%{fullData.name}</extra>")
-    dots = {"size": 11, "color": "#c8c8c8"}  # seen around a query at the same spot
-    diamonds = {"size": 5, "color": ORANGE, "symbol": "diamond"}
+    figure = go.Figure()
+
+    def layer(name: str, at, marker: dict | None = None, **options):
+        shown = {"mode": "markers", "hovertemplate": "%{text}<extra>%{fullData.name}</extra>"} | options
+        figure.add_scatter(x=at[:, 0], y=at[:, 1], name=name, marker=marker, **shown)
+
+    silent = {"hoverinfo": "skip", "hovertemplate": None}
+    line = {"color": "#777777", "width": 1, "dash": "dot"}
     discs = {"size": 19, "color": np.where(correct, RIGHT, WRONG), "line": {"color": "white", "width": 1}}
     discs["symbol"] = np.where(correct, "circle", "square")
-    numbers = {"text": [str(r + 1) for r in range(len(found))], "textfont": {"color": "white", "size": 12}}
-    star = {"size": 16, "color": BLACK, "symbol": "star"}
-    line = {"color": "#777777", "width": 1, "dash": "dot"}
-    silent = {"hoverinfo": "skip", "hovertemplate": None}
-    figure.data[0].update(marker=dots, text=hover)
-    figure.data[1].update(marker=diamonds, text=query_hover)
-    figure.data[2].update(mode="lines", line=line, showlegend=False, **silent)
-    figure.data[3].update(mode="markers+text", marker=discs, **numbers)
-    figure.data[4].update(marker=star, **silent)
+    ranks = {"text": [str(r + 1) for r in range(len(found))], "textfont": {"color": "white", "size": 12}}
+    # dots of references are larger, to be seen around a query at the same spot
+    layer("references", references, {"size": 11, "color": "#c8c8c8"}, text=hover)
+    layer("queries", queries, {"size": 5, "color": ORANGE, "symbol": "diamond"}, text=query_hover)
+    layer("found", np.reshape(lines, (-1, 2)), mode="lines", line=line, showlegend=False, **silent)
+    layer("found, by rank", references[found], discs, mode="markers+text", **ranks)
+    layer("this query", queries[[chosen]], {"size": 16, "color": BLACK, "symbol": "star"}, **silent)
     figure.update_xaxes(title=names[0], zeroline=False)
     figure.update_yaxes(title=names[1], zeroline=False, scaleanchor="x", scaleratio=1)
     size = {"width": 760, "height": 470, "margin": {"l": 60, "r": 20, "t": 20, "b": 55}}
     size |= {"font": {"size": 13}, "legend": {"orientation": "h", "y": 1.08}}
     figure.update_layout(template="plotly_white", **size)
     return figure
+
+
+def central(points: np.ndarray) -> np.ndarray:
+    """The point that lies nearest to all others."""
+    return points[cdist(points, points).sum(axis=1).argmin()]
+
+
+def tsne_title(name: str, aid, line_break: str) -> str:
+    """A method's name, and its average intra-class distance with the interval, where it is known."""
+    return name + (line_break + "AID {:.3f} [{:.3f}, {:.3f}]".format(*aid) if aid else "")
+
+
+def tsne_figure(coordinates, place, *, aid=None, class_aid=None, title=None) -> Figure:
+    """Draw several methods' t-SNE maps of the same n images side by side (in print, see `tsne_plotly`).
+
+    `coordinates` maps a method to an array (n, 2), `place` (n,) is each image's class (colour and marker).
+    `aid` maps a method to its average intra-class distance and interval (value, low, high), for the title;
+    `class_aid` to a mapping of class to its own, written beside the most central image of the class.
+    """
+    place = np.asarray(place)
+    figure, axes = style.tiles(len(coordinates), 4, (2.65, 3.05), margin=(0, 0.4))
+    for axis, (name, points) in zip(axes.flat, coordinates.items(), strict=False):
+        for i, label in enumerate(np.unique(place)):
+            own, tint = points[place == label], mark(i)["color"]
+            hub = central(own)
+            spokes = [(hub, point) for point in own]
+            axis.add_collection(LineCollection(spokes, colors=tint, alpha=0.35, linewidths=1))
+            axis.scatter(*own.T, s=34, edgecolors="white", linewidths=0.4, **mark(i))
+            if class_aid and label in class_aid[name]:
+                text = f"{class_aid[name][label]:.2f}"
+                style.write(axis, text, hub, (5, 5), **style.HALO, fontsize=9, color=tint)
+        axis.set_title(tsne_title(name, aid and aid[name], "\n"), fontsize=12)
+        axis.set(xticks=[], yticks=[])
+        axis.spines[["top", "right"]].set_visible(True)
+    figure.suptitle(title or "t-SNE of the same images; numbers: distance within the class")
+    return figure
+
+
+def tsne_plotly(coordinates, place, *, files, aid=None, class_aid=None):
+    """Draw t-SNE maps as in `tsne_figure`, to be hovered over; `files` names the n images.
+
+    The ``customdata`` of a point is (image index, file, place, method), from which a widget
+    (`workbench.widgets.tsne_explorer`) or a page (`thumbnail_page`) shows the photograph.
+    """
+    from plotly.subplots import make_subplots
+
+    place = np.asarray(place)
+    style.agree(images=place, files=files)
+    columns = min(2, len(coordinates))  # as wide as a notebook's cell
+    rows = -(-len(coordinates) // columns)
+    titles = [tsne_title(f"<b>{name}</b>", aid and aid[name], "<br>") for name in coordinates]
+    spacing = {"horizontal_spacing": 0.02, "vertical_spacing": 0.12 if rows > 1 else None}
+    figure = make_subplots(rows, columns, subplot_titles=titles, **spacing)
+    hover = "place %{customdata[2]}<br>%{customdata[1]}<extra>%{customdata[3]}</extra>"
+    for m, (name, points) in enumerate(coordinates.items()):
+        cell = {"row": m // columns + 1, "col": m % columns + 1}
+        for i, label in enumerate(np.unique(place)):
+            own, tint = np.flatnonzero(place == label), PALETTE[i % 7]
+            data = [(int(image), files[image], str(label), name) for image in own]
+            border = {"color": "white", "width": 0.7}
+            disc = {"color": tint, "symbol": PLOTLY_MARKERS[i % 10], "size": 9, "line": border}
+            shown = {"mode": "markers", "marker": disc, "customdata": data, "hovertemplate": hover}
+            figure.add_scatter(x=points[own, 0], y=points[own, 1], **shown, **cell)
+            if class_aid and label in class_aid[name]:
+                x, y = central(points[own])
+                look = {"font": {"size": 11, "color": tint}, "bgcolor": "rgba(255,255,255,0.7)"}
+                look |= {"showarrow": False, "xshift": 16, "yshift": 10}
+                figure.add_annotation(text=f"{class_aid[name][label]:.2f}", x=x, y=y, **look, **cell)
+    axes = {"showticklabels": False, "showgrid": False, "zeroline": False, "mirror": True}
+    figure.update_xaxes(linecolor="#999999", **axes)
+    figure.update_yaxes(linecolor="#999999", **axes)
+    size = {"width": max(300 * columns, 420), "height": 340 * rows + 70}
+    margin = {"l": 15, "r": 15, "t": 70, "b": 15}
+    size |= {"font": {"size": 13}, "hoverlabel": {"font": {"size": 13}}, "showlegend": False}
+    figure.update_layout(template="plotly_white", margin=margin, **size)
+    return figure
+
+
+def thumbnail_page(figure, images) -> str:
+    """Turn `tsne_plotly`'s figure into an HTML page that shows a hovered point's photograph.
+
+    The images, shrunk, and plotly.js (some 5 MB) lie in the page, so keep them few (hundreds).
+    """
+    script = (Path(__file__).parent.parent / "thumbnails.js").read_text()
+    pictures = json.dumps([style.jpeg(image, 160) for image in images])
+    return figure.to_html(include_plotlyjs=True, post_script=script.replace("PICTURES", pictures))

@@ -30,6 +30,9 @@ STYLE = {
     **{"axes.edgecolor": "#4d4d4d", "axes.prop_cycle": matplotlib.cycler(color=PALETTE)},
     **{"image.interpolation": "nearest", "pdf.fonttype": 42},
 }
+HALO = {"path_effects": [patheffects.withStroke(linewidth=2.5, foreground="white")]}  # of text on lines
+LEGEND_BELOW = {"loc": "outside lower center", "ncols": 3}  # of a figure
+LEGEND_RIGHT = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}  # of an axis
 
 
 class NotebookFigure(Figure):
@@ -55,6 +58,13 @@ def styled(draw):
             return draw(*args, **kwargs)
 
     return wrapped
+
+
+def agree(**arrays) -> None:
+    """Refuse arrays, given by name, that are not equally long."""
+    if len({len(values) for values in arrays.values()}) > 1:
+        lengths = ", ".join(f"{len(values)} {name}" for name, values in arrays.items())
+        raise ValueError(f"{', '.join(arrays)} must be equally many, got {lengths}")
 
 
 def panels(rows: int, columns: int, size: tuple[float, float], **options):
@@ -91,32 +101,18 @@ def plain_ticks(axis) -> None:
     axis.set_major_formatter(lambda value, _: f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}")
 
 
-def write(axis, text: str, at, offset=(4, 0), *, halo: bool = False, **options) -> None:
-    """Write beside a point, `offset` printer's points away; a halo keeps it readable on lines."""
-    drawn = axis.annotate(text, at, xytext=offset, textcoords="offset points", **options)
-    if halo:
-        drawn.set_path_effects([patheffects.withStroke(linewidth=2.5, foreground="white")])
-
-
-def legend_right(axis) -> None:
-    axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-
-
-def legend_below(figure: Figure, handles, columns: int = 3) -> None:
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns)
+def write(axis, text: str, at, offset=(4, 0), **options) -> None:
+    """Write beside a point, `offset` printer's points away."""
+    axis.annotate(text, at, xytext=offset, textcoords="offset points", **options)
 
 
 def colour(index: int) -> str:
     return PALETTE[index % len(PALETTE)]
 
 
-def marker(index: int) -> str:
-    return MARKERS[index % len(MARKERS)]
-
-
-def place_mark(index: int) -> tuple[str, str]:
-    """Colour and marker of the i-th place: 70 pairs before one returns, as 7 and 10 have no common factor."""
-    return PALETTE[index % 7], marker(index)
+def mark(index: int) -> dict:
+    """Colour and marker: 70 pairs before one returns, as 7 and 10 have no common factor."""
+    return {"color": PALETTE[index % 7], "marker": MARKERS[index % 10]}
 
 
 def error_bars(value, low, high) -> np.ndarray:
@@ -130,13 +126,12 @@ def local(east_m, north_m) -> tuple[np.ndarray, list[str]]:
 
     Seven digits of UTM on every tick could not be read.
     """
-    at, names = np.array([east_m, north_m], dtype=float), []
-    for row, direction in zip(at, ("east", "north"), strict=True):
-        finite, origin = row[np.isfinite(row)], 0.0
-        if len(finite) and np.abs(finite).max() >= 10_000:
-            origin = np.floor(finite.min() / 100) * 100
-        row -= origin
-        names.append(f"{direction} of {origin:,.0f} m (m)" if origin else f"{direction} (m)")
+    at, names = np.array([east_m, north_m], dtype=float), ["east (m)", "north (m)"]
+    for i, row in enumerate(at):
+        if np.nanmax(np.abs(row)) >= 10_000:
+            origin = np.floor(np.nanmin(row) / 100) * 100
+            row -= origin
+            names[i] = names[i].replace("(", f"of {origin:,.0f} m (")
     return at.T, names
 
 
@@ -164,21 +159,11 @@ def photograph(axis, image, caption: str = "", frame: str | None = None) -> None
     for spine in axis.spines.values():
         spine.set(visible=frame is not None, color=frame, linewidth=3.5)
         spine.set_linestyle((0, (3, 1.5)) if frame == WRONG else "-")
-    if caption:
-        axis.set_xlabel(caption, fontsize=10, labelpad=3)
+    axis.set_xlabel(caption, fontsize=10, labelpad=3)
 
 
-def caption_lines(captions) -> int:
-    """Lines of the longest caption; 0 without captions."""
-    return max((caption.count("\n") + 1 for caption in captions or ()), default=0)
-
-
-def jpeg(image, size_px: int) -> str:
+def jpeg(image: Image.Image, size_px: int) -> str:
     """A picture, shrunk to `size_px` on the longer side, as base64 of a JPEG."""
-    if not isinstance(image, Image.Image):
-        array = np.asarray(image)
-        array = array if array.dtype == np.uint8 else (np.clip(array, 0, 1) * 255).round().astype(np.uint8)
-        image = Image.fromarray(array)
     picture = image.convert("RGB")
     picture.thumbnail((size_px, size_px))
     buffer = io.BytesIO()

@@ -1,0 +1,210 @@
+"""Photographs side by side, and what a model looks at in them: weights, contributions, labels, matches."""
+
+from collections.abc import Mapping
+
+import numpy as np
+from matplotlib.colors import LinearSegmentedColormap, ListedColormap, Normalize, TwoSlopeNorm
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+
+from workbench.figures import style
+from workbench.figures.style import (
+    BLACK,
+    BLUE,
+    GREEN,
+    HEAT,
+    RED,
+    RIGHT,
+    SIGNED,
+    SKY,
+    WRONG,
+    photograph,
+)
+
+LABEL_COLOURS = (style.SKY, style.GREY, style.ORANGE, style.BLUE, style.PURPLE, style.GREEN, style.RED,
+                 style.BLACK, style.YELLOW, "#8b5a2b", "#b3de69", "#fccde5")  # fmt: skip
+
+
+def contact_sheet(images, captions, *, columns=6, title=None) -> Figure:
+    """Lay n photographs out in a grid, a caption (of one or more lines) under each."""
+    style.agree(images=images, captions=captions)
+    lines = 1 + max(caption.count("\n") for caption in captions)
+    tile = 1.9, 1.9 * style.aspect(images[0]) + 0.2 * lines + 0.06
+    figure, axes = style.tiles(len(images), columns, tile, margin=(0, 0.45 if title else 0))
+    for axis, image, caption in zip(axes.flat, images, captions, strict=False):
+        photograph(axis, image, caption)
+    figure.suptitle(title)
+    return figure
+
+
+def photograph_rows(rows, tile: float, title: str | None) -> Figure:
+    """Draw rows of cells (image, caption, frame), `tile` inches wide; a cell without an image is a text."""
+    columns, height = max(map(len, rows)), tile * style.aspect(rows[0][0][0]) + 0.3
+    size = tile * columns, height * len(rows) + (0.5 if title else 0.1)
+    figure, axes = style.panels(len(rows), columns, size)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for row, cells in zip(axes, rows, strict=True):
+        for axis, (image, caption, frame) in zip(row, cells, strict=False):
+            if image is None:
+                axis.text(0.5, 0.5, caption, ha="center", va="center", color=style.GREY)
+            else:
+                photograph(axis, image, caption, frame)
+    figure.suptitle(title)
+    return figure
+
+
+def retrieval_panel(
+    queries, retrieved, distance_m, correct, *, query_captions=None, truth=None, title=None, tile=1.75
+) -> Figure:
+    """Draw Q queries with what was retrieved for them, a row each, tiles `tile` inches wide.
+
+    `retrieved` holds k images of each, in order of rank; `distance_m` (Q, k) metres, NaN unknown; `correct`
+    (Q, k) whether it is a positive: a blue frame and a tick, or a red dashed one and a cross. `truth`, an
+    image or None of each, fills a last column with a true reference.
+    """
+    style.agree(queries=queries, retrieved=retrieved, distance_m=distance_m, correct=correct)
+    rows = []
+    for q, query in enumerate(queries):
+        row = [(query, query_captions[q] if query_captions else "query", BLACK)]
+        found = zip(retrieved[q], distance_m[q], correct[q], strict=True)
+        for rank, (image, apart, right) in enumerate(found, start=1):
+            mark, frame = ("✓", RIGHT) if right else ("✗", WRONG)
+            row.append((image, f"#{rank} {mark}  {style.metres(apart)}", frame))
+        if truth is not None:
+            caption = "no true\nreference" if truth[q] is None else "a true reference"
+            row.append((truth[q], caption, GREEN))
+        rows.append(row)
+    return photograph_rows(rows, tile, title)
+
+
+def review_page(
+    query, retrieved, positives, *, retrieved_captions, positive_captions, correct, query_caption, notes
+) -> Figure:
+    """Make a page on which a person judges a query: what was retrieved above, what is called true below.
+
+    `retrieved` and `positives` (possibly none) have a caption each; `correct` has one bool a retrieved image;
+    `notes`, at the foot, say why the query is suspected.
+    """
+    frames = [RIGHT if right else WRONG for right in correct]
+    above = [(query, query_caption, BLACK), *zip(retrieved, retrieved_captions, frames, strict=True)]
+    below = [(image, text, GREEN) for image, text in zip(positives, positive_captions, strict=True)]
+    below = [(None, "the references\ncalled true", ""), *(below or [(None, "none within\nthe radius", "")])]
+    figure = photograph_rows([above, below], 1.9, "Is the ground truth right?")
+    figure.set_figheight(figure.get_figheight() + 1)  # for captions of several lines and the notes
+    figure.supxlabel(notes, fontsize=11)
+    return figure
+
+
+def label_map(image, labels, names) -> Figure:
+    """Show a picture beside the label of each of its pixels, an array (H, W) of indices into `names`."""
+    figure, axes = style.panels(1, 2, (8.6, 3.6))
+    photograph(axes[0, 0], image)
+    tints = ListedColormap(LABEL_COLOURS)
+    axes[0, 1].imshow(labels, cmap=tints, vmin=-0.5, vmax=len(LABEL_COLOURS) - 0.5)
+    axes[0, 1].set_axis_off()
+    shares = {i: np.mean(labels == i) for i in np.unique(labels)}
+    handles = [Patch(color=tints(i), label=f"{names[i]} {share:.0%}") for i, share in shares.items()]
+    axes[0, 1].legend(handles=handles, loc="center left", bbox_to_anchor=(1.02, 0.5))
+    return figure
+
+
+def overlay(axis, image, values, scale, norm, alpha):
+    """Draw values (h, w) over the grey picture, each patch over the pixels that it covers."""
+    array = np.asarray(image)
+    grey = array if array.ndim == 2 else array[..., :3] @ np.array([0.299, 0.587, 0.114])
+    axis.imshow(grey, cmap="gray", interpolation="antialiased")
+    axis.set_axis_off()
+    extent = (-0.5, grey.shape[1] - 0.5, grey.shape[0] - 0.5, -0.5)
+    return axis.imshow(values, cmap=scale, norm=norm, alpha=alpha, extent=extent)
+
+
+def heatmap_overlay(images, maps, *, captions=(), scale=None, title) -> Figure:
+    """Lay a weight per patch over each of n pictures, the picture itself beside it.
+
+    `maps` are n arrays (h, w); `scale` (low, high) is one colour scale for all, by default each has its own.
+    """
+    style.agree(images=images, maps=maps)
+    captions = captions or [""] * len(images)
+    lines = max(caption.count("\n") + bool(caption) for caption in captions)
+    height = 2.15 * style.aspect(images[0]) + 0.22 * lines + 0.12
+    figure, axes = style.tiles(2 * len(images), 4, (2.15, height), margin=(1.1, 0.5))
+    for i, (image, values) in enumerate(zip(images, maps, strict=True)):
+        photograph(axes.flat[2 * i], image, captions[i])
+        norm = Normalize(*(scale or (np.min(values), np.max(values))))
+        picture = overlay(axes.flat[2 * i + 1], image, values, HEAT, norm, 0.62)
+    if scale:
+        figure.colorbar(picture, ax=axes, label="weight of the patch", shrink=0.85, alpha=1.0)
+    figure.suptitle(title)
+    return figure
+
+
+def contributions_pair(query, reference, query_maps, reference_maps, *, captions, title) -> Figure:
+    """Draw what each patch gives to the matching score, over a query and its true reference.
+
+    A column a method, with a caption; `query_maps` and `reference_maps` give its array (h, w): positive
+    speaks for the match, negative against it. Each method has its own scale, symmetric around zero, as their
+    scores differ.
+    """
+    columns, width = 1 + len(query_maps), 1.95
+    figure, axes = style.panels(2, columns, (width * columns + 1.0, 2 * width * style.aspect(query) + 1.4))
+    for axis, image, name in zip(axes[:, 0], (query, reference), ("query", "true reference"), strict=True):
+        photograph(axis, image)
+        axis.set_title(name, fontsize=12)
+    for column, name in zip(axes[:, 1:].T, query_maps, strict=True):
+        pair = [query_maps[name], reference_maps[name]]
+        reach = max(*(np.abs(values).max() for values in pair), 1e-12)
+        for axis, image, values in zip(column, (query, reference), pair, strict=True):
+            picture = overlay(axis, image, values / reach, SIGNED, TwoSlopeNorm(0, -1, 1), 0.68)
+        column[0].set_title(f"{name}\n{captions[name]}", fontsize=12)
+    bar = figure.colorbar(picture, ax=axes, shrink=0.85, ticks=[-1, 0, 1])
+    bar.set_ticklabels(["against", "0", "for"])
+    bar.set_label("contribution to the score\n(each method's largest: 1)", fontsize=11)
+    figure.suptitle(title)
+    return figure
+
+
+def patch_match(query, reference, patch, similarity, *, grid) -> Figure:
+    """Draw a patch (row, column) of the query's `grid`, and its cosine with the reference's (h, w)."""
+    best = np.unravel_index(similarity.argmax(), similarity.shape)
+    figure, axes = style.panels(1, 2, (8.6, 3.9 * style.aspect(query) + 0.7))
+    left, right = axes[0]
+    photograph(left, query)
+    frame_patch(left, query, grid, patch)
+    left.set_title("patch ({}, {})".format(*patch), fontsize=12)
+    norm = Normalize(similarity.min(), max(similarity.max(), similarity.min() + 1e-9))
+    picture = overlay(right, reference, similarity, HEAT, norm, 0.6)
+    frame_patch(right, reference, similarity.shape, best)
+    right.set_title(f"best match ({best[0]}, {best[1]}): {similarity[best]:.2f}", fontsize=12)
+    figure.colorbar(picture, ax=axes, label="cosine similarity", shrink=0.85)
+    return figure
+
+
+def frame_patch(axis, image, grid: tuple[int, int], patch: tuple[int, int]) -> None:
+    """Frame the patch (row, column) of a picture that `grid` (rows, columns) divides."""
+    height, width = np.asarray(image).shape[:2]
+    step_y, step_x = height / grid[0], width / grid[1]
+    corner = (patch[1] * step_x - 0.5, patch[0] * step_y - 0.5)
+    for tint, line in (("white", 4.5), (RED, 2.5)):
+        axis.add_patch(Rectangle(corner, step_x, step_y, fill=False, edgecolor=tint, linewidth=line))
+
+
+def number_grids(arrays: Mapping[str, np.ndarray], *, signed=False, title=None) -> Figure:
+    """Write small matrices out as coloured numbers, to follow an equation on a toy.
+
+    Each has a colour scale of its own; `signed` takes a diverging one, white at zero.
+    """
+    import seaborn
+
+    rows, columns = np.max([values.shape for values in arrays.values()], axis=0)
+    tile = max(0.62 * columns + 0.4, 2.0), 0.46 * rows + 0.75
+    figure, axes = style.tiles(len(arrays), 4, tile, margin=(0, 0.4 if title else 0))
+    for axis, (name, values) in zip(axes.flat, arrays.items(), strict=False):
+        scale = {"cmap": LinearSegmentedColormap.from_list("", ["#ffffff", SKY, BLUE])}
+        if signed:
+            scale = {"cmap": SIGNED, "vmin": -np.abs(values).max(), "vmax": np.abs(values).max()}
+        font = {"annot": True, "fmt": ".3f", "annot_kws": {"fontsize": 10}}
+        seaborn.heatmap(values, cbar=False, xticklabels=False, yticklabels=False, ax=axis, **scale, **font)
+        axis.set_title(f"{name}\n{' x '.join(map(str, values.shape))}", fontsize=11)
+    figure.suptitle(title)
+    return figure
