@@ -151,7 +151,7 @@ class Backbone(nn.Module):
         if any(side % self.patch or side < self.patch for side in sides):
             fit = [max(self.patch, round(side / self.patch) * self.patch) for side in sides]
             words = f"{sides[0]} x {sides[1]} pixels cannot be cut into patches of {self.patch}"
-            raise ValueError(f"images of {words}: resize them to multiples of it, such as {fit[0]} x {fit[1]}")
+            raise ValueError(f"images of {words}: resize them to multiples, such as {fit[0]} x {fit[1]}")
         return sides[0] // self.patch, sides[1] // self.patch
 
     def _renormalise(self, images: Tensor) -> Tensor:
