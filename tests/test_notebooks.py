@@ -287,7 +287,7 @@ WRONG = (
     ("05", "methods", "gem:tf_efficientnet_lite2", "the last of methods must use Soft Probing"),
     ("07", "audit_set", "nosuch", "audit_set must be empty or one of"),
     ("07", "grid_file", "nosuch.yaml", "nosuch.yaml: there is no such file"),
-    ("07", "k", 0, "k must be one of 1 to 20, got 0"),
+    ("07", "k", 0, "k must be one of 1, 2, 3"),
     ("07", "own_runs", "yes", "own_runs must be true or false, got 'yes'"),
     ("07", "results_folder", "nosuch", "there is no folder nosuch"),
 )

@@ -36,7 +36,7 @@ def test_parameters_are_checked_against_their_types_and_least_values():
             start_page(page | wrong, epochs=1, lr=0)
     with pytest.raises(ValueError, match="name must be one of b, c, got 'a'"):
         start_page(page, name=("b", "c"))
-    with pytest.raises(ValueError, match="epochs must be one of 1 to 2, got 3"):
+    with pytest.raises(ValueError, match="epochs must be one of 1, 2, got 3"):
         start_page(page, epochs=range(1, 3))
 
 

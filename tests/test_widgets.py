@@ -168,12 +168,11 @@ def test_verdicts_are_kept_saved_and_loaded_without_a_network(tmp_path, review):
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.on("request", lambda request: requests.append(request.url))
         page.goto(address)
-        assert page.locator("section:visible").count() == 1
-        page.locator("section:visible input[type=radio]").first.check()
-        page.locator("section:visible input[type=checkbox]").nth(1).check()
-        page.locator("section:visible input[type=text]").fill('the "same", door')
-        page.click("#next")
-        assert page.inner_text("#where") == "page 2 of 2" and page.inner_text("#done") == "1 of 2 judged"
+        first = page.locator("section").first
+        first.locator("input[type=radio]").first.check()
+        first.locator("input[type=checkbox]").nth(1).check()
+        first.locator("input[type=text]").fill('the "same", door')
+        assert page.inner_text("#done") == "1 of 2 judged"
         for kind in ("csv", "json"):
             with page.expect_download() as download:
                 page.click(f"#{kind}")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sagelib.runs import UNFINISHED, Run, atomic_path, fingerprint, now, plain, runs_root, write_json
+from sagelib.runs import UNFINISHED, Run, atomic_path, check, fingerprint, now, plain, runs_root, write_json
 
 NOTEBOOKS = Path(__file__).resolve().parents[1]
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", dict: "a mapping"}
@@ -17,8 +17,7 @@ def start_page(namespace: Mapping[str, Any], **allowed: float | Sequence | None)
     """Begin a page: relative paths start at ``notebooks``, and parameters are what they are declared.
 
     `namespace` is the page's ``globals()``, whose annotated names are the parameters; `allowed` says of some
-    of them the least value, or all values, or None where None may be. A ValueError names the parameter, what
-    is allowed, and the value; or a name that is no parameter of the page.
+    of them the least value, or all values, or None where None may be. A ValueError says what is wrong.
     """
     if NOTEBOOKS.is_dir():
         os.chdir(NOTEBOOKS)
@@ -27,10 +26,8 @@ def start_page(namespace: Mapping[str, Any], **allowed: float | Sequence | None)
     given = [cell for cell in namespace.get("In", []) if cell.startswith("# Parameters\n")][-1:]
     unknown = [name for cell in given for name in re.findall(r"^(\w+) = ", cell, re.M) if name not in kinds]
     if unknown:
-        raise ValueError(
-            f"this page has no parameter {', '.join(unknown)}; it has {', '.join(kinds)} (of a file for "
-            "several pages, notebooks/reproduce.py gives each page its own)"
-        )
+        hint = "(of a file for several pages, notebooks/reproduce.py gives each page its own)"
+        raise ValueError(f"this page has no parameter {', '.join(unknown)}; it has {', '.join(kinds)} {hint}")
     for name, kind in kinds.items():
         value, limit = namespace.get(name), allowed.get(name)
         if value is None and name in allowed and limit is None:
@@ -42,9 +39,8 @@ def start_page(namespace: Mapping[str, Any], **allowed: float | Sequence | None)
             raise ValueError(f"{name} must be {KINDS[kind]}, got {value!r}{hint}")
         if isinstance(limit, int | float) and not value >= limit:
             raise ValueError(f"{name} must be at least {limit}, got {value!r}")
-        if isinstance(limit, Sequence) and value not in limit:
-            words = f"{limit[0]} to {limit[-1]}" if isinstance(limit, range) else ", ".join(map(str, limit))
-            raise ValueError(f"{name} must be one of {words}, got {value!r}")
+        if isinstance(limit, Sequence):
+            check(name, value, choices=limit)
 
 
 def read_list(text: str, what: str, kind: type = str, *, least: int = 1) -> list:
@@ -52,9 +48,7 @@ def read_list(text: str, what: str, kind: type = str, *, least: int = 1) -> list
     try:
         values = [kind(part) for part in map(str.strip, text.split(",")) if part]
     except ValueError:
-        raise ValueError(
-            f"{what} is {text!r}: give whole numbers separated by commas, as in 256, 128"
-        ) from None
+        raise ValueError(f"{what} is {text!r}: give whole numbers separated by commas") from None
     if len(values) < least:
         raise ValueError(f"{what} is {text!r}: give at least one value; several are separated by commas")
     if len(set(values)) != len(values):
@@ -95,8 +89,7 @@ class Page(Run):
 def open_notebook_run(folder: str | os.PathLike, notebook: str, subject: str, **parameters: Any) -> Page:
     """The run ``<runs>/notebooks/<notebook>-<subject>-<hash>`` of a page, begun afresh each time.
 
-    `folder` is as for `runs_root`, `notebook` a number such as ``"01"``, `subject` a name that a person
-    recognises, and `parameters` are what the figures depend on.
+    `folder` is as for `runs_root`; the hash is of `parameters`, what the figures depend on.
     """
     name = f"{notebook}-{subject.replace('/', '_')}-{fingerprint(plain(parameters))[:6]}"
     page = Page.open(runs_root(folder), "notebooks", name, parameters)
