@@ -11,23 +11,7 @@ from sagelib.evaluate import compare, evaluate_many, open_model, published, trai
 from sagelib.images import Preprocess
 from sagelib.model import build_model
 from sagelib.places import Places
-from workbench.tables import (
-    bootstrap_mean,
-    chance_recall,
-    minimal_detectable_difference,
-    published_by_parameters,
-    published_by_size,
-    published_recalls,
-    query_places,
-    read_evaluations,
-    recall_arrays,
-    results_table,
-    to_latex,
-    to_markdown,
-    trained_parameters,
-    training_runs,
-    write_table,
-)
+from workbench import tables
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +27,9 @@ def measured(tmp_path_factory):
     return root, evaluations, under, missing
 
 
-# ---------------------------------------------------------------------------------------------------- tables
 def test_tables_put_published_numbers_beside_evaluations(measured):
     _, evaluations, _, missing = measured
-    table = results_table(evaluations, missing)
+    table = tables.results_table(evaluations, missing)
     n_published = (published()["dataset"] == "sped").sum()
     ours = table[table["dataset"] == "sped"].iloc[1]
     assert (table["dataset"] == "sped").sum() == 2 + n_published
@@ -56,89 +39,84 @@ def test_tables_put_published_numbers_beside_evaluations(measured):
     others = table[table["dataset"] == "sped"].iloc[2:]
     assert others["hits@1"].isna().all() and others["context"].notna().all()
     chance = table.iloc[0]
-    level = [chance_recall(PLACES, [1] * PLACES, k) for k in (1, 5, 10)]
+    level = [tables.chance_recall(PLACES, [1] * PLACES, k) for k in (1, 5, 10)]
     assert chance["method"] == "chance" and np.allclose([chance[f"R@{k}"] for k in (1, 5, 10)], level)
     assert chance[["R@1 95 %", "hits@1", "context"]].isna().all()
     absent = table[table["dataset"] == "tokyo247"]
     assert absent["method"].iloc[0] == "not run" and "get it from" in absent["source"].iloc[0]
     assert len(absent) > 2 and np.isnan(absent["R@1"].iloc[0]) and absent["R@1"].dtype == float
-    assert len(results_table(evaluations[:1], beside=False)) == 2
-    assert len(results_table([])) == 0
-
-
-def test_chance_is_counted_over_all_rankings():
-    assert np.isclose(chance_recall(4, [1, 2, 0], 2), 100 * (1 / 2 + 5 / 6 + 0) / 3)
+    assert len(tables.results_table(evaluations[:1], beside=False)) == 2
+    assert len(tables.results_table([])) == 0
+    assert np.isclose(tables.chance_recall(4, [1, 2, 0], 2), 100 * (1 / 2 + 5 / 6 + 0) / 3)
 
 
 def test_tables_are_written_for_readers_and_for_programs(measured, tmp_path):
-    table = results_table(measured[1])
-    markdown, latex = to_markdown(table), to_latex(table)
+    table = tables.results_table(measured[1])
+    markdown, latex = tables.to_markdown(table), tables.to_latex(table)
     assert len(markdown.splitlines()) == len(table) + 2
     assert "nan" not in markdown.lower().replace("nanjing", "")
     assert f"{measured[1][0].recall.percent(1):.1f}" in markdown
     assert latex.startswith(r"\begin{tabular}{lllrl") and r"95 \%" in latex
     assert latex.count(r"\\") == len(table) + 1
     for suffix in ("csv", "md", "tex"):
-        write_table(table, tmp_path / f"t.{suffix}")
+        tables.write_table(table, tmp_path / f"t.{suffix}")
     back = pd.read_csv(tmp_path / "t.csv")
     np.testing.assert_allclose(back["R@1"], table["R@1"].astype(float))
     assert (tmp_path / "t.tex").read_text() == latex
     with pytest.raises(ValueError, match="the ending must be one of .csv, .md, .tex, got '.xlsx'"):
-        write_table(table, tmp_path / "t.xlsx")
-
-
-def test_what_latex_and_markdown_would_read_as_commands():
+        tables.write_table(table, tmp_path / "t.xlsx")
+    # What LaTeX and Markdown would read as commands.
     table = pd.DataFrame({"a_b": ["[x] 5 % & #1", "*y |", "two\nlines"], "R@1": [1.0, np.nan, 2.25]})
-    lines = to_latex(table).splitlines()
+    lines = tables.to_latex(table).splitlines()
     assert lines[0] == r"\begin{tabular}{lr}" and lines[2] == r"a\_b & R@1 \\"
     assert lines[4:7] == [r"{}[x] 5 \% \& \#1 & 1.0 \\", r"{}*y | &  \\", r"two lines & 2.2 \\"]
-    assert to_markdown(table).splitlines()[3:] == [r"| *y \| |  |", "| two lines | 2.2 |"]
+    assert tables.to_markdown(table).splitlines()[3:] == [r"| *y \| |  |", "| two lines | 2.2 |"]
 
 
-# ----------------------------------------------------------------------------------------------- for figures
 def test_published_points():
-    assert published_by_size("sped")["SAGE ViT-L, sorted"] == ([2048, 4096, 8448], [95.6, 97.7, 98.9])
-    bars = published_recalls(["town", "sped", "msls-val"])
+    assert tables.published_by_size("sped")["SAGE ViT-L, sorted"] == ([2048, 4096, 8448], [95.6, 97.7, 98.9])
+    bars = tables.published_recalls(["town", "sped", "msls-val"])
     assert set(bars) == {"SAGE ViT-L, sorted", "SAGE ViT-L, none", "SAGE ViT-B, none"}
     np.testing.assert_allclose(bars["SAGE ViT-L, sorted"], [np.nan, 98.9, 94.5])
-    points = published_by_parameters("sped")
+    points = tables.published_by_parameters("sped")
     assert points["SAGE ViT-L, sorted"] == (10_377_926, 98.9) and len(points) == 3
-    assert published_recalls(["town"]) == published_by_size("town") == published_by_parameters("town") == {}
+    assert tables.published_recalls(["town"]) == tables.published_by_size("town") == {}
+    assert tables.published_by_parameters("town") == {}
 
 
 def test_how_much_was_trained(tmp_path):
     for spec in ("pixels", "gem2x2:tf_efficientnet_lite2"):
-        assert trained_parameters(spec, [], None) == 0
+        assert tables.trained_parameters(spec, [], None) == 0
     roots = [Path(__file__).resolve().parent.parent / "data" / "results"]
     model = open_model("sage", roots)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert trained_parameters("sage", roots, model) == trained
+    assert tables.trained_parameters("sage", roots, model) == trained
     model = build_model("vit_test_patch14", pretrained=False, aggregator="softp", interact=True)
     model.save_pretrained(tmp_path / "kept")
     report, kept = model.parameter_report(), str(tmp_path / "kept")
-    assert trained_parameters(kept, [], model) == report["trained, head off"][0] + report["InteractHead"][0]
+    trained = report["trained, head off"][0] + report["InteractHead"][0]
+    assert tables.trained_parameters(kept, [], model) == trained
     assert training_run("pixels", roots) is None and training_run(kept) is None
-    assert list(training_runs(["pixels", "sage"], roots)) == ["sage"]
+    assert list(tables.training_runs(["pixels", "sage"], roots)) == ["sage"]
     with pytest.raises(ValueError, match="there is no finished training run 'pixels'"):
-        training_runs([], roots, ["pixels"])
+        tables.training_runs([], roots, ["pixels"])
 
 
 def test_finished_evaluations_are_read_by_what_they_are(measured):
     root, evaluations, under, _ = measured
     how = {"context": "none", "preprocess": Noisy.preprocess}
-    found = read_evaluations(root, ["unaligned", "aligned", "tokyo247"], ["random", "other"], **how)
+    found = tables.read_evaluations(root, ["unaligned", "aligned", "tokyo247"], ["random", "other"], **how)
     assert [e.path for e in found] == [evaluations[1].path, evaluations[0].path]
-    (again,) = read_evaluations(root, ["aligned"], ["random"], **how | {"context": "sorted"})
+    (again,) = tables.read_evaluations(root, ["aligned"], ["random"], **how | {"context": "sorted"})
     assert again.path == under.path
-    assert not read_evaluations(root, ["aligned"], ["random"], **how | {"preprocess": Preprocess(28)})
-    recalls, low, high = recall_arrays(found, ["random", "other"], ["aligned", "sped"])
+    assert not tables.read_evaluations(root, ["aligned"], ["random"], **how | {"preprocess": Preprocess(28)})
+    recalls, low, high = tables.recall_arrays(found, ["random", "other"], ["aligned", "sped"])
     assert recalls[0, 0] == evaluations[0].recall.percent(1) and np.isnan(recalls).sum() == 3
     assert low[0, 0] < recalls[0, 0] < high[0, 0]
     with pytest.raises(ValueError, match="duplicate"):
-        recall_arrays([*found, under], ["random"], ["aligned"])
+        tables.recall_arrays([*found, under], ["random"], ["aligned"])
 
 
-# ------------------------------------------------------------------------------------------------- evidence
 def test_evaluations_are_compared_on_the_same_pictures(measured):
     _, (a, b, _), under, _ = measured
     assert compare(a, under).points == pytest.approx(under.recall.percent(1) - a.recall.percent(1))
@@ -149,38 +127,34 @@ def test_evaluations_are_compared_on_the_same_pictures(measured):
 def test_places_of_queries_are_labels_or_clusters():
     east, zones = np.array([0.0, 20.0, 40.0, 500.0, 0.0]), np.array(["31N"] * 4 + ["32N"])
     queries = Places.build([f"{i}.jpg" for i in range(5)], east_m=east, north_m=np.zeros(5), utm_zone=zones)
-    np.testing.assert_array_equal(query_places(queries), [0, 0, 1, 2, 3])
+    np.testing.assert_array_equal(tables.query_places(queries), [0, 0, 1, 2, 3])
     labelled = queries.replace(place=np.array([0, 0, 1, 1, 1]), city=np.array(["a", "a", "a", "a", "b"]))
-    np.testing.assert_array_equal(query_places(labelled), [0, 0, 1, 1, 2])
+    np.testing.assert_array_equal(tables.query_places(labelled), [0, 0, 1, 1, 2])
 
 
-def test_bootstrap_mean_agrees_with_resampling_by_index():
-    rng = np.random.default_rng(1)
+def test_bootstrap_mean_agrees_with_resampling_by_index_and_is_wider_over_groups():
+    rng, place = np.random.default_rng(1), np.repeat(np.arange(40), 10)
     values = rng.choice([-1, -0.6, 0, 0.4, 1], size=200)
     by_index = values[rng.integers(0, 200, (20_000, 200))].mean(1)
     expected = [values.mean(), *np.quantile(by_index, [0.025, 0.975])]
-    np.testing.assert_allclose(bootstrap_mean(values), expected, atol=0.01)
-
-
-def test_bootstrap_mean_of_groups_is_wider_where_queries_depend_on_each_other():
-    place = np.repeat(np.arange(40), 10)
-    values = np.random.default_rng(0).choice([-1, -0.4, 0, 1], size=40)[place]
-    mean, low, high = bootstrap_mean(values)
-    of_places = bootstrap_mean(values, groups=place)
+    np.testing.assert_allclose(tables.bootstrap_mean(values), expected, atol=0.01)
+    values = rng.choice([-1, -0.4, 0, 1], size=40)[place]
+    mean, low, high = tables.bootstrap_mean(values)
+    of_places = tables.bootstrap_mean(values, groups=place)
     assert of_places[0] == mean and of_places[2] - of_places[1] > 2 * (high - low)
     with pytest.raises(ValueError, match="groups must be 400 labels"):
-        bootstrap_mean(values, groups=place[:3])
+        tables.bootstrap_mean(values, groups=place[:3])
 
 
 def test_minimal_detectable_difference_has_the_power_it_names():
     n, discordant = 425, 0.2
-    points = minimal_detectable_difference(n, discordant)
+    points = tables.minimal_detectable_difference(n, discordant)
     gain, rng = points / 200, np.random.default_rng(0)
     shares = [discordant / 2 + gain, discordant / 2 - gain, 1 - discordant]
     gained, lost, _ = rng.multinomial(n, shares, 20_000).T
     found = np.abs(gained - lost) / np.sqrt(gained + lost) > 1.96
     assert found.mean() == pytest.approx(0.8, abs=0.02)
-    assert minimal_detectable_difference(4 * n, discordant) < points
-    assert np.isnan(minimal_detectable_difference(20, 0.01))
+    assert tables.minimal_detectable_difference(4 * n, discordant) < points
+    assert np.isnan(tables.minimal_detectable_difference(20, 0.01))
     with pytest.raises(ValueError, match="discordant must be a number from 0 to 1, got 1.5"):
-        minimal_detectable_difference(n, 1.5)
+        tables.minimal_detectable_difference(n, 1.5)
