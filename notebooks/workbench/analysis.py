@@ -229,14 +229,10 @@ def score_contributions(aggregator, cls, patches, grid: tuple[int, int], other) 
 
 # ---------- what the graph costs
 def graph_cost_table(logs: Mapping[str, Iterable[Mapping]], published: pd.DataFrame) -> pd.DataFrame:
-    """What the graph cost, online and offline: measured in trainings, and as published.
+    """What the graph cost, online and offline: measured in finished trainings, and as published.
 
-    Parameters
-    ----------
-    logs : mapping of str to rows of a log
-        Of finished trainings, by name (``Run.read_log``); those without a graph are left out.
-    published : DataFrame
-        ``sagelib.evaluate.published("graph")``.
+    `logs` are rows of logs by name (``Run.read_log``), of which those without a graph are left out;
+    `published` is ``sagelib.evaluate.published("graph")``.
 
     Returns
     -------
@@ -254,30 +250,29 @@ def graph_cost_table(logs: Mapping[str, Iterable[Mapping]], published: pd.DataFr
         epochs = pd.DataFrame([row["graph"]["mined"] | row["seconds"] for row in rows])
         # A report stands in the log until the next refresh, so a graph counts in the epoch that made it.
         made = epochs[epochs["refreshed_epoch"] == epochs["epoch"]]
-        online, images = made["schedule"].iloc[0] == "online", int(made["images"].iloc[0])
-        cost = {"schedule": made["schedule"].iloc[0], "seconds": made["refresh"].mean()}
-        cost["paid"] = "each epoch" if online else "once"
-        if online:
-            cost["added_pct"] = 100 * made["refresh"].sum() / max(epochs["train"].sum(), 1e-9)
-        described = made["described_images"]
-        context = f"{described.mean():,.0f} of {images:,} images described"
-        measured.append({"who": name, **cost, "kind": "measured", "context": context})
+        described, images = made["described_images"], int(made["images"].iloc[0])
+        cost = {"who": name, "schedule": made["schedule"].iloc[0], "kind": "measured"}
+        cost |= {
+            "seconds": made["refresh"].mean(),
+            "added_pct": 100 * made["refresh"].sum() / epochs["train"].sum(),
+        }
+        measured.append(cost | {"context": f"{described.mean():,.0f} of {images:,} images described"})
         seconds = images * made["seconds_describe"].sum() / max(described.sum(), 1)
         context = (
             f"all {images:,} images, at the rate of that log; no training with schedule static was timed"
         )
-        cost = {"schedule": "static", "paid": "once", "seconds": seconds}
-        estimated.append({"who": name, **cost, "kind": "estimated", "context": context})
-    if any(line["schedule"] == "static" for line in measured):
+        cost = {"who": name, "schedule": "static", "kind": "estimated", "seconds": seconds}
+        estimated.append(cost | {"context": context})
+    if any(cost["schedule"] == "static" for cost in measured):
         estimated = []
-    context = "R@1 {sped} on sped, {msls-val} on msls-val, context {context}; {source}"
-    paid = {"epoch": "each epoch"}
-    others = [
-        {**row, "who": "SAGE paper", "paid": paid.get(row["per"], "once"), "context": context.format(**row)}
-        for row in published.assign(kind="published").to_dict("records")
-    ]
+    context = "R@1 {sped} on sped, {msls-val} on msls-val, context {context}; {source}".format
+    paper = published.assign(who="SAGE paper", kind="published")
+    paper["context"] = [context(**row) for row in published.to_dict("records")]
     columns = ["who", "schedule", "paid", "seconds", "added_pct", "kind", "context"]
-    return pd.DataFrame([*measured, *estimated[:1], *others], columns=columns)
+    table = pd.DataFrame([*measured, *estimated[:1], *paper.to_dict("records")], columns=columns)
+    online = table["schedule"] == "online"
+    paid = np.where(online, "each epoch", "once")
+    return table.assign(paid=paid, added_pct=table["added_pct"].where(online))
 
 
 # ---------- rankings and failures
@@ -299,14 +294,8 @@ def suspects(table: pd.DataFrame, database, queries, positives, *, count: int) -
     A wrong answer is suspect when it is as alike as right ones are: its score is the share of the right first
     answers that are less alike; of equally alike ones the nearer comes first. No verdict, but a list to read.
 
-    Parameters
-    ----------
-    table : DataFrame
-        ``Evaluation.rankings()`` (`sagelib.evaluate`) on `database` and `queries`, `Places`.
-    positives : sequence of arrays
-        Rows of the references that answer each query (`sagelib.places.positives`).
-    count : int
-        How many; 0: all.
+    `table` are the ``Evaluation.rankings()`` of `queries` in `database` (`Places`), `positives` the rows of
+    the references that answer each query, `count` how many to list (0: all).
 
     Returns
     -------
@@ -316,26 +305,24 @@ def suspects(table: pd.DataFrame, database, queries, positives, *, count: int) -
         ``positive``; ``truth``, the nearest positive, of those that look the same way if there are any, as
         dict of ``reference``, ``reference_path``, ``metres`` and ``rank`` (0: not in the table), or None.
     """
-    first = ranking_arrays(table, 1)
-    if len(first["reference"]) != len(queries) or table["reference"].max() >= len(database):
+    firsts = table[table["rank"] == 1].sort_values("query")
+    if len(firsts) != len(queries) or table["reference"].max() >= len(database):
         raise ValueError(f"these are no rankings of {len(queries)} queries and {len(database)} references")
-    alike, metres, right = -first["distance"][:, 0], first["metres"][:, 0], first["positive"][:, 0]
-    wrong = np.flatnonzero(~right)
-    order = wrong[np.lexsort((np.nan_to_num(metres[wrong], nan=np.inf), -alike[wrong]))][: count or None]
-    scores = np.searchsorted(np.sort(alike[right]), alike[order]) / (right.sum() or np.nan)
+    right = firsts.loc[firsts["positive"] == 1, "distance"]
+    wrong = firsts[firsts["positive"] == 0].sort_values(["distance", "metres"])
     # Paths in the table are relative to a folder of its own: the same for those that are not in it.
     folder = str(database.path[table["reference"].iloc[0]]).removesuffix(table["reference_path"].iloc[0])
-    ranked = dict(iter(table[table["query"].isin(order)].sort_values("rank").groupby("query")))
-    cases = []
-    for query, score in zip(order.tolist(), scores.tolist(), strict=True):
-        rows, answers, truth = ranked[query], positives[query], None
+    ranked, cases = table.sort_values("rank").groupby("query"), []
+    for first in wrong.head(count or len(wrong)).itertuples():
+        rows, answers, truth = ranked.get_group(first.query), positives[first.query], None
         if len(answers):
-            nearest, away, _ = by_nearness(database, queries, query, answers)
+            nearest, metres, _ = by_nearness(database, queries, first.query, answers)
             truth = {"reference": int(nearest[0])}
             truth["reference_path"] = str(database.path[nearest[0]]).removeprefix(folder)
-            truth["metres"] = float(away[0])
+            truth["metres"] = float(metres[0])
             truth["rank"] = int(rows.loc[rows["reference"] == nearest[0], "rank"].sum())
         found = rows[["rank", "reference", "reference_path", "metres", "positive"]].head(5).to_dict("records")
-        case = {"query": query, "query_path": rows["query_path"].iloc[0], "score": score}
+        case = {"query": first.query, "query_path": first.query_path}
+        case["score"] = float((right > first.distance).mean())
         cases.append(case | {"n_positives": len(answers), "found": found, "truth": truth})
     return cases
