@@ -17,12 +17,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from sagelib import runs
-from sagelib.images import Preprocess, Views, load_image
+from sagelib.images import IMAGENET_MEAN, IMAGENET_STD, Preprocess, Views, load_image
 from sagelib.places import folder_name
 
 FLUSH_S = 2.0  # progress is recorded this often: a kill costs this much work and one batch
@@ -558,3 +559,34 @@ def move_to(model, device: str | torch.device) -> torch.device:
     if isinstance(model, torch.nn.Module):
         model.to(device)
     return device
+
+
+# ---------------------------------------------------------------------------------------- the first model
+@dataclass(frozen=True)
+class GreyPixels:
+    """Preprocess of `baseline_pixels`: 8-bit grey, the mean over boxes, as a tensor (1, size, size)."""
+
+    size: int = 32
+
+    def __call__(self, picture: Image.Image) -> Tensor:
+        grey = picture.convert("L").resize((self.size, self.size), Image.Resampling.BOX)
+        return torch.from_numpy(np.asarray(grey, np.float32) / 255)[None]
+
+
+def baseline_pixels(images: Tensor) -> Tensor:
+    """The first model of all: grey thumbnails of 32 x 32 pixels, (B, 1024), less their mean, to unit length.
+
+    Images are (B, 1, H, W) grey, or (B, 3, H, W) RGB with ImageNet normalisation. The inner product of two
+    descriptors is the correlation of their thumbnails.
+    """
+    if images.shape[1] == 3:  # to grey by Rec. 601, as Pillow's "L"
+        colours = (IMAGENET_MEAN, IMAGENET_STD, (0.299, 0.587, 0.114))
+        mean, std, grey = (torch.tensor(c, device=images.device).view(3, 1, 1) for c in colours)
+        images = ((images * std + mean) * grey).sum(dim=1, keepdim=True)
+    pixels = torch.nn.functional.adaptive_avg_pool2d(images, 32).flatten(1)
+    return torch.nn.functional.normalize(pixels - pixels.mean(dim=1, keepdim=True), dim=1)
+
+
+baseline_pixels.name = "pixels"
+baseline_pixels.preprocess = GreyPixels()
+baseline_pixels.fingerprint = "pixels-32-1"

@@ -10,13 +10,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
-from torch import Tensor
 
 from sagelib import runs
 from sagelib.describe import (
     Context,
     Descriptors,
+    baseline_pixels,
     describe,
     describe_batch,
     describe_callable,
@@ -27,7 +26,7 @@ from sagelib.describe import (
     pictures_fingerprint,
     preprocess_of,
 )
-from sagelib.images import IMAGENET_MEAN, IMAGENET_STD, load_image
+from sagelib.images import load_image
 from sagelib.model import build_model
 from sagelib.places import BENCHMARKS, Places, TestSet, available, open_set
 from sagelib.retrieval import KS, PCA, Difference, Recall, paired_bootstrap, recall, search, write_rankings
@@ -339,35 +338,6 @@ def locate(
 
 
 # ------------------------------------------------------------------------------------------- models by name
-@dataclass(frozen=True)
-class GreyPixels:
-    """Preprocess of `baseline_pixels`: 8-bit grey, the mean over boxes, as a tensor (1, size, size)."""
-
-    size: int = 32
-
-    def __call__(self, picture: Image.Image) -> Tensor:
-        grey = picture.convert("L").resize((self.size, self.size), Image.Resampling.BOX)
-        return torch.from_numpy(np.asarray(grey, np.float32) / 255)[None]
-
-
-def baseline_pixels(images: Tensor) -> Tensor:
-    """The first model of all: grey thumbnails of 32 x 32 pixels, (B, 1024), less their mean, to unit length.
-
-    Images are (B, 1, H, W) grey, or (B, 3, H, W) RGB with ImageNet normalisation. The inner product of two
-    descriptors is the correlation of their thumbnails.
-    """
-    if images.shape[1] == 3:  # to grey by Rec. 601, as Pillow's "L"
-        colours = (IMAGENET_MEAN, IMAGENET_STD, (0.299, 0.587, 0.114))
-        mean, std, grey = (torch.tensor(c, device=images.device).view(3, 1, 1) for c in colours)
-        images = ((images * std + mean) * grey).sum(dim=1, keepdim=True)
-    pixels = torch.nn.functional.adaptive_avg_pool2d(images, 32).flatten(1)
-    return torch.nn.functional.normalize(pixels - pixels.mean(dim=1, keepdim=True), dim=1)
-
-
-baseline_pixels.name = "pixels"
-baseline_pixels.preprocess = GreyPixels()
-baseline_pixels.fingerprint = "pixels-32-1"
-
 POOLINGS = {"gem": {}, "gem2x2": {"grid": 2}, "mean": {}, "cls": {}}
 
 

@@ -6,7 +6,8 @@ import pytest
 from test_evaluate import PLACES, Noisy, write_set
 
 from sagelib import runs
-from sagelib.evaluate import baseline_pixels, evaluate
+from sagelib.describe import baseline_pixels
+from sagelib.evaluate import evaluate
 from sagelib.places import open_set
 from workbench import audit as command
 from workbench.audit import audit_contexts, load_audit

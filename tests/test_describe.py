@@ -19,6 +19,8 @@ from sagelib import describe as describe_module
 from sagelib.describe import (
     Context,
     Descriptors,
+    GreyPixels,
+    baseline_pixels,
     choose_anchors,
     compose,
     describe,
@@ -29,7 +31,6 @@ from sagelib.describe import (
     pictures_fingerprint,
     preprocess_of,
 )
-from sagelib.evaluate import GreyPixels, baseline_pixels
 from sagelib.images import Preprocess, load_image
 from sagelib.interact import InteractHead
 from sagelib.places import Places, folder_name

@@ -9,11 +9,9 @@ from PIL import Image
 from slow_recall import slow_recall
 
 from sagelib import runs
-from sagelib.describe import choose_anchors, describe
+from sagelib.describe import GreyPixels, baseline_pixels, choose_anchors, describe
 from sagelib.evaluate import (
     Evaluation,
-    GreyPixels,
-    baseline_pixels,
     evaluate,
     evaluate_many,
     locate,
