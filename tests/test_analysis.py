@@ -38,6 +38,8 @@ def test_tsne_keeps_neighbours_and_repeats():
     assert points.shape == (30, 2) and analysis.neighbour_purity(points, labels).mean() >= 0.96
     np.testing.assert_array_equal(points, analysis.tsne(values, seed=0, perplexity=5))
     assert not np.array_equal(points, analysis.tsne(values, seed=1, perplexity=5))
+    points = np.array([[0.0, 0], [1, 0], [1.5, 0], [9, 9]])
+    assert analysis.neighbour_purity(points, [0, 0, 1, 1]).tolist() == [True, False, False, True]
     with pytest.raises(ValueError, match="perplexity"):
         analysis.tsne(values, seed=0, perplexity=30)
 
@@ -57,11 +59,6 @@ def test_distances_of_classes_equal_all_pairs():
     for second, within in (([5, 0], 0.0), ([0, 2], math.sqrt(2)), ([-3, 0], 2.0)):  # the stated scale
         table = analysis.class_distances([[1, 0], second, [0, 1]], [7, 7, 8])
         assert table.within[7] == pytest.approx(within)
-
-
-def test_neighbour_purity_looks_at_the_nearest_other():
-    points = np.array([[0.0, 0], [1, 0], [1.5, 0], [9, 9]])
-    assert analysis.neighbour_purity(points, [0, 0, 1, 1]).tolist() == [True, False, False, True]
 
 
 def test_chosen_places_are_whole_and_repeat():
@@ -113,14 +110,14 @@ def test_label_shares_keep_the_area(height, width, h, w, seed):
 
 
 def test_label_shares_count_pixels_where_patches_are_whole():
-    labels = np.random.default_rng(0).integers(0, 3, (28, 42))
+    labels, weights = np.random.default_rng(0).integers(0, 3, (28, 42)), np.eye(6)
     shares = analysis.label_shares(labels, (2, 3), 3)
-    for i, patch in enumerate(cell for row in np.split(labels, 2) for cell in np.split(row, 3, axis=1)):
-        np.testing.assert_allclose(shares[i], [(patch == k).mean() for k in range(3)])
-        np.testing.assert_allclose(analysis.mass_on_labels(np.eye(6)[i], shares), shares[i])
-    for weights in (-np.eye(6)[0], np.zeros(6)):
+    patches = [patch for row in np.split(labels, 2) for patch in np.split(row, 3, axis=1)]
+    np.testing.assert_allclose(shares, [[(patch == k).mean() for k in range(3)] for patch in patches])
+    np.testing.assert_allclose(analysis.mass_on_labels(weights, shares), shares)
+    for wrong in (-weights[0], np.zeros(6)):
         with pytest.raises(ValueError, match="weights must not be negative, and not all zero"):
-            analysis.mass_on_labels(weights, shares)
+            analysis.mass_on_labels(wrong, shares)
 
 
 def test_label_preference_of_uniform_and_of_one_label():
@@ -181,17 +178,6 @@ def test_integrated_contributions_add_up(tokens, make, options, near):
     np.testing.assert_allclose(shares.sum(axis=1), (whole - constant).numpy(), atol=near)
     assert np.abs(shares).sum() > 5 * near
     assert not any(p.grad is not None for p in module.parameters()), "no gradient is left behind"
-
-
-def test_a_patch_that_repeats_the_mean_moves_nothing(tokens):
-    cls, patches = tokens
-    patches[:, 3] = patches[:, [i for i in range(12) if i != 3]].mean(dim=1)
-
-    def model(_, x, __):
-        return torch.tanh(x).mean(dim=1)
-
-    shares = analysis.score_contributions(model, cls, patches, GRID, torch.ones(WIDTH, dtype=torch.float64))
-    assert np.abs(shares[:, 3]).max() < 1e-9 < np.abs(shares).max()
 
 
 @pytest.mark.parametrize("make, options", [(Mean, {}), (SALAD, dict(clusters=3, channels=4)), (CLS, {})])

@@ -221,17 +221,13 @@ def pair():
     return *rng.integers(0, 255, (2, 30, 40, 3), dtype=np.uint8), query, reference, (3, 4)
 
 
-def test_a_patch_finds_its_copy(pair):
-    figure = widgets.patch_view(*pair, row=1, column=3)
-    assert [axis.get_title() for axis in figure.axes[:2]] == ["patch (1, 3)", "best match (2, 1): 1.00"]
-
-
 def test_the_patch_matcher_follows_slider_and_click(pair):
     left, box = widgets.patch_matcher(*pair).children
     row, column = box.children[:2]
     assert box.result.axes[0].get_title() == "patch (1, 2)"
     column.value = 3
-    assert box.result.axes[0].get_title() == "patch (1, 3)"
+    titles = [axis.get_title() for axis in box.result.axes[:2]]
+    assert titles == ["patch (1, 3)", "best match (2, 1): 1.00"]
     press(left.children[0].data[0], [0], xs=[39], ys=[29])
     assert (row.value, column.value) == (2, 3) and box.result.axes[0].get_title() == "patch (2, 3)"
 

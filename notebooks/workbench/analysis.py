@@ -234,13 +234,10 @@ def graph_cost_table(logs: Mapping[str, Iterable[Mapping]], published: pd.DataFr
     `logs` are rows of logs by name (``Run.read_log``), of which those without a graph are left out;
     `published` is ``sagelib.evaluate.published("graph")``.
 
-    Returns
-    -------
-    DataFrame
-        Columns who, schedule ("online" or "static"), paid ("each epoch" or "once"), seconds (mean of a
-        refresh), added_pct (of an epoch's steps; NaN where it is paid once), kind, context. ``kind`` is
-        "measured", "published", or "estimated": where no training has the static schedule, the time to
-        describe all images of the first one once, at the rate of its log.
+    Columns who, schedule ("online" or "static"), paid ("each epoch" or "once"), seconds (mean of a refresh),
+    added_pct (of an epoch's steps; NaN where it is paid once), kind, context. ``kind`` is "measured",
+    "published", or "estimated": where no training has the static schedule, the time to describe all images of
+    the first one once, at the rate of its log.
     """
     measured, estimated = [], []
     for name, rows in logs.items():
@@ -297,13 +294,10 @@ def suspects(table: pd.DataFrame, database, queries, positives, *, count: int) -
     `table` are the ``Evaluation.rankings()`` of `queries` in `database` (`Places`), `positives` the rows of
     the references that answer each query, `count` how many to list (0: all).
 
-    Returns
-    -------
-    list of dict
-        ``query``, ``query_path``, ``score`` (NaN where no answer is right), ``n_positives``; ``found``, the
-        first five as dicts of ``rank``, ``reference``, ``reference_path``, ``metres`` (NaN unknown) and
-        ``positive``; ``truth``, the nearest positive, of those that look the same way if there are any, as
-        dict of ``reference``, ``reference_path``, ``metres`` and ``rank`` (0: not in the table), or None.
+    Each is a dict of ``query``, ``query_path``, ``score`` (NaN where no answer is right), ``n_positives``;
+    ``found``, the first five as dicts of ``rank``, ``reference``, ``reference_path``, ``metres`` (NaN where
+    unknown), ``positive``; and ``truth``, the nearest positive, if possible one that looks the same way, as
+    dict of ``reference``, ``reference_path``, ``metres`` and ``rank`` (0: not in the table), or None.
     """
     firsts = table[table["rank"] == 1].sort_values("query")
     if len(firsts) != len(queries) or table["reference"].max() >= len(database):

@@ -56,17 +56,9 @@ def retrieval_rows(
 ):
     """Draw queries with their k first references, a row each, as a matplotlib figure.
 
-    Parameters
-    ----------
-    database, queries : Places
-    found : mapping of arrays (Q, at least k)
-        ``reference``, ``positive`` and ``metres``, see `workbench.analysis.ranking_arrays`.
-    chosen : sequence of int
-        The queries, from above.
-    tile, title
-        Of `workbench.figures.retrieval_panel`.
-    truth : mapping of int to int, optional
-        A true reference of each query that has one, drawn in a last column.
+    `found` has arrays (Q, at least k) ``reference``, ``positive`` and ``metres``, see
+    `workbench.analysis.ranking_arrays`; `chosen` are the queries, from above; `truth` maps each query that
+    has one to a true reference, drawn in a last column.
     """
     chosen = np.asarray(chosen, dtype=int)
     reference, positive, metres = (found[name][chosen, :k] for name in ("reference", "positive", "metres"))
@@ -232,7 +224,7 @@ def graph_explorer(east_m, north_m, descriptors, *, images_per_place: int, seed:
 def patch_view(query, reference, query_patches, reference_patches, grid, row: int, column: int):
     """Draw one patch of a query and its cosine with each patch of a reference, as a matplotlib figure.
 
-    Two images and their patch tokens (h * w, M), in row-major order of `grid` (h, w).
+    Patch tokens are (h * w, M), in row-major order of `grid` (h, w).
     """
     patch = analysis.unit(query_patches)[row * grid[1] + column]
     similarity = analysis.unit(reference_patches) @ patch
@@ -276,15 +268,8 @@ def tsne_explorer(
 ):
     """Slide perplexity and seed and see what stays of the t-SNE maps; hover a point to see its photograph.
 
-    Parameters
-    ----------
-    descriptors : mapping of method -> array (n, D)
-    place : array (n,)
-    paths : sequence of n str
-    aid, class_aid
-        Of the descriptors, see `workbench.figures.tsne_plotly`; the sliders do not change them.
-    perplexity, seed : int
-        Where the sliders start; see `workbench.analysis.tsne`.
+    `descriptors` (n, D) by method, of the photographs at n `paths` and their `place` (n,); `aid` and
+    `class_aid` are theirs, see `workbench.figures.tsne_plotly`, and no slider changes them.
     """
     import ipywidgets
     import plotly.graph_objects as go
@@ -320,12 +305,9 @@ def tsne_explorer(
 # ---------- training
 @contextlib.contextmanager
 def live_curve(read_log: Callable, *, plateau: float, every_s: float = 2.0) -> Iterator:
-    """Show the loss under a cell while the block inside trains; do nothing on a page without a browser::
+    """Show the loss under a cell while the block inside trains; do nothing on a page without a browser.
 
-        with live_curve(run.read_log, plateau=1.477):
-            train(config, run)
-
-    `plateau` is the loss's trivial resting place.
+    `read_log` is that of the training's run, `plateau` the loss's trivial resting place.
     """
     if not live():
         yield
