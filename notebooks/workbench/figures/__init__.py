@@ -1,9 +1,7 @@
 """Every figure of the workbench: arrays in, a matplotlib or plotly figure out.
 
-No function here reads data, writes a file, shows anything, or knows models and training. One style
-throughout: letters that can be read at half size, Okabe and Ito's colours (told apart by the colour-blind,
-and never the only mark of a difference), axes with units. A figure that ends a notebook cell is drawn under
-it.
+One style throughout: letters that can be read at half size, Okabe and Ito's colours (told apart by the
+colour-blind, and never the only mark of a difference), axes with units.
 
 Images are PIL images or arrays (H, W, 3); `east_m` and `north_m` are arrays (n,) of metres in one frame;
 recalls are percents; NaN means "not run" or "unknown": it is drawn as such, or counted in the title.
@@ -12,6 +10,8 @@ recalls are percents; NaN means "not run" or "unknown": it is drawn as such, or 
 # ruff: noqa: F401, I001
 # fmt: off
 from types import FunctionType
+
+from matplotlib import rc_context
 
 from workbench.figures.graph import (
     graph_change, graph_histograms, graph_map, greedy_steps, pair_matrices, sampler_comparison,
@@ -28,8 +28,8 @@ from workbench.figures.results import (
     ablation_figure, aid_bars, context_audit, graph_cost, loss_curve, mass_bars, recall_bars,
     recall_per_epoch, recall_vs_dim, recall_vs_parameters, training_rates,
 )
-from workbench.figures.style import PALETTE, RIGHT, WRONG, styled, to_png
+from workbench.figures.style import PALETTE, RIGHT, STYLE, WRONG, to_png
 
-for _name, _value in list(globals().items()):  # all that draws, in one style
-    if isinstance(_value, FunctionType) and _value not in (styled, to_png):
-        globals()[_name] = styled(_value)
+for _name, _value in list(globals().items()):  # draw in one style, and leave matplotlib's as it was
+    if isinstance(_value, FunctionType) and _value not in (rc_context, to_png):
+        globals()[_name] = rc_context(STYLE)(_value)

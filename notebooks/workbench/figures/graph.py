@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from workbench.figures import style
 from workbench.figures.maps import count_histogram
-from workbench.figures.style import AFFINITY, BLACK, BLUE, GREEN, RED, whole_ticks
+from workbench.figures.style import AFFINITY, BLACK, BLUE, GREEN, PALETTE, RED, whole_ticks
 
 AFFINITY_NAME = "W = -(d_geo · d_vis)  (m)"
 
@@ -21,10 +21,8 @@ def graph_map(east_m, north_m, edges, weight, *, radius_m, cliques=(), node_labe
     drawn as a scale bar; `cliques` holds the nodes of each chosen place.
     """
     style.agree(edges=edges, weight=weight)
-    at, names = style.local(east_m, north_m)
     edges, weight = np.asarray(edges, dtype=int).reshape(-1, 2), np.asarray(weight, dtype=float)
-    figure, axis = style.panel(8.2, 5.4)
-    style.metre_axes(axis, at, names)
+    figure, axis, at = style.metre_panel(8.2, 5.4, east_m, north_m)
     if len(edges):
         order = np.argsort(weight)  # the strongest edges on top
         look = {"cmap": AFFINITY, "linewidths": np.clip(400 / len(edges), 0.5, 2.5), "alpha": 0.85}
@@ -49,15 +47,14 @@ def graph_map(east_m, north_m, edges, weight, *, radius_m, cliques=(), node_labe
 
 def graph_histograms(degree, clique_size, weight) -> Figure:
     """Draw how many neighbours an image has, how large the cliques are, and the affinities of the edges."""
-    figure, axes = style.panels(1, 3, (10.2, 3.5))
-    neighbours, sizes, affinities = axes[0]
+    figure, (neighbours, sizes, affinities) = style.panels(10.2, 3.5, 1, 3)
     count_histogram(neighbours, np.asarray(degree), bars=30)
     neighbours.set(xlabel="neighbours of an image", ylabel="images")
     count_histogram(sizes, np.asarray(clique_size), bars=30)
     sizes.set(xlabel="images in a clique", ylabel="cliques")
     affinities.hist(weight, bins=40, color=GREEN)
     affinities.set(xlabel=AFFINITY_NAME, ylabel="edges")
-    whole_ticks(neighbours.xaxis, sizes.xaxis, *(axis.yaxis for axis in axes[0]), most=5)
+    whole_ticks(neighbours.xaxis, sizes.xaxis, *(axis.yaxis for axis in figure.axes), most=5)
     return figure
 
 
@@ -65,17 +62,17 @@ def pair_matrices(d_geo_m, d_vis, weight, kept, *, title) -> Figure:
     """Draw arrays (n, n): metres, L2 of descriptors, and their negated product where an edge is `kept`."""
     import seaborn
 
-    figure, axes = style.panels(1, 3, (10.6, 3.7))
+    figure, axes = style.panels(10.6, 3.7, 1, 3)
     for axis, values, scale, label in (
-        (axes[0, 0], d_geo_m, "cividis_r", "d_geo (m)"),
-        (axes[0, 1], d_vis, "cividis_r", "d_vis (L2)"),
-        (axes[0, 2], np.where(kept, weight, np.nan), AFFINITY, "W of the edges that stay (m)"),
+        (axes[0], d_geo_m, "cividis_r", "d_geo (m)"),
+        (axes[1], d_vis, "cividis_r", "d_vis (L2)"),
+        (axes[2], np.where(kept, weight, np.nan), AFFINITY, "W of the edges that stay (m)"),
     ):
         seaborn.heatmap(values, cmap=scale, square=True, cbar_kws={"shrink": 0.75}, ax=axis)
         axis.grid(False)
         axis.set(title=label, xlabel="node")
         axis.tick_params(labelsize=9, labelrotation=0)
-    axes[0, 0].set_ylabel("node")
+    axes[0].set_ylabel("node")
     figure.suptitle(title)
     return figure
 
@@ -123,29 +120,29 @@ def sampler_comparison(samplers: Mapping[str, Mapping], *, title="What the sampl
     Of each: ``hardest_negative``, an image's highest cosine with another place of its batch, and
     ``positive_distance_m`` and ``positive_similarity`` of every pair of a place.
     """
-    figure, axes = style.panels(1, 3, (10.2, 1.9 + 0.55 * len(samplers)), sharey=True)
+    figure, axes = style.panels(10.2, 1.9 + 0.55 * len(samplers), 1, 3, sharey=True)
     y = np.arange(len(samplers))[::-1]
     for axis, key, label, digits in (
-        (axes[0, 0], "hardest_negative", "similarity of the\nhardest negative (cosine)", 2),
-        (axes[0, 1], "positive_similarity", "similarity of positives\n(cosine)", 2),
-        (axes[0, 2], "positive_distance_m", "distance of positives\n(m)", 1),
+        (axes[0], "hardest_negative", "similarity of the\nhardest negative (cosine)", 2),
+        (axes[1], "positive_similarity", "similarity of positives\n(cosine)", 2),
+        (axes[2], "positive_distance_m", "distance of positives\n(m)", 1),
     ):
         for i, (row, sampler) in enumerate(zip(y, samplers.values(), strict=True)):
-            values, tint = np.asarray(sampler[key], dtype=float), style.colour(i)
+            values, tint = np.asarray(sampler[key], dtype=float), PALETTE[i % 8]
             if not np.isfinite(values).any():
                 left = {"transform": axis.get_yaxis_transform(), "va": "center", "color": style.GREY}
                 axis.text(0.03, row, "none", **left)
                 continue
             low, first, median, third, high = np.nanquantile(values, [0.05, 0.25, 0.5, 0.75, 0.95])
-            axis.hlines(row, low, high, color=tint, linewidth=1.6)
-            axis.hlines(row, first, third, color=tint, linewidth=11, alpha=0.55)
+            axis.hlines(
+                [row, row], [low, first], [high, third], color=tint, linewidth=[1.6, 11], alpha=[1, 0.55]
+            )
             axis.plot([median], [row], marker="|", markersize=19, markeredgewidth=3, color=BLACK)
             style.write(axis, f"{median:.{digits}f}", (median, row), (0, 12), ha="center", fontsize=10)
         axis.set_xlabel(label)
         axis.margins(x=0.08)
         axis.grid(axis="y", visible=False)
-    axes[0, 0].set_yticks(y, list(samplers))
-    axes[0, 0].set_ylim(-0.6, len(samplers) - 0.3)
+    axes[0].set(yticks=y, yticklabels=list(samplers), ylim=(-0.6, len(samplers) - 0.3))
     figure.suptitle(f"{title} (line: 5-95 %, bar: middle half, mark: median)", fontsize=13)
     return figure
 
@@ -153,8 +150,7 @@ def sampler_comparison(samplers: Mapping[str, Mapping], *, title="What the sampl
 def graph_change(epoch, gained, lost, kept) -> Figure:
     """Draw how many edges each refresh gained, lost and kept, against the one before it; arrays (n,)."""
     gained, lost, kept = (np.asarray(v, dtype=float) for v in (gained, lost, kept))
-    figure, axes = style.panels(1, 2, (9.6, 3.9))
-    edges, share = axes[0]
+    figure, (edges, share) = style.panels(9.6, 3.9, 1, 2)
     edges.bar(epoch, kept, color="#c9c9c9", label="kept")
     edges.bar(epoch, gained, bottom=kept, color=BLUE, label="gained")
     edges.bar(epoch, -lost, color=RED, hatch="//", edgecolor="white", label="lost")
@@ -164,9 +160,8 @@ def graph_change(epoch, gained, lost, kept) -> Figure:
     figure.legend(loc="outside lower left", ncols=3)
     union = gained + lost + kept
     share.plot(epoch, 100 * (gained + lost) / np.where(union > 0, union, np.nan), color=BLUE, marker="o")
-    share.set_ylabel("edges that differ (% of either)")
-    share.set_ylim(bottom=0)
-    for axis in axes[0]:
+    share.set(ylabel="edges that differ (% of either)", ylim=(0, None))
+    for axis in (edges, share):
         axis.set_xlabel("epoch")
         whole_ticks(axis.xaxis)
     figure.suptitle("What an epoch of training changes in the graph")

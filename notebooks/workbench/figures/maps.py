@@ -22,10 +22,8 @@ def place_map(east_m, north_m, *, group, heading_deg, title) -> Figure:
     `group` (n,) of str, for instance "reference" and "query", gives colour and marker; a line points to each
     heading (n,), in degrees clockwise from north, NaN unknown.
     """
-    at, names = style.local(east_m, north_m)
     group, angle = np.asarray(group), np.deg2rad(heading_deg)
-    figure, axis = style.panel(7.2, 5.2)
-    style.metre_axes(axis, at, names)
+    figure, axis, at = style.metre_panel(7.2, 5.2, east_m, north_m)
     length = 0.02 * max(np.ptp(at, axis=0).max(), 1.0)
     lines = np.stack([at, at + length * np.stack([np.sin(angle), np.cos(angle)], axis=1)], axis=1)
     for i, label in enumerate(dict.fromkeys(group.tolist())):
@@ -33,7 +31,7 @@ def place_map(east_m, north_m, *, group, heading_deg, title) -> Figure:
         axis.scatter(
             *at[here].T, s=14, alpha=0.75, linewidths=0, label=f"{label} ({here.sum():,})", **mark(i)
         )
-        axis.add_collection(LineCollection(lines[here], colors=style.colour(i), linewidths=0.9))
+        axis.add_collection(LineCollection(lines[here], colors=PALETTE[i % 8], linewidths=0.9))
     figure.legend(loc="outside lower center", ncols=4, markerscale=2)
     figure.suptitle(title)
     return figure
@@ -43,7 +41,7 @@ def images_per_place(place) -> Figure:
     """Count the images of each place; label -1 (no place known) is left out and counted in the title."""
     place = np.asarray(place)
     counts = np.unique(place[place >= 0], return_counts=True)[1]
-    figure, axis = style.panel(7.2, 4.2)
+    figure, axis = style.panels(7.2, 4.2)
     if len(counts):
         count_histogram(axis, counts, bars=40)
         axis.axvline(np.median(counts), color=RED, linestyle="--", label=f"median {np.median(counts):g}")
@@ -70,7 +68,7 @@ def distance_histogram(distance_m, *, radius_m: float) -> Figure:
     """
     distance = np.asarray(distance_m, dtype=float)
     finite = distance[np.isfinite(distance)]
-    figure, axis = style.panel(7.2, 4.2)
+    figure, axis = style.panels(7.2, 4.2)
     share = "none within"
     if len(finite):
         share = f"{np.mean(finite <= radius_m):.1%} within"
@@ -79,7 +77,7 @@ def distance_histogram(distance_m, *, radius_m: float) -> Figure:
         if top > 100 * max(np.quantile(finite, 0.1), 0.5):
             edges = np.concatenate([[0], np.geomspace(0.5, top * 1.001, 45)])
             axis.set_xscale("symlog", linthresh=0.5)
-            style.plain_ticks(axis.xaxis)
+            axis.xaxis.set_major_formatter("{x:,g}")
         axis.hist(finite, bins=edges, color=BLUE, alpha=0.9)
         axis.set_xlim(0, top * 1.02)
     axis.axvline(radius_m, color=RED, linestyle="--", label=f"{radius_m:g} m: {share}")
@@ -116,14 +114,14 @@ def dates(date, *, group) -> Figure:
     """
     date, group = np.asarray(date, dtype="datetime64[D]"), np.asarray(group)
     dated, names = ~np.isnat(date), list(dict.fromkeys(group)) or [""]
-    figure, axes = style.panels(len(names), 1, (7.8, 1.4 + 1.8 * len(names)), sharex=True)
+    figure, axes = style.tiles(len(names), 1, (7.8, 1.8), margin=(0, 1.4), sharex=True)
     if dated.any():
         first, last = date[dated].min(), date[dated].max()
         unit, label = ("D", "day") if last - first < np.timedelta64(92, "D") else ("M", "month")
         edges = np.arange(first.astype(f"datetime64[{unit}]"), last.astype(f"datetime64[{unit}]") + 2)
         for i, (axis, name) in enumerate(zip(axes[:, 0], names, strict=True)):
             at = dated & (group == name)
-            axis.hist(date[at], bins=edges.astype("datetime64[D]"), color=style.colour(i))
+            axis.hist(date[at], bins=edges.astype("datetime64[D]"), color=PALETTE[i % 8])
             axis.set_ylabel("images")
             style.whole_ticks(axis.yaxis, most=4)
             axis.set_title(f"{name} ({at.sum():,})", loc="left", fontsize=12)
@@ -141,10 +139,9 @@ def nearest_map(
     `found` (k,) has their rows, nearest first, and `descriptor_distance` (k,) their L2; a circle of
     `radius_m` stands around the query's own position.
     """
-    at, names = style.local(np.append(east_m, query_east_m), np.append(north_m, query_north_m))
+    everywhere = np.append(east_m, query_east_m), np.append(north_m, query_north_m)
+    figure, axis, at = style.metre_panel(8.6, 5.2, *everywhere)
     query, nearest = at[-1], at[np.asarray(found, dtype=int)]
-    figure, axis = style.panel(8.6, 5.2)
-    style.metre_axes(axis, at, names)
     axis.scatter(*at[:-1].T, s=9, color="#c4c4c4", linewidths=0, label=f"{len(at) - 1:,} references")
     axis.scatter(*nearest.T, s=210, color=BLUE, edgecolors="white", linewidths=1.2, zorder=3)
     close = cdist(nearest, nearest) < 0.03 * max(np.ptp(at, axis=0).max(), 1.0)
@@ -155,8 +152,7 @@ def nearest_map(
         numbers = ",".join(str(rank + 1) for rank in here)
         axis.text(*nearest[ranks[0]], numbers, ha="center", va="center", zorder=4, **font)
         ranks = [rank for rank in ranks if rank not in here]
-    star = {"marker": "*", "s": 420, "color": RED, "edgecolors": "white", "zorder": 2.9}
-    axis.scatter(*query, label="the query", **star)
+    axis.scatter(*query, marker="*", s=420, color=RED, edgecolors="white", zorder=2.9, label="the query")
     turn = np.linspace(0, 2 * np.pi, 200)
     circle = query + radius_m * np.stack([np.cos(turn), np.sin(turn)], axis=1)
     axis.plot(*circle.T, color=RED, linestyle="--", linewidth=1.2, label=f"{radius_m:g} m")
@@ -266,8 +262,8 @@ def tsne_plotly(coordinates, place, *, files, aid=None, class_aid=None):
         for i, label in enumerate(np.unique(place)):
             own, tint = np.flatnonzero(place == label), PALETTE[i % 7]
             data = [(int(image), files[image], str(label), name) for image in own]
-            border = {"color": "white", "width": 0.7}
-            disc = {"color": tint, "symbol": PLOTLY_MARKERS[i % 10], "size": 9, "line": border}
+            disc = {"color": tint, "symbol": PLOTLY_MARKERS[i % 10], "size": 9}
+            disc["line"] = {"color": "white", "width": 0.7}
             shown = {"mode": "markers", "marker": disc, "customdata": data, "hovertemplate": hover}
             figure.add_scatter(x=points[own, 0], y=points[own, 1], **shown, **cell)
             if class_aid and label in class_aid[name]:

@@ -8,40 +8,18 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from workbench.figures import style
-from workbench.figures.style import (
-    BLACK,
-    BLUE,
-    GREEN,
-    HEAT,
-    RED,
-    RIGHT,
-    SIGNED,
-    SKY,
-    WRONG,
-    photograph,
-)
+from workbench.figures.style import BLACK, BLUE, GREEN, HEAT, RED, RIGHT, SIGNED, SKY, WRONG, photograph
 
 LABEL_COLOURS = (style.SKY, style.GREY, style.ORANGE, style.BLUE, style.PURPLE, style.GREEN, style.RED,
                  style.BLACK, style.YELLOW, "#8b5a2b", "#b3de69", "#fccde5")  # fmt: skip
 
 
-def contact_sheet(images, captions, *, columns=6, title=None) -> Figure:
-    """Lay n photographs out in a grid, a caption (of one or more lines) under each."""
-    style.agree(images=images, captions=captions)
-    lines = 1 + max(caption.count("\n") for caption in captions)
-    tile = 1.9, 1.9 * style.aspect(images[0]) + 0.2 * lines + 0.06
-    figure, axes = style.tiles(len(images), columns, tile, margin=(0, 0.45 if title else 0))
-    for axis, image, caption in zip(axes.flat, images, captions, strict=False):
-        photograph(axis, image, caption)
-    figure.suptitle(title)
-    return figure
-
-
-def photograph_rows(rows, tile: float, title: str | None) -> Figure:
+def photograph_rows(rows, title: str | None, tile: float = 1.9) -> Figure:
     """Draw rows of cells (image, caption, frame), `tile` inches wide; a cell without an image is a text."""
-    columns, height = max(map(len, rows)), tile * style.aspect(rows[0][0][0]) + 0.3
-    size = tile * columns, height * len(rows) + (0.5 if title else 0.1)
-    figure, axes = style.panels(len(rows), columns, size)
+    lines = 1 + max(caption.count("\n") for cells in rows for _, caption, _ in cells)
+    height = tile * style.aspect(rows[0][0][0]) + 0.2 * lines + 0.1
+    columns = max(map(len, rows))
+    figure, axes = style.tiles(len(rows) * columns, columns, (tile, height), margin=(0, 0.5 if title else 0))
     for axis in axes.flat:
         axis.set_axis_off()
     for row, cells in zip(axes, rows, strict=True):
@@ -52,6 +30,13 @@ def photograph_rows(rows, tile: float, title: str | None) -> Figure:
                 photograph(axis, image, caption, frame)
     figure.suptitle(title)
     return figure
+
+
+def contact_sheet(images, captions, *, columns=6, title=None) -> Figure:
+    """Lay n photographs out in a grid, a caption (of one or more lines) under each."""
+    style.agree(images=images, captions=captions)
+    cells = [(image, caption, None) for image, caption in zip(images, captions, strict=True)]
+    return photograph_rows([cells[i : i + columns] for i in range(0, len(cells), columns)], title)
 
 
 def retrieval_panel(
@@ -75,7 +60,7 @@ def retrieval_panel(
             caption = "no true\nreference" if truth[q] is None else "a true reference"
             row.append((truth[q], caption, GREEN))
         rows.append(row)
-    return photograph_rows(rows, tile, title)
+    return photograph_rows(rows, title, tile)
 
 
 def review_page(
@@ -90,22 +75,22 @@ def review_page(
     above = [(query, query_caption, BLACK), *zip(retrieved, retrieved_captions, frames, strict=True)]
     below = [(image, text, GREEN) for image, text in zip(positives, positive_captions, strict=True)]
     below = [(None, "the references\ncalled true", ""), *(below or [(None, "none within\nthe radius", "")])]
-    figure = photograph_rows([above, below], 1.9, "Is the ground truth right?")
-    figure.set_figheight(figure.get_figheight() + 1)  # for captions of several lines and the notes
+    figure = photograph_rows([above, below], "Is the ground truth right?")
+    figure.set_figheight(figure.get_figheight() + 0.6)  # for the notes
     figure.supxlabel(notes, fontsize=11)
     return figure
 
 
 def label_map(image, labels, names) -> Figure:
     """Show a picture beside the label of each of its pixels, an array (H, W) of indices into `names`."""
-    figure, axes = style.panels(1, 2, (8.6, 3.6))
-    photograph(axes[0, 0], image)
+    figure, (left, right) = style.panels(8.6, 3.6, 1, 2)
+    photograph(left, image)
     tints = ListedColormap(LABEL_COLOURS)
-    axes[0, 1].imshow(labels, cmap=tints, vmin=-0.5, vmax=len(LABEL_COLOURS) - 0.5)
-    axes[0, 1].set_axis_off()
+    right.imshow(labels, cmap=tints, vmin=-0.5, vmax=len(LABEL_COLOURS) - 0.5)
+    right.set_axis_off()
     shares = {i: np.mean(labels == i) for i in np.unique(labels)}
     handles = [Patch(color=tints(i), label=f"{names[i]} {share:.0%}") for i, share in shares.items()]
-    axes[0, 1].legend(handles=handles, loc="center left", bbox_to_anchor=(1.02, 0.5))
+    right.legend(handles=handles, loc="center left", bbox_to_anchor=(1.02, 0.5))
     return figure
 
 
@@ -147,7 +132,7 @@ def contributions_pair(query, reference, query_maps, reference_maps, *, captions
     scores differ.
     """
     columns, width = 1 + len(query_maps), 1.95
-    figure, axes = style.panels(2, columns, (width * columns + 1.0, 2 * width * style.aspect(query) + 1.4))
+    figure, axes = style.panels(width * columns + 1.0, 2 * width * style.aspect(query) + 1.4, 2, columns)
     for axis, image, name in zip(axes[:, 0], (query, reference), ("query", "true reference"), strict=True):
         photograph(axis, image)
         axis.set_title(name, fontsize=12)
@@ -167,8 +152,7 @@ def contributions_pair(query, reference, query_maps, reference_maps, *, captions
 def patch_match(query, reference, patch, similarity, *, grid) -> Figure:
     """Draw a patch (row, column) of the query's `grid`, and its cosine with the reference's (h, w)."""
     best = np.unravel_index(similarity.argmax(), similarity.shape)
-    figure, axes = style.panels(1, 2, (8.6, 3.9 * style.aspect(query) + 0.7))
-    left, right = axes[0]
+    figure, (left, right) = style.panels(8.6, 3.9 * style.aspect(query) + 0.7, 1, 2)
     photograph(left, query)
     frame_patch(left, query, grid, patch)
     left.set_title("patch ({}, {})".format(*patch), fontsize=12)
@@ -176,17 +160,16 @@ def patch_match(query, reference, patch, similarity, *, grid) -> Figure:
     picture = overlay(right, reference, similarity, HEAT, norm, 0.6)
     frame_patch(right, reference, similarity.shape, best)
     right.set_title(f"best match ({best[0]}, {best[1]}): {similarity[best]:.2f}", fontsize=12)
-    figure.colorbar(picture, ax=axes, label="cosine similarity", shrink=0.85)
+    figure.colorbar(picture, ax=[left, right], label="cosine similarity", shrink=0.85)
     return figure
 
 
 def frame_patch(axis, image, grid: tuple[int, int], patch: tuple[int, int]) -> None:
     """Frame the patch (row, column) of a picture that `grid` (rows, columns) divides."""
-    height, width = np.asarray(image).shape[:2]
-    step_y, step_x = height / grid[0], width / grid[1]
-    corner = (patch[1] * step_x - 0.5, patch[0] * step_y - 0.5)
+    height, width = np.asarray(image).shape[:2] / np.asarray(grid)
+    corner = patch[1] * width - 0.5, patch[0] * height - 0.5
     for tint, line in (("white", 4.5), (RED, 2.5)):
-        axis.add_patch(Rectangle(corner, step_x, step_y, fill=False, edgecolor=tint, linewidth=line))
+        axis.add_patch(Rectangle(corner, width, height, fill=False, edgecolor=tint, linewidth=line))
 
 
 def number_grids(arrays: Mapping[str, np.ndarray], *, signed=False, title=None) -> Figure:

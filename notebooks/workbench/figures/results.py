@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from workbench.figures import style
-from workbench.figures.style import BLACK, BLUE, DARK, GREEN, GREY, ORANGE, PURPLE, RED, SKY, mark
+from workbench.figures.style import BLACK, BLUE, DARK, GREEN, GREY, ORANGE, PALETTE, PURPLE, RED, SKY, mark
 
 
 def grouped_bars(axis, groups, names, values, ends, slots: int) -> np.ndarray:
@@ -19,7 +19,7 @@ def grouped_bars(axis, groups, names, values, ends, slots: int) -> np.ndarray:
     at = np.arange(len(groups)) + 0.84 * ((np.arange(slots) + 0.5) / slots - 0.5)[:, None]
     error = {"ecolor": BLACK, "elinewidth": 1.3, "capsize": 2.5}
     for m, name in enumerate(names):
-        bars = {"color": style.colour(m), "hatch": ("", "//", "..", "xx")[m // 8 % 4], "label": name}
+        bars = {"color": PALETTE[m % 8], "hatch": ("", "//", "..", "xx")[m // 8 % 4], "label": name}
         axis.bar(at[m], np.nan_to_num(values[m]), 0.77 / slots, yerr=ends[:, m], error_kw=error, **bars)
     axis.set_xticks(range(len(groups)), groups, rotation=0 if max(map(len, groups)) < 16 else 20)
     axis.grid(axis="x", visible=False)
@@ -37,7 +37,7 @@ def recall_bars(
     style.agree(methods=methods, recall=recall)
     recall, published = np.asarray(recall, dtype=float), published or {}
     slots = len(methods) + len(published)
-    figure, axis = style.panel(min(max(7.2, 1.2 + len(sets) * (0.4 + 0.3 * slots)), 14), 5.0)
+    figure, axis = style.panels(min(max(7.2, 1.2 + len(sets) * (0.4 + 0.3 * slots)), 14), 5.0)
     at = grouped_bars(axis, sets, methods, recall, style.error_bars(recall, low, high), slots)
     for m, i in np.argwhere(np.isnan(recall)):
         axis.text(at[m, i], 1, "not run", rotation=90, ha="center", va="bottom", color=GREY, fontsize=10)
@@ -63,7 +63,7 @@ def mass_bars(methods, labels, share, *, area, spread, title) -> Figure:
     """
     style.agree(methods=methods, share=share)
     share, ends, area = (100 * np.asarray(values) for values in (share, [spread, spread], area))
-    figure, axis = style.panel(max(7.2, 1.8 + 0.95 * len(labels)), 4.4)
+    figure, axis = style.panels(max(7.2, 1.8 + 0.95 * len(labels)), 4.4)
     grouped_bars(axis, labels, methods, share, ends, len(methods))
     x = np.arange(len(labels))
     axis.hlines(area, x - 0.45, x + 0.45, color=BLACK, linewidth=2.2, label="share of the picture")
@@ -75,10 +75,9 @@ def mass_bars(methods, labels, share, *, area, spread, title) -> Figure:
 def recall_vs_dim(dims, recall, *, intervals=None, published, title) -> Figure:
     """Draw R@1 against descriptor dimensions.
 
-    `dims`, `recall` and `intervals` map a method to numbers (and low, high), `published` a label to (dims,
-    recalls).
+    `dims`, `recall` and `intervals` map a method to numbers, `published` a label to (dims, recalls).
     """
-    figure, axis = style.panel(7.6, 4.6)
+    figure, axis = style.panels(7.6, 4.6)
     for i, (name, values) in enumerate(recall.items()):
         axis.plot(dims[name], values, label=name, zorder=3, **mark(i))
         if intervals:
@@ -106,7 +105,7 @@ def recall_vs_parameters(names, parameters, recall, low=(), high=(), *, publishe
     start = 10.0 ** np.floor(np.log10(np.min(counts, where=counts > 0, initial=1e6)))
     order = np.argsort(x, kind="stable")
     new = np.flatnonzero(x[order][1:] > 1.08 * x[order][:-1]) + 1
-    figure, axis = style.panel(7.8, 4.8)
+    figure, axis = style.panels(7.8, 4.8)
     for group in np.split(order, new):
         for i, shift in zip(group, 0.12 * (np.arange(len(group)) - (len(group) - 1) / 2), strict=True):
             label = f"{names[i]} ({style.count(x[i])}{'' if np.isfinite(recall[i]) else ', not run'})"
@@ -129,20 +128,15 @@ def recall_vs_parameters(names, parameters, recall, low=(), high=(), *, publishe
 
 
 def aid_bars(names, aid, low, high, *, per_class) -> Figure:
-    """Draw average intra-class distances (n,) with their intervals, and every class's own as a dot.
-
-    They are L2 between unit descriptors: from 0 to 2, without a unit.
-    """
-    figure, axis = style.panel(7.6, 1.7 + 0.55 * len(names))
+    """Draw average intra-class distances (n,) with their intervals, and every class's own as a dot."""
+    figure, axis = style.panels(7.6, 1.7 + 0.55 * len(names))
     y = np.arange(len(names))[::-1]
-    axis.barh(y, aid, height=0.62, color=[style.colour(i) for i in range(len(names))], alpha=0.45)
-    bars = {"fmt": "o", "color": BLACK, "capsize": 4, "zorder": 4}
-    axis.errorbar(aid, y, xerr=style.error_bars(aid, low, high), **bars)
-    for row, values in zip(y, per_class, strict=True):
+    for i, (row, values) in enumerate(zip(y, per_class, strict=True)):
+        axis.barh(row, aid[i], height=0.62, color=PALETTE[i % 8], alpha=0.45)
         shift = ((np.arange(len(values)) * 0.618) % 1 - 0.5) * 0.45
         axis.scatter(values, row + shift, s=14, color=DARK, alpha=0.6, linewidths=0, zorder=3)
-    axis.set_yticks(y, names)
-    axis.set_xlim(left=0)
+    axis.errorbar(aid, y, xerr=style.error_bars(aid, low, high), fmt="o", color=BLACK, capsize=4, zorder=4)
+    axis.set(yticks=y, yticklabels=names, xlim=(0, None))
     axis.set_xlabel("mean L2 distance of two unit descriptors of one place (0-2)")
     axis.grid(axis="y", visible=False)
     axis.set_title("Average intra-class distance (lower: a place's images lie closer)", fontsize=12)
@@ -170,8 +164,7 @@ def graph_cost(names, seconds, added_pct, *, kind, once) -> Figure:
     `once`, not each epoch, adds nothing to an epoch.
     """
     seconds, added = np.asarray(seconds, dtype=float), np.asarray(added_pct, dtype=float)
-    figure, axes = style.panels(1, 2, (9.6, 1.9 + 0.52 * len(names)), sharey=True, width_ratios=(3, 2))
-    time, share = axes[0]
+    figure, (time, share) = style.panels(9.6, 1.9 + 0.52 * len(names), 1, 2, sharey=True, width_ratios=(3, 2))
     y = np.arange(len(names))[::-1]
     for axis, values, text in ((time, seconds, duration), (share, added, lambda v: f"+{v:.1f} %")):
         bars = axis.barh(y, np.nan_to_num(values), height=0.62)
@@ -179,21 +172,19 @@ def graph_cost(names, seconds, added_pct, *, kind, once) -> Figure:
             bar.set(**COSTS[of])
             known = np.isfinite(value)
             label = text(value) if known else "paid once" if single else "not known"
-            style.write(
-                axis, label, (value if known else 0, row), va="center", color=BLACK if known else GREY
-            )
+            tint = BLACK if known else GREY
+            style.write(axis, label, (np.nan_to_num(value), row), va="center", color=tint)
         axis.grid(axis="y", visible=False)
     positive = seconds[seconds > 0]
     if len(positive):
         time.set_xscale("log")
         time.set_xlim(positive.min() / 3, positive.max() * 12)
-        style.plain_ticks(time.xaxis)
-    share.set_xlim(0, 1.5 * np.nanmax([*added, 0]) or 1.5)
-    time.set_yticks(y, names)
-    time.set_xlabel("time (s)")
-    share.set_xlabel("added to an epoch's steps (%)")
-    shown = [Patch(**look) for one, look in COSTS.items() if one in set(kind)]
-    figure.legend(handles=shown, **style.LEGEND_BELOW)
+        time.xaxis.set_major_formatter("{x:,g}")
+    share.set(xlim=(0, 1.5 * np.nanmax([*added, 0]) or 1.5), xlabel="added to an epoch's steps (%)")
+    time.set(yticks=y, yticklabels=names, xlabel="time (s)")
+    if len(set(kind)) > 1:
+        shown = [Patch(**look) for one, look in COSTS.items() if one in set(kind)]
+        figure.legend(handles=shown, **style.LEGEND_BELOW)
     figure.suptitle("What making the graph costs")
     return figure
 
@@ -205,7 +196,6 @@ def context_audit(audits: Mapping[str, Mapping]) -> Figure:
     ``shuffled`` (m, r), NaN not run; ``none`` (head off), ``solo`` (batches of one), ``anchors`` (a fixed
     set), or None.
     """
-    flat = (("none", BLACK, ":"), ("solo", GREEN, "-."), ("anchors", PURPLE, "--"))
     figure, axes = style.tiles(len(audits), 3, (3.2, 3.6), margin=(1.2, 1.0))
     for axis, (name, audit) in zip(axes.flat, audits.items(), strict=False):
         n, shuffled = np.asarray(audit["n"]), np.ma.masked_invalid(np.asarray(audit["shuffled"], dtype=float))
@@ -213,7 +203,7 @@ def context_audit(audits: Mapping[str, Mapping]) -> Figure:
         axis.plot(n, shuffled.mean(axis=1), color=BLUE, marker="o", label="shuffled: mean")
         band = {"color": BLUE, "alpha": 0.22, "linewidth": 0, "label": f"shuffled: all {shuffled.shape[1]}"}
         axis.fill_between(n, shuffled.min(axis=1), shuffled.max(axis=1), **band)
-        for key, tint, dash in flat:
+        for key, tint, dash in (("none", BLACK, ":"), ("solo", GREEN, "-."), ("anchors", PURPLE, "--")):
             if audit[key] is not None:
                 axis.axhline(audit[key], color=tint, linestyle=dash, label=key.replace("none", "head off"))
         axis.set_xscale("log", base=2)
@@ -233,15 +223,13 @@ def ablation_figure(
 ) -> Figure:
     """Draw an ablation: every seed's R@k, and the paired difference against the full method.
 
-    `recall` and `plateau` (C, S) are of C configurations and S seeds: percents, NaN not run, and which ended
-    on the loss's plateau (crosses). `difference`, `low` and `high` (C,) are points against configuration
-    `reference` without those runs, and the ends of the paired 95 % interval; `smallest_visible`, points or
-    None, is the smallest difference that the set could show, a band around zero.
+    `recall`, `plateau` (C, S), of S seeds: percents, NaN not run, and which ended on the plateau (crosses).
+    `difference`, `low`, `high` (C,): points against configuration `reference` without those runs, with the
+    paired 95 % interval. `smallest_visible`: the smallest difference that the set could show, or None.
     """
     recall, plateau = np.asarray(recall, dtype=float), np.asarray(plateau, dtype=bool)
     difference, low, high = (np.asarray(v, dtype=float) for v in (difference, low, high))
-    figure, axes = style.panels(1, 2, (9.6, 2.3 + 0.5 * len(names)), sharey=True)
-    left, right = axes[0]
+    figure, (left, right) = style.panels(9.6, 2.3 + 0.5 * len(names), 1, 2, sharey=True)
     y = np.arange(len(names))[::-1]
     rows, sound = np.broadcast_to(y[:, None], recall.shape), np.where(plateau, np.nan, recall)
     left.scatter(sound, rows, s=32, color=SKY, zorder=2, label="a seed")
@@ -265,9 +253,7 @@ def ablation_figure(
     if smallest_visible is not None:
         band = {"color": "#e9e9e9", "label": "smaller than the set can show"}
         right.axvspan(-smallest_visible, smallest_visible, zorder=0, **band)
-    left.set_yticks(y, names)
-    left.set_ylim(-0.6, len(names) - 0.4)
-    left.set_xlabel(f"R@{k} (%)")
+    left.set(yticks=y, yticklabels=names, ylim=(-0.6, len(names) - 0.4), xlabel=f"R@{k} (%)")
     right.set_xlabel(f"difference in R@{k} (points), paired 95 %")
     figure.legend(**style.LEGEND_BELOW)
     figure.suptitle(title)
@@ -275,14 +261,10 @@ def ablation_figure(
 
 
 def loss_curve(step, loss, *, plateau=None, epoch_steps=()) -> Figure:
-    """Draw the loss of every step, its running mean, the plateau to leave, and where epochs begin.
-
-    The plateau is the loss of a batch whose similarities all equal the base, a trivial resting place:
-    log K + log(P K - K + 1) / beta for the multi-similarity loss.
-    """
+    """Draw the loss of every step, its running mean, the plateau to leave, and where epochs begin."""
     loss = pd.Series(loss, dtype=float)
     mean = loss.rolling(max(len(loss) // 25, 1), min_periods=1).mean()
-    figure, axis = style.panel(7.6, 4.4)
+    figure, axis = style.panels(7.6, 4.4)
     axis.plot(step, loss, color=BLUE, alpha=0.28, linewidth=1)
     axis.plot(step, mean, color=BLUE, label="loss")
     for at in epoch_steps:
@@ -290,8 +272,7 @@ def loss_curve(step, loss, *, plateau=None, epoch_steps=()) -> Figure:
     if plateau is not None:
         axis.axhline(plateau, color=BLACK, linestyle="--", linewidth=1.6, label=f"plateau: {plateau:.3f}")
         axis.legend()
-    axis.set_ylim(bottom=0)
-    axis.set(xlabel="step", ylabel="loss", title="Training loss")
+    axis.set(xlabel="step", ylabel="loss", ylim=(0, None), title="Training loss")
     return figure
 
 
@@ -299,17 +280,16 @@ def training_rates(step, images_per_s, live_pairs_pct, learning_rate) -> Figure:
     """Draw throughput, the share of pairs that still give a gradient, and the learning rate; arrays (n,)."""
     rates = {"images a second": images_per_s, "pairs with a\ngradient (%)": live_pairs_pct}
     table = pd.DataFrame(rates | {"learning rate": learning_rate}, index=step, dtype=float)
-    figure, axes = style.panels(3, 1, (7.6, 6.6), sharex=True)
+    figure, axes = style.panels(7.6, 6.6, 3, 1, sharex=True)
     table.plot(subplots=True, ax=axes, legend=False, xlabel="step", title="How training went")
-    for axis, label in zip(axes.flat, table, strict=True):
-        axis.set_ylim(bottom=0)
-        axis.set_ylabel(label)
+    for axis, label in zip(axes, table, strict=True):
+        axis.set(ylim=(0, None), ylabel=label)
     return figure
 
 
 def recall_per_epoch(epoch, recall: Mapping, *, best: int) -> Figure:
     """Draw validation recall, a mapping of "R@1", "R@5", ... to percents (n,), and which epoch was kept."""
-    figure, axis = style.panel(7.6, 4.4)
+    figure, axis = style.panels(7.6, 4.4)
     for i, (name, values) in enumerate(recall.items()):
         axis.plot(epoch, values, label=name, zorder=3, **mark(i))
     axis.axvline(best, color=ORANGE, linewidth=6, alpha=0.35, zorder=0, label=f"best: epoch {best}")

@@ -1,14 +1,13 @@
 """What all figures share: style, colours, panels, axes in metres, photographs, and numbers as text."""
 
 import base64
-import functools
 import io
 
 import matplotlib
 import numpy as np
 from matplotlib import patheffects
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator
 from PIL import Image
 
 BLACK, GREY, DARK = "#1a1a1a", "#8c8c8c", "#555555"
@@ -44,20 +43,8 @@ class NotebookFigure(Figure):
 
 def to_png(figure: Figure) -> bytes:
     """Draw a matplotlib figure into the bytes of a PNG, the way that widgets and notebooks show it."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=90)
+    figure.savefig(buffer := io.BytesIO(), format="png", dpi=90)
     return buffer.getvalue()
-
-
-def styled(draw):
-    """Draw in the style of the workbench, and leave matplotlib's settings as they were."""
-
-    @functools.wraps(draw)
-    def wrapped(*args, **kwargs):
-        with matplotlib.rc_context(STYLE):
-            return draw(*args, **kwargs)
-
-    return wrapped
 
 
 def agree(**arrays) -> None:
@@ -67,16 +54,10 @@ def agree(**arrays) -> None:
         raise ValueError(f"{', '.join(arrays)} must be equally many, got {lengths}")
 
 
-def panels(rows: int, columns: int, size: tuple[float, float], **options):
-    """A figure of `size` inches and its array of axes (rows, columns)."""
-    figure = NotebookFigure(figsize=size, layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False, **options)
-
-
-def panel(width: float, height: float):
-    """A figure with one axis."""
-    figure, axes = panels(1, 1, (width, height))
-    return figure, axes[0, 0]
+def panels(width: float, height: float, rows: int = 1, columns: int = 1, **options):
+    """A figure of so many inches, and its axes as ``matplotlib.pyplot.subplots`` gives them."""
+    figure = NotebookFigure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, **options)
 
 
 def tiles(n: int, columns: int, tile: tuple[float, float], margin=(0.0, 0.0), **options):
@@ -84,7 +65,7 @@ def tiles(n: int, columns: int, tile: tuple[float, float], margin=(0.0, 0.0), **
     columns = max(min(columns, n), 1)
     rows = -(-n // columns)
     size = (tile[0] * columns + margin[0], tile[1] * rows + margin[1])
-    figure, axes = panels(rows, columns, size, **options)
+    figure, axes = panels(*size, rows, columns, squeeze=False, **options)
     for axis in axes.flat[n:]:
         axis.set_visible(False)
     return figure, axes
@@ -96,18 +77,9 @@ def whole_ticks(*axes, most: int | str = "auto") -> None:
         axis.set_major_locator(MaxNLocator(most, integer=True))
 
 
-def plain_ticks(axis) -> None:
-    """Write 0.5, 10 and 1,000 on a logarithmic axis, not powers of ten."""
-    axis.set_major_formatter(lambda value, _: f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}")
-
-
 def write(axis, text: str, at, offset=(4, 0), **options) -> None:
     """Write beside a point, `offset` printer's points away."""
     axis.annotate(text, at, xytext=offset, textcoords="offset points", **options)
-
-
-def colour(index: int) -> str:
-    return PALETTE[index % len(PALETTE)]
 
 
 def mark(index: int) -> dict:
@@ -135,18 +107,20 @@ def local(east_m, north_m) -> tuple[np.ndarray, list[str]]:
     return at.T, names
 
 
-def metre_axes(axis, at: np.ndarray, names: list[str]) -> None:
-    """Equal metres on both axes, for what `local` returns."""
+def metre_panel(width: float, height: float, east_m, north_m):
+    """A figure with one map, equal metres on both axes, and the positions (n, 2) on it."""
+    at, names = local(east_m, north_m)
+    figure, axis = panels(width, height)
     axis.set_aspect("equal", adjustable="datalim" if np.ptp(at, axis=0).min() == 0 else "box")
     axis.set(xlabel=names[0], ylabel=names[1])
     axis.xaxis.set_major_locator(MaxNLocator(4))
     axis.yaxis.set_major_locator(MaxNLocator(5))
+    return figure, axis, at
 
 
 def aspect(image) -> float:
     """Height over width."""
-    height, width = np.asarray(image).shape[:2]
-    return height / width
+    return np.divide(*np.asarray(image).shape[:2])
 
 
 def photograph(axis, image, caption: str = "", frame: str | None = None) -> None:
@@ -166,8 +140,7 @@ def jpeg(image: Image.Image, size_px: int) -> str:
     """A picture, shrunk to `size_px` on the longer side, as base64 of a JPEG."""
     picture = image.convert("RGB")
     picture.thumbnail((size_px, size_px))
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=80)
+    picture.save(buffer := io.BytesIO(), "JPEG", quality=80)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -178,7 +151,4 @@ def metres(value: float) -> str:
 
 
 def count(value: float) -> str:
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{letter}"
-    return f"{value:.0f}"
+    return EngFormatter(sep="")(float(f"{value:.3g}"))
