@@ -33,26 +33,13 @@ SEARCH_STEPS = 20_000  # of one search for a clique; graphs of points within a r
 
 @dataclass(frozen=True, kw_only=True)
 class GraphRules:
-    """What decides about edges.
+    """What decides about edges. The defaults are the paper's, whose `tau` is not public."""
 
-    Parameters
-    ----------
-    radius_m : float
-        Images at most this far apart are joined; 25 m in the paper.
-    max_heading_deg : float, optional
-        Join only images whose headings differ by no more. None, as in the paper: any two.
-    tau : float, optional
-        Keep edges with ``W > tau``. The paper's value is not public; unit descriptors have ``W >= -50``.
-    top_k : int, optional
-        Of these, keep edges among the `top_k` best of either end; of equal ones, those to lower indices.
-    min_distance_m : float
-        A floor under ``d_geo``, unlike the paper: at one position ``W = 0`` is best, however images look.
-    """
-
-    radius_m: float = 25.0
-    max_heading_deg: float | None = None
-    tau: float | None = None
-    top_k: int | None = None
+    radius_m: float = 25.0  # images at most this far apart are joined
+    max_heading_deg: float | None = None  # join only images whose headings differ by no more
+    tau: float | None = None  # keep edges with W > tau; descriptors of length 1 have W >= -2 radius_m
+    top_k: int | None = None  # of these, keep the best of either end; of equal ones, those to lower indices
+    # A floor under d_geo: two photographs of one position have W = 0, the best value, however they look.
     min_distance_m: float = 0.0
 
     def __post_init__(self) -> None:
