@@ -1,4 +1,4 @@
-"""The released checkpoints, read into :class:`~sagelib.model.SAGE`, and the model written for other runtimes.
+"""The released checkpoints, read into :class:`~sagelib.model.SAGE`.
 
 Every name of a checkpoint is either mapped, or on the list of names that are dropped because nothing uses
 them; anything else, and anything missing, is an error that names it.
@@ -10,11 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sagelib.backbone import ViTBackbone, check_state, read_checkpoint
+from sagelib.backbone import check_state, read_checkpoint
 from sagelib.model import SAGE
-from sagelib.runs import atomic_path
 
-__all__ = ["DROPPED", "RENAMED", "export_onnx", "load_authors_checkpoint"]
+__all__ = ["DROPPED", "RENAMED", "load_authors_checkpoint"]
 
 # Width and depth of the transformer -> its name here.
 _SIZES = {(384, 12): "small", (768, 12): "base", (1024, 24): "large"}
@@ -104,37 +103,3 @@ def _recognise(state: dict[str, Tensor], path: str | Path) -> dict:
         "interact_options": head,
         "preprocessing": {"image_size": 322, "mode": "paper"},
     }
-
-
-def export_onnx(model: SAGE, path: str | Path, *, image_size: int | tuple[int, int] = 322) -> Path:
-    """Write the per-image model, without its head, as an ONNX file: images (B, 3, H, W) to (B, D).
-
-    The batch is free, the image size in pixels fixed. Needs the optional packages of ``sagelib[onnx]``.
-    """
-    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    backbone, head, was_training = model.backbone, model.head, model.training
-    grid, images = backbone.grid(size), torch.zeros(2, 3, *size, device=next(model.parameters()).device)
-    try:
-        model.head = None
-        if isinstance(backbone, ViTBackbone):
-            table = backbone.position_embedding(grid)
-            backbone.position_embedding = lambda _: table  # a constant
-        else:
-            backbone.shapes(grid)  # remembered
-        with torch.no_grad():
-            program = torch.onnx.export(
-                model.eval(),
-                (images,),
-                dynamo=True,
-                input_names=["images"],
-                output_names=["descriptors"],
-                dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1, max=4096)}},
-                verbose=False,
-            )
-    finally:
-        model.head = head
-        vars(backbone).pop("position_embedding", None)
-        model.train(was_training)
-    with atomic_path(path) as temporary:
-        program.save(str(temporary), external_data=False)
-    return Path(path)

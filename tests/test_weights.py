@@ -1,12 +1,11 @@
 """Released checkpoints: equal descriptors, and nothing missing or left over without a word."""
 
 import authors_layout
-import numpy as np
 import pytest
 import torch
 
 from sagelib.model import SAGE
-from sagelib.weights import export_onnx, load_authors_checkpoint
+from sagelib.weights import load_authors_checkpoint
 
 
 def write(path, state, prefix=""):
@@ -141,22 +140,3 @@ def test_saved_again_in_our_own_way_it_is_the_same(small, tmp_path):
     model.save_pretrained(tmp_path / "ours")
     with torch.no_grad():
         assert torch.equal(SAGE.from_pretrained(tmp_path / "ours")(images(126, 2)), model(images(126, 2)))
-
-
-def test_onnx_gives_torchs_descriptors_for_any_batch(tmp_path):
-    pytest.importorskip("onnxscript")
-    runtime = pytest.importorskip("onnxruntime")
-    torch.manual_seed(0)
-    model = SAGE("vit_test_patch14", pretrained=False).train()
-    model.backbone.position = "dinov2"
-    path = export_onnx(model, tmp_path / "sage.onnx", image_size=(70, 126))
-    assert model.training
-    model.eval()
-    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    for batch in (1, 2, 5):
-        x = images((70, 126), batch)
-        (found,) = session.run(["descriptors"], {"images": x.numpy()})
-        with torch.no_grad():
-            np.testing.assert_allclose(found, model.embed(x).numpy(), rtol=0, atol=2e-5)
-    with pytest.raises(ValueError, match="cannot be cut into patches of 14"):
-        export_onnx(model, tmp_path / "sage.onnx", image_size=320)
