@@ -1,14 +1,10 @@
 """Other people's aggregators, on equal terms: from the tokens of a backbone to one descriptor.
 
-Every class reads ``(cls, patches, grid)`` and gives one unit vector an image, so each can take the place of
-Soft Probing in the same model, under the same backbone, data, budget and loss. Each is written from the
-equations of its paper; :func:`build_aggregator` makes one by name.
-
-Shapes: cls (B, M) and patches (B, N, M) of B images, N = h * w patches in row-major order of the grid (h, w),
-M the width of the backbone. Where a descriptor is a sum over patches once its weights and lengths are held at
-their values, ``patch_contributions(cls, patches, grid, other)`` gives what each patch adds to ``descriptor .
-other``, (B, N), for other descriptors (B, out_dim) or (out_dim,). The contributions add up to it exactly, up
-to what comes from the class token and from biases.
+Each is written from the equations of its paper and reads cls (B, M), patches (B, N, M) and the grid (h, w),
+N = h * w in row-major order and M = ``width``, that of the backbone; :func:`build_aggregator` makes one by
+name. With weights and lengths held at their values, ``patch_contributions(cls, patches, grid, other)`` is
+what each patch adds to ``descriptor . other``, (B, N), for other descriptors (B, out_dim) or (out_dim,): all
+of it but for the class token and biases.
 """
 
 import inspect
@@ -36,7 +32,7 @@ class CLS(nn.Module):
         return F.normalize(cls, dim=-1)
 
     def patch_contributions(self, cls, patches, grid, other) -> Tensor:
-        """Zeros: no patch is read. (What the token took from the patches happened in the backbone.)"""
+        """Zeros: no patch is read."""
         return patches.new_zeros(patches.shape[:2])
 
 
@@ -61,19 +57,15 @@ class GeM(nn.Module):
     """Generalised mean pooling: each channel's power mean over the patches.
 
     Equations 1 and 3 of Radenovic, Tolias and Chum, "Fine-tuning CNN Image Retrieval with No Human
-    Annotation" (TPAMI 2019): ``g_c = (1/N sum_i x_ic^p)^(1/p)``, p learned, one for all channels. p = 1 is
-    the mean, p -> inf the maximum. Their features follow a ReLU; what is below ``eps`` counts as ``eps`` here
-    too.
+    Annotation" (TPAMI 2019): ``g_c = (1/N sum_i max(x_ic, eps)^p)^(1/p)``, p learned, one for all channels.
 
     Parameters
     ----------
-    width : int
-        M, the width of the backbone.
     p : float
         Exponent at the start, above 0; 3 in the paper.
     grid : int
-        Pool over each cell of a ``grid`` x ``grid`` division of the picture and concatenate the cells; 1 is
-        the paper's. Cells of an undividable picture overlap by one patch.
+        Pool over each of ``grid`` x ``grid`` cells, which overlap by one patch where the picture does not
+        divide, and concatenate them; 1 in the paper.
     dim : int, optional
         Width of the linear layer behind the pooling (the paper's learned whitening); ``None`` is off.
     """
@@ -117,8 +109,6 @@ class NetVLAD(nn.Module):
 
     Parameters
     ----------
-    width : int
-        M, the width of the backbone.
     clusters : int
         K; 64 in the paper.
     channels : int, optional
@@ -136,18 +126,8 @@ class NetVLAD(nn.Module):
     def initialise_from(self, patches: Iterable[Tensor], *, ratio: float = 100.0) -> float:
         """k-means centres of training patches, and ``w_k = 2 alpha c_k``, ``b_k = -alpha ||c_k||^2``.
 
-        Parameters
-        ----------
-        patches : iterable of Tensor (B, N, M)
-            More patches than clusters.
-        ratio : float
-            Wished ratio of the largest to the second largest assignment weight, in the geometric mean over
-            the patches: 100 in the paper's supplement.
-
-        Returns
-        -------
-        float
-            alpha = log(ratio) / mean(second smallest - smallest squared distance).
+        Returned is alpha = log(ratio) / mean(second smallest - smallest squared distance): ``ratio`` (100 in
+        the paper's supplement) is the largest by the second largest assignment weight, in geometric mean.
         """
         from sklearn.cluster import KMeans
 
@@ -196,8 +176,6 @@ class SALAD(nn.Module):
 
     Parameters
     ----------
-    width : int
-        M, the width of the backbone.
     clusters, channels, token_dim : int
         m, l and the width of the token; 64, 128 and 256 in the paper, together 8448 dimensions.
     hidden : int
@@ -223,10 +201,8 @@ class SALAD(nn.Module):
         scores = self.scores(patches).float()  # the logarithms below need the range of float32
         batch, n, clusters = scores.shape
         if n <= clusters:
-            raise ValueError(
-                f"SALAD needs more patches than clusters, got {n} patches for {clusters} clusters: "
-                "use larger images or fewer clusters"
-            )
+            words = f"got {n} patches for {clusters} clusters: use larger images"
+            raise ValueError(f"SALAD needs more patches than clusters, {words}")
         scores = torch.cat([scores, self.dustbin.float().expand(batch, n, 1)], dim=-1)
         columns = scores.new_ones(clusters + 1)
         columns[-1] = n - clusters
@@ -253,8 +229,8 @@ class SALAD(nn.Module):
 def log_sinkhorn(scores: Tensor, log_rows: Tensor, log_columns: Tensor, iterations: int) -> Tensor:
     """The logarithm (B, n, m) of exp(scores) scaled to row and column sums, given as logarithms.
 
-    Cuturi, "Sinkhorn Distances" (NeurIPS 2013): alternately, every column is scaled to its sum and every row
-    to its own. Rows come last, so they are exact after any number of iterations and the columns in the limit.
+    Cuturi, "Sinkhorn Distances" (NeurIPS 2013): alternately columns and rows are scaled; rows, the last, are
+    exact after any number of iterations.
     """
     rows, columns = torch.zeros_like(scores[..., :1]), torch.zeros_like(scores[:, :1])
     for _ in range(iterations):
@@ -273,8 +249,6 @@ class MixVPR(nn.Module):
 
     Parameters
     ----------
-    width : int
-        M, the width of the backbone.
     grid : (int, int)
         Height and width of the patch grid, for instance (16, 16) for 224 px and patches of 14 px.
     depth : int
@@ -298,9 +272,10 @@ class MixVPR(nn.Module):
 
     def forward(self, cls: Tensor, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         if tuple(grid) != self.grid:
+            wanted, got = (f"{side[0]} x {side[1]}" for side in (self.grid, grid))
+            words = f"a grid of {wanted} patches and got {got}"
             raise ValueError(
-                f"this MixVPR was built for a grid of {self.grid[0]} x {self.grid[1]} patches and got "
-                f"{grid[0]} x {grid[1]}: describe images of the size that it was trained with"
+                f"this MixVPR was built for {words}: give images of the size it was trained with"
             )
         maps = patches.transpose(1, 2)  # (B, M, N)
         for mixer in self.mixers:
@@ -319,8 +294,6 @@ class BoQ(nn.Module):
 
     Parameters
     ----------
-    width : int
-        M, the width of the backbone.
     channels, queries, layers, rows : int
         384, 64, 2 and 32 in the authors' DINOv2 model: 384 * 32 = 12288 dimensions.
     heads : int, optional
@@ -388,10 +361,7 @@ def aggregator_names() -> tuple[str, ...]:
 
 
 def build_aggregator(name: str, width: int, **options) -> nn.Module:
-    """The aggregator of a name in `aggregator_names`, for a backbone's width, with options of its class.
-
-    A ValueError for a name or option that does not exist, naming those that do, and for a value out of range.
-    """
+    """The aggregator of a name in `aggregator_names`, for a backbone's width, with options of its class."""
     make = _CLASSES[check("aggregator", name, choices=_CLASSES)]
     known = {k: p for k, p in inspect.signature(make).parameters.items() if k != "width"}
     for option, value in options.items():
@@ -401,8 +371,8 @@ def build_aggregator(name: str, width: int, **options) -> nn.Module:
     try:
         return make(width, **options, **fixed)
     except TypeError as error:
-        sentence = f"no model can be built of these options: {error}; {name} has {', '.join(known)}"
-        raise ValueError(sentence) from error
+        words = f"no model can be built of these options: {error}; {name} has {', '.join(known)}"
+        raise ValueError(words) from error
 
 
 def _projection(width: int, dim: int | None) -> tuple[nn.Module, int]:

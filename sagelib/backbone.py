@@ -1,8 +1,7 @@
 """A frozen network of timm and the few parts of it that train.
 
-In the order of the method: what is put after the last blocks (:class:`DynamicPowerNorm`), the network cut
-into a frozen prefix and a trained suffix (:class:`ViTBackbone`, :class:`ConvBackbone`), and the loading of
-its weights (:func:`build_backbone`).
+In the order of the method: :class:`DynamicPowerNorm`, the network cut into a frozen prefix and a trained
+suffix (:class:`ViTBackbone`, :class:`ConvBackbone`), and its weights (:func:`build_backbone`).
 """
 
 import _codecs
@@ -12,8 +11,6 @@ import io
 import math
 import re
 import sys
-import warnings
-from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path, PosixPath
 
@@ -42,8 +39,7 @@ ADAPTERS = ("dpn", "none", "lora", "dora", "unfreeze")
 IMAGENET = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
 
-def power(x: Tensor, exponent: Tensor, epsilon: float = 1e-6) -> Tensor:
-    """``sign(x) * (|x| + epsilon) ** exponent + x``, element by element."""
+def _power(x: Tensor, exponent: Tensor, epsilon: float = 1e-6) -> Tensor:
     return torch.sign(x) * (x.abs() + epsilon) ** exponent + x
 
 
@@ -55,8 +51,7 @@ class DynamicPowerNorm(nn.Module):
         DPN(x) = sign(x) * (|x| + epsilon) ** p + x
 
     ``p`` begins near 0.5, where the power's slope at zero is ``p * epsilon ** (p - 1)`` = 500: it is computed
-    in float32 even inside mixed precision. ``width`` is the number of columns of ``x``, ``hidden`` the width
-    of the layer that predicts the exponent, with ``dropout``.
+    in float32 even inside mixed precision. ``hidden`` and ``dropout`` are of the layer that predicts it.
     """
 
     def __init__(self, width: int, hidden: int = 16, *, dropout: float = 0.1, epsilon: float = 1e-6):
@@ -73,25 +68,23 @@ class DynamicPowerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x`` (B, rows, width) to the same shape, in float32 (float64 stays float64)."""
         with torch.autocast(x.device.type, enabled=False):
-            if x.dtype in (torch.float16, torch.bfloat16):
-                x = x.float()
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
             exponent = self.exponent(x)
             if not torch.is_grad_enabled():
-                return power(x, exponent, self.epsilon)
+                return _power(x, exponent, self.epsilon)
             # Cheap to compute and large to keep: computed again in the backward pass.
-            return checkpoint(power, x, exponent, self.epsilon, use_reentrant=False, preserve_rng_state=False)
+            return checkpoint(
+                _power, x, exponent, self.epsilon, use_reentrant=False, preserve_rng_state=False
+            )
 
 
 class Backbone(nn.Module):
     """A network of timm, frozen but for its last normalisation and an adapter in the last blocks.
 
-    Forward is :meth:`prefix`, all that no trained part precedes, whose output may be kept, then
-    :meth:`suffix`.
+    Forward is :meth:`prefix`, which nothing trained precedes (its output may be kept), then :meth:`suffix`.
 
     Parameters
     ----------
-    network, name : nn.Module, str
-        The network of timm, with its weights, and its name.
     adapter : {"dpn", "none", "lora", "dora", "unfreeze"}
         What trains in the last ``adapter_blocks`` blocks (stages of a convolutional network): a
         :class:`DynamicPowerNorm` after each (the paper's), nothing, a tuner of ``peft``, or they themselves.
@@ -103,15 +96,9 @@ class Backbone(nn.Module):
     stages : sequence of str, optional
         Of a convolutional network, the tapped stages, such as ``layer3``; ``None`` takes the last three.
 
-    Attributes
-    ----------
-    width, patch, norm : int, int, nn.Module
-        M, the width of a token; the side in pixels of what it stands for; the final normalisation.
-    frozen_names : frozenset of str
-        The original parameters that do not train, which a small checkpoint leaves out.
+    ``width`` is M, the width of a token, ``patch`` the side in pixels of what it stands for, ``norm`` the
+    last normalisation, ``frozen_names`` the parameters that do not train: a small checkpoint lacks them.
     """
-
-    trunk = ""  # the attribute that holds the network
 
     def __init__(
         self, network, name, *, adapter="dpn", adapter_blocks=4, adapter_options=None, train_norm=True, **own
@@ -125,21 +112,15 @@ class Backbone(nn.Module):
         self.normalised = None if colours == IMAGENET else colours
         blocks, widths = self._cut(0 if adapter == "none" else adapter_blocks, **own)
         self.adapter_blocks, options = len(blocks), dict(adapter_options or {})
-        originals = {id(p) for p in self.parameters()}
-        self.dpn = nn.ModuleList()
-        if adapter == "dpn":
-            self.dpn.extend(DynamicPowerNorm(width, **options) for width in widths)
-        elif adapter in ("lora", "dora"):
+        self.dpn = nn.ModuleList(DynamicPowerNorm(w, **options) for w in widths if adapter == "dpn")
+        if adapter in ("lora", "dora"):
             _inject_tuner(network, adapter, blocks, options)
-        elif options:
+        elif options and adapter != "dpn":
             raise ValueError(f"adapter {adapter!r} takes no adapter_options; got {', '.join(options)}")
         elif adapter == "unfreeze":
-            for block in blocks.values():
-                block.requires_grad_(True)
+            nn.ModuleList(blocks.values()).requires_grad_(True)
         self.norm.requires_grad_(train_norm)
-        self.frozen_names = frozenset(
-            n for n, p in self.named_parameters() if id(p) in originals and not p.requires_grad
-        )
+        self.frozen_names = frozenset(n for n, p in self.named_parameters() if not p.requires_grad)
 
     def forward(self, images: Tensor) -> Tensor:
         """Tokens after the final normalisation, (B, T, M), of ``images`` (B, 3, H, W)."""
@@ -188,11 +169,8 @@ def _inject_tuner(network: nn.Module, adapter: str, blocks: dict[str, nn.Module]
     default = ("qkv", "proj") if isinstance(network, VisionTransformer) else layers
     targets, chosen = options.pop("target_modules", default), set()
     for target in [targets] if isinstance(targets, str) else targets:
-        matches = {n for n in layers if f".{n}".endswith(f".{target}")}
-        if not matches:
-            raise ValueError(
-                f"target_modules {target!r} matches none of the layers {', '.join(sorted(layers))}"
-            )
+        if not (matches := {n for n in layers if f".{n}".endswith(f".{target}")}):
+            raise ValueError(f"target_modules {target!r} matches none of {', '.join(sorted(layers))}")
         chosen |= matches
     paths, names = ("|".join(map(re.escape, part)) for part in (blocks, chosen))
     options = {"r": 8, "lora_alpha": 16, "use_dora": adapter == "dora", **options}
@@ -211,7 +189,7 @@ class ViTBackbone(Backbone):
     models (bicubic, scale factor (side + 0.1) / trained side), else "timm" (bicubic, antialiasing).
     """
 
-    trunk = "vit"
+    trunk = "vit"  # the attribute that holds the network
 
     def _cut(self, n: int, stages: None = None) -> tuple[dict[str, nn.Module], list[int]]:
         """The last ``n`` blocks by name, and their widths."""
@@ -231,8 +209,15 @@ class ViTBackbone(Backbone):
     @torch.no_grad()
     def prefix(self, images: Tensor) -> Tensor:
         """Tokens (B, T, M) after the last block that no trained part precedes; no gradient flows through."""
-        tokens = self._embed(images)
-        for block in self.vit.blocks[: self.prefix_blocks]:
+        # shape[0] rather than len: an exported model keeps it free.
+        vit, grid, batch = self.vit, self.grid(images), images.shape[0]
+        tokens = vit.patch_embed(self._renormalise(images)).reshape(batch, grid[0] * grid[1], self.width)
+        position = 0 if vit.pos_embed is None else self.position_embedding(grid)
+        if vit.no_embed_class:
+            tokens, position = tokens + position, 0
+        prefix = [t.expand(batch, -1, -1) for t in (vit.cls_token, vit.reg_token) if t is not None]
+        tokens = vit.norm_pre(vit.pos_drop(torch.cat([*prefix, tokens], dim=1) + position))
+        for block in vit.blocks[: self.prefix_blocks]:
             tokens = block(tokens)
         return tokens
 
@@ -251,16 +236,6 @@ class ViTBackbone(Backbone):
         patches = tokens[:, self.vit.num_prefix_tokens :]
         return (tokens[:, 0] if self.vit.cls_token is not None else patches.mean(dim=1)), patches
 
-    def _embed(self, images: Tensor) -> Tensor:
-        # shape[0] rather than len: an exported model keeps it free.
-        vit, grid, batch = self.vit, self.grid(images), images.shape[0]
-        tokens = vit.patch_embed(self._renormalise(images)).reshape(batch, grid[0] * grid[1], self.width)
-        position = 0 if vit.pos_embed is None else self.position_embedding(grid)
-        if vit.no_embed_class:
-            tokens, position = tokens + position, 0
-        prefix = [t.expand(batch, -1, -1) for t in (vit.cls_token, vit.reg_token) if t is not None]
-        return vit.norm_pre(vit.pos_drop(torch.cat([*prefix, tokens], dim=1) + position))
-
     def position_embedding(self, grid: tuple[int, int]) -> Tensor:
         """The position embeddings (1, T or N, M) resampled to ``grid`` rows and columns of patches."""
         weight = self.vit.pos_embed.detach()
@@ -273,7 +248,7 @@ class ViTBackbone(Backbone):
         # The 0.1 was meant against rounding in the output's size; it also stretches the sampling positions.
         scale = ((grid[0] + 0.1) / side, (grid[1] + 0.1) / side)
         table = weight[:, prefix:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
-        table = table if table.dtype == torch.float64 else table.float()
+        table = table.to(torch.promote_types(table.dtype, torch.float32))
         table = F.interpolate(table, scale_factor=scale, mode="bicubic", antialias=False)
         return torch.cat([weight[:, :prefix], table.flatten(2).mT.to(weight.dtype)], dim=1)
 
@@ -298,22 +273,21 @@ class ChannelNorm(nn.Module):
 class ConvBackbone(Backbone):
     """A convolutional network of timm that runs stage after stage; its tokens are outputs of some stages.
 
-    The maps of the ``stages`` are resampled bilinearly to the grid of the finest one and concatenated, and
-    each channel is standardised by statistics kept with the weights (:meth:`standardise_from`), in the place
-    of a transformer's final LayerNorm. The CLS token is the mean of the tokens. Batch norms are folded into
-    the convolutions before them. DPN acts on what is taken from a stage, not on what the next stage sees.
+    The maps of the ``stages``, resampled bilinearly to the grid of the finest one, are concatenated and each
+    channel is standardised by statistics kept with the weights, in the place of a final LayerNorm. The CLS
+    token is the mean of the tokens. Batch norms are folded into the convolutions before them. DPN acts on
+    what is taken from a stage, not on what the next stage sees.
     """
 
     trunk = "cnn"
 
-    def _cut(self, n: int, stages: Sequence[str] | None = None) -> tuple[dict[str, nn.Module], list[int]]:
+    def _cut(self, n: int, stages: list[str] | None = None) -> tuple[dict[str, nn.Module], list[int]]:
         """The last ``n`` tapped stages by name, and their widths."""
         parts = _fold_sequence(self.cnn.eval(), self.name)
         names = list(parts)
         for stage in stages or ():
             check(f"a stage of {self.name}", stage, choices=names)
-        self.stages = tuple(names[-3:] if stages is None else (s for s in names if s in stages))
-        check("the number of stages", len(self.stages), 1)
+        self.stages = tuple(s for s in names if s in (stages or names[-3:]))
         check("adapter_blocks", n, 0 if self.adapter == "none" else 1, whole=True)
         first = max(0, len(self.stages) - n)
         self._names = names[: names.index(self.stages[-1]) + 1]
@@ -328,7 +302,7 @@ class ConvBackbone(Backbone):
             # What becomes of normally distributed channels with an exponent of 1/2, where DPN begins.
             m = sum(widths[first:])
             quantiles = torch.special.ndtri((torch.arange(999) + 0.5) / 999)[:, None]
-            x = power(mean[-m:] + std[-m:] * quantiles, torch.tensor(0.5))
+            x = _power(mean[-m:] + std[-m:] * quantiles, torch.tensor(0.5))
             mean[-m:], std[-m:] = x.mean(dim=0), x.std(dim=0)
         self.norm = ChannelNorm(mean, std)
         # The prefix ends before the first stage that trains inside, and hands on the maps still needed.
@@ -407,13 +381,12 @@ class ConvBackbone(Backbone):
 
 @torch.no_grad()
 def _fold_sequence(network: nn.Module, name: str) -> dict[str, tuple[Tensor, Tensor, int]]:
-    """Mean and variance of channels, and side of a pixel, of the parts of a network in the order they run.
+    """Mean and variance of channels, and side of a pixel, of a network's parts in the order they run.
 
-    Batch norms are folded into the convolutions before them, and what follows the last map is dropped. That
-    one part runs after the other is tried on a picture.
+    Batch norms are folded into the convolutions before them; the parts behind the last map are dropped.
     """
     x, outputs = torch.linspace(-1, 1, 3 * 64 * 64).sin().reshape(1, 3, 64, 64), []
-    try:
+    try:  # do they run one after the other?
         features = [entry["module"] for entry in network.feature_info]
         parts = {}
         for key, child in network.named_children():
@@ -462,9 +435,6 @@ def _statistics_of(stage: nn.Module) -> tuple[Tensor, Tensor] | None:
     return None if mean is None else (mean, var)
 
 
-# -- building and loading the network ------------------------------------------------------------------------
-
-
 def build_backbone(name: str, *, pretrained=True, weights: str | Path | None = None, **options) -> Backbone:
     """A :class:`ViTBackbone` or :class:`ConvBackbone` by its name.
 
@@ -490,13 +460,10 @@ def build_backbone(name: str, *, pretrained=True, weights: str | Path | None = N
 
 def _from_hub(name: str) -> nn.Module:
     try:  # without a network this fails at once, where timm tries again for most of a minute
-        folder = snapshot_download(
-            timm.get_pretrained_cfg(name).hf_hub_id, allow_patterns="model.safetensors"
-        )
-        file = Path(folder, "model.safetensors")
-        return _create(
-            name, pretrained=True, pretrained_cfg_overlay={"file": file} if file.is_file() else None
-        )
+        repository = timm.get_pretrained_cfg(name).hf_hub_id
+        file = Path(snapshot_download(repository, allow_patterns="model.safetensors"), "model.safetensors")
+        overlay = {"file": file} if file.is_file() else None
+        return _create(name, pretrained=True, pretrained_cfg_overlay=overlay)
     except Exception as error:
         raise OSError(
             f"the weights of {name} could not be had from the hub ({type(error).__name__}): give "
@@ -542,7 +509,7 @@ def _from_file(name: str, path: Path) -> nn.Module:
     convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", lambda state, _: state)
     state, own = convert(state, network), network.state_dict()
     heads = getattr(network, "default_cfg", {}).get("classifier") or "head"
-    heads = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
+    heads = heads if isinstance(heads, str) else tuple(heads)
     state = {k: v for k, v in state.items() if k in own or not k.startswith(heads)}
     check_state(own, state, f"{path} does not fit the backbone")
     network.load_state_dict(state)
@@ -564,7 +531,7 @@ def read_checkpoint(path: str | Path) -> object:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings(action="ignore"):
+        with torch.serialization.safe_globals(_HARMLESS):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         with path.open("rb") as file:

@@ -23,11 +23,7 @@ PLAIN_POOLING = ("gem", "mean", "cls")
 
 
 class ParameterReport(dict):
-    """Counts of parameters by part: (live, published), those that work and those of the released model.
-
-    The released model registers a branch that it never calls and counts it; ``published`` is ``None`` where
-    nothing was published of this kind.
-    """
+    """Parameters by part: (live, published or None); the authors count a branch that is never called."""
 
     def __str__(self) -> str:
         """A Markdown table."""
@@ -48,8 +44,7 @@ class SAGE(
 ):
     """Images to descriptors: backbone, aggregator, and an optional cross-image head.
 
-    The defaults are the released model's: DINOv2 ViT-L/14 with dynamic power normalisation after its last
-    four blocks, Soft Probing, and the cross-image head.
+    The defaults are the released model's.
 
     Parameters
     ----------
@@ -60,8 +55,7 @@ class SAGE(
     interact, interact_options : bool, dict
         Put an :class:`~sagelib.interact.InteractHead` with these options after the aggregator.
     preprocessing : mapping, optional
-        How the model wants its pictures: the fields of :class:`sagelib.images.Preprocess`, such as
-        ``{"image_size": 322, "mode": "paper"}``. An attribute that is saved with the model.
+        How the model wants its pictures, saved with it: fields of :class:`sagelib.images.Preprocess`.
     """
 
     def __init__(
@@ -83,15 +77,8 @@ class SAGE(
         self.aggregator = build_aggregator(aggregator, self.backbone.width, **(aggregator_options or {}))
         self.head = InteractHead(self.width, **(interact_options or {})) if interact else None
 
-    @property
-    def width(self) -> int:
-        """Width D of a descriptor."""
-        return self.aggregator.out_dim
-
-    @property
-    def has_head(self) -> bool:
-        """Whether there is a cross-image head."""
-        return self.head is not None
+    width = property(lambda self: self.aggregator.out_dim, doc="Width D of a descriptor.")
+    has_head = property(lambda self: self.head is not None, doc="Whether there is a cross-image head.")
 
     @property
     def anchors(self) -> Tensor | None:
@@ -109,10 +96,7 @@ class SAGE(
     # -- the forward pass ------------------------------------------------------------------------------------
 
     def forward(self, images: Tensor) -> Tensor:
-        """Descriptors (B, D) of ``images`` (B, 3, H, W), of unit length and each for itself without a head.
-
-        With it they attend over the batch that was given, or over the head's own anchors where it has some.
-        """
+        """Descriptors (B, D) of ``images`` (B, 3, H, W); a head attends over its anchors, or the batch."""
         descriptors = self.embed(images)
         return self.interact(descriptors, self.anchors) if self.has_head else descriptors
 
@@ -131,17 +115,16 @@ class SAGE(
 
     def interact(self, descriptors: Tensor, anchors: "Tensor | AnchorStates | None" = None) -> Tensor:
         """The head on descriptors (B, D): over the batch, or over each image and ``anchors`` (m, D) only."""
-        if not self.has_head:
-            raise ValueError("this model has no cross-image head; build it with interact=True")
+        self._needs_head()
         return self.head(descriptors, anchors)
 
-    def set_anchors(self, descriptors: Tensor) -> None:
-        """Store reference descriptors (m, D), as :meth:`embed` gives them, as the head's anchors.
-
-        They are saved with the model, and :meth:`forward` attends over them from then on.
-        """
+    def _needs_head(self) -> None:
         if not self.has_head:
             raise ValueError("this model has no cross-image head; build it with interact=True")
+
+    def set_anchors(self, descriptors: Tensor) -> None:
+        """Store descriptors (m, D) of :meth:`embed` as the anchors of the head, which are saved with it."""
+        self._needs_head()
         self.head.set_anchors(descriptors)
         options = self.config.get("interact_options") or {}
         self._set_config(interact_options={**options, "stored_anchors": len(descriptors)})
@@ -150,8 +133,8 @@ class SAGE(
     def initialise_from(self, batches: Iterable[Tensor | tuple[Tensor, tuple[int, int]]]) -> None:
         """Data-dependent initialisation: ``SoftProbing.initialise_from``, or k-means centres for NetVLAD.
 
-        Before that a convolutional backbone takes the statistics of its channels from the same pictures. A
-        batch is of images (B, 3, H, W), or a pair of ``backbone.prefix`` tokens (B, T, M) and grid.
+        A convolutional backbone takes its statistics from the same pictures first. A batch is of images
+        (B, 3, H, W), or a pair of ``backbone.prefix`` tokens (B, T, M) and grid.
         """
         if not isinstance(self.aggregator, SoftProbing | NetVLAD):
             name = type(self.aggregator).__name__
@@ -162,9 +145,8 @@ class SAGE(
         if isinstance(backbone, backbones.ConvBackbone):
             pairs = list(pairs)
             backbone.standardise_from(pairs)
-        self.aggregator.initialise_from(
-            backbone.split(backbone.suffix(tokens, grid))[1] for tokens, grid in pairs
-        )
+        patches = (backbone.split(backbone.suffix(tokens, grid))[1] for tokens, grid in pairs)
+        self.aggregator.initialise_from(patches)
         self.train(was_training)
 
     # -- parameters ------------------------------------------------------------------------------------------
@@ -210,10 +192,7 @@ class SAGE(
     # -- files -----------------------------------------------------------------------------------------------
 
     def save_trainable(self, folder: str | Path) -> None:
-        """Save what trains (float32), the configuration, and a fingerprint of its frozen backbone.
-
-        :meth:`from_pretrained` reads them, given the same backbone.
-        """
+        """Save what trains (float32), the configuration, and a fingerprint of the frozen backbone."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         state = {k: v.float() for k, v in self.trainable_state_dict().items()}
         self._save(Path(folder) / TRAINABLE, state, backbone_fingerprint=self.backbone.frozen_fingerprint())
@@ -229,25 +208,18 @@ class SAGE(
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **options) -> "SAGE":
-        """A model from a folder written by ``save_pretrained`` or :meth:`save_trainable`, or from the hub.
-
-        A FileNotFoundError where there is no such folder, and no hub's repository of this name can be had.
-        """
+        """A model from a folder of ``save_pretrained`` or :meth:`save_trainable`, or by name from the hub."""
         if Path(name).is_dir():
             return super().from_pretrained(name, **options)
         if Path(name).is_file():
-            raise ValueError(
-                f"{name} is a file: give a saved model's folder, or read a released checkpoint with "
-                "sagelib.weights.load_authors_checkpoint"
-            )
+            reader = "sagelib.weights.load_authors_checkpoint"
+            raise ValueError(f"{name} is a file, not a saved model's folder; {reader} reads released ones")
         hub = {key: options.pop(key) for key in ("revision", "cache_dir", "token") if key in options}
         try:
             folder = snapshot_download(str(name), allow_patterns=[WEIGHTS, TRAINABLE, CONFIG], **hub)
         except (OSError, ValueError) as error:  # of an impossible name too
-            missing = (
-                f"there is no folder {name} of a saved model, and no such repository of the Hugging Face hub"
-            )
-            raise FileNotFoundError(f"{missing} can be had") from error
+            words = f"there is no folder {name} of a saved model, nor is it to be had from the hub"
+            raise FileNotFoundError(words) from error
         return super().from_pretrained(folder, **options)
 
     @classmethod
@@ -267,15 +239,11 @@ class SAGE(
             with safe_open(trained, "pt") as file:
                 expected = (file.metadata() or {}).get("backbone_fingerprint")
             if expected != model.backbone.frozen_fingerprint():
-                raise ValueError(
-                    f"{trained} was trained on another backbone than {model.backbone.name} with these "
-                    "weights: give weights=<the file it was trained with>"
-                )
+                words = f"another backbone than {model.backbone.name} with these weights"
+                raise ValueError(f"{trained} was trained on {words}: give weights=<its file>")
             model.load_trainable_state_dict(state)
         else:
-            raise FileNotFoundError(
-                f"{model_id} is no saved model: it holds neither {WEIGHTS} nor {TRAINABLE}"
-            )
+            raise FileNotFoundError(f"{model_id} is no saved model: neither {WEIGHTS} nor {TRAINABLE}")
         return model.to(map_location).eval()
 
 
