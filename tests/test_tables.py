@@ -97,9 +97,6 @@ def test_how_much_was_trained(tmp_path):
     trained = report["trained, head off"][0] + report["InteractHead"][0]
     assert tables.trained_parameters(kept, [], model) == trained
     assert training_run("pixels", roots) is None and training_run(kept) is None
-    assert list(tables.training_runs(["pixels", "sage"], roots)) == ["sage"]
-    with pytest.raises(ValueError, match="there is no finished training run 'pixels'"):
-        tables.training_runs([], roots, ["pixels"])
 
 
 def test_finished_evaluations_are_read_by_what_they_are(measured):

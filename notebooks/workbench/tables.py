@@ -37,16 +37,6 @@ def recall_arrays(evaluations: Iterable[Evaluation], models: Sequence[str], data
     return tuple(array.to_numpy(float) for array in arrays)
 
 
-def training_runs(models: Iterable[str], roots: Iterable, further: Iterable[str] = ()) -> dict[str, runs.Run]:
-    """The finished training runs among `models`, by name, and those of `further`, which must be such runs."""
-    found = {name: training_run(name, roots) for name in [*models, *further]}
-    for name in further:
-        if found[name] is None:
-            folders = ", ".join(str(Path(root) / "train") for root in roots)
-            raise ValueError(f"there is no finished training run {name!r} in {folders}")
-    return {name: run for name, run in found.items() if run is not None}
-
-
 def trained_parameters(spec: str, roots: Iterable, model: Callable) -> int:
     """How many parameters were trained for a model of this name: 0 for a frozen one.
 
