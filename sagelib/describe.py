@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from sagelib import runs
 from sagelib.images import IMAGENET_MEAN, IMAGENET_STD, Preprocess, Views, load_image
-from sagelib.places import folder_name
+from sagelib.places import names_in_order
 
 FLUSH_S = 2.0  # progress is recorded this often: a kill costs this much work and one batch
 FORMAT = 2  # of the stores; those of another one are made anew
@@ -80,14 +80,6 @@ class Context:
         if self.kind == "shuffled":
             order = order[runs.rng(seed, "context", str(self), loader).permutation(len(order))]
         return [order[start : start + n] for start in range(0, len(order), n)]
-
-
-def names_in_order(places) -> list[str]:
-    """The paths, by which ``sorted-n`` sorts; of Mapillary SLS as downloaded, ``@east@north@...`` names."""
-    if any(places.sequence):
-        rows = zip(places.east_m, places.north_m, places.key, strict=True)
-        return [folder_name(east, north, pano_id=key) for east, north, key in rows]
-    return [str(p) for p in places.path]
 
 
 @contextlib.contextmanager

@@ -859,8 +859,9 @@ def open_set(root, name: str, split=None, *, on_error="raise", check_pictures: b
     chosen = validation and not (folder / "query_keys.txt").exists()
     if downloaded := bool(sides) and len(sides[0]) > 1:
         spec = spec or BENCHMARKS["msls-val"]
-        database = _in_name_order(read_msls(folder, MSLS_VAL_CITIES, part="database", **reading))
-        queries = _in_name_order(read_msls(folder, MSLS_VAL_CITIES, part="query", chosen=chosen, **reading))
+        database = read_msls(folder, MSLS_VAL_CITIES, part="database", **reading)
+        queries = read_msls(folder, MSLS_VAL_CITIES, part="query", chosen=chosen, **reading)
+        database, queries = (t[np.argsort(names_in_order(t), kind="stable")] for t in (database, queries))
     elif sides:
         swapped = name == "nordland-2760" and folder.name.lower() == "nordland"
         database, queries = (read_folder(side[0], **reading) for side in sides[:: -1 if swapped else 1])
@@ -893,11 +894,12 @@ def _open_photos(csv: Path, split: str, reading: dict) -> list[Places]:
     return tables
 
 
-def _in_name_order(table: Places) -> Places:
-    """In the order that the converted file names would have."""
-    rows = zip(table.east_m, table.north_m, table.key, strict=True)
-    names = [folder_name(east, north, pano_id=key) for east, north, key in rows]
-    return table[np.argsort(np.array(names), kind="stable")]
+def names_in_order(places: Places) -> list[str]:
+    """The paths, by which ``sorted-n`` sorts; of Mapillary SLS as downloaded, ``@east@north@...`` names."""
+    if not any(places.sequence):
+        return places.path.tolist()
+    rows = zip(places.east_m, places.north_m, places.key, strict=True)
+    return [folder_name(east, north, pano_id=key) for east, north, key in rows]
 
 
 def open_training_set(root, name: str, *, on_error: str = "raise") -> Places:

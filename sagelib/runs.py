@@ -138,11 +138,6 @@ def memory_errors(sentence: str) -> Iterator[None]:
         raise
 
 
-def cores() -> int:
-    """Processors that this process may use: fewer than there are where it was given a share."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def check(name: str, value, low=None, high=None, *, above=None, choices=None, whole=False, none=False):
     """`value`, if it is a number in [low, high] and > above, or one of `choices`; a ValueError otherwise.
 

@@ -78,19 +78,13 @@ class TrainConfig(SamplerConfig):
     aggregator_options: dict = field(default_factory=dict)
     interact: bool = True
     interact_options: dict = field(default_factory=dict)
-    dropout: float | None = (
-        None  # of all trained parts; None: their own, 0.3 in Soft Probing's branches, else 0.1
-    )
-    data_init: int | None = (
-        None  # ours: training images that centre and scale Soft Probing's branches at first
-    )
+    dropout: float | None = None  # of all trained parts; None: 0.3 in Soft Probing's branches, else 0.1
+    data_init: int | None = None  # ours: training images that centre and scale Soft Probing at first
 
     # The pictures
     image_size: int = 224  # side in pixels (the paper is silent; its ancestors')
     validation_size: int = 322
-    preprocess: str = (
-        "paper"  # mode of `sagelib.images.Preprocess`; augmented pictures take its autocontrast only
-    )
+    preprocess: str = "paper"  # mode of `sagelib.images.Preprocess`; of it, augmentation takes autocontrast
     augment: int | None = 3  # operations of RandAugment (the paper is silent; EMVP's)
     crop: float | None = None  # ours: the smallest share of a picture that a random window covers
     views: int | None = None  # ours: versions of a picture, itself and augmented ones, whose tokens are kept
@@ -102,8 +96,7 @@ class TrainConfig(SamplerConfig):
     epochs: int = 30
     lr: float = 9e-4
     weight_decay: float = 9.5e-9
-    lr_schedule: str = "linear"  # or "cosine", from 1 to `final_lr` times the rate over all steps
-    final_lr: float = 0.2
+    final_lr: float = 0.2  # the rate falls linearly to so many times itself over all steps
     warmup_steps: int = 0  # in which the rate rises linearly from 0, on top of the schedule
     accumulate: int = 1  # batches whose mean gradient makes a step
     precision: str | None = None  # of autocast: "bfloat16", or None for float32
@@ -133,7 +126,6 @@ class TrainConfig(SamplerConfig):
         checked("final_lr dropout", 0, 1)
         checked("crop", None, 1, above=0)
         checked("preprocess", choices=MODES)
-        checked("lr_schedule", choices=("linear", "cosine"))
         checked("precision", choices=tuple(PRECISIONS))
         checked("train_context", choices=("batch", "half", "solo", "anchors"))
         checked("pretrained interact tensorboard", choices=(True, False))
@@ -195,10 +187,7 @@ def plateau_value(places: int, images_per_place: int) -> float:
 
 def rate_factor(config: TrainConfig, step: int, steps: int) -> float:
     """By what the learning rate is multiplied at `step` (from 0) of `steps`: from 1 to `final_lr`."""
-    done, final = step / max(1, steps - 1), config.final_lr
-    factor = 1 - (1 - final) * done
-    if config.lr_schedule == "cosine":
-        factor = final + (1 - final) * (1 + math.cos(math.pi * done)) / 2
+    factor = 1 - (1 - config.final_lr) * step / max(1, steps - 1)
     return factor * min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else factor
 
 

@@ -12,7 +12,7 @@ import joblib
 import numpy as np
 from tqdm.auto import tqdm
 
-from sagelib.runs import check, cores, read_json, write_json
+from sagelib.runs import check, read_json, write_json
 from townscape.plan import SEED_RANGES, UTM_LETTER, UTM_ZONE, Plan, Shot, TownConfig, plan_shots
 from townscape.render import PICTURE_SIZE, Town, render_files
 
@@ -199,7 +199,7 @@ def ensure_town(data_folder, name: str, *, images: int | None = None, progress: 
         raise FileNotFoundError(f"there is no folder {folder.parent.absolute()} to find or render {name} in")
     if name.startswith("town"):
         seeds = {} if images else {f"{split}_seeds": seeds for split, seeds in DEFAULT_SEEDS.items()}
-        options = {"workers": cores(), "progress": progress}
+        options = {"workers": joblib.cpu_count(), "progress": progress}
         write_town(folder, images_per_town=images or IMAGES_PER_TOWN, **seeds, **options)
     return folder
 
