@@ -11,6 +11,7 @@ import pytest
 from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgb, to_rgba
 from matplotlib.text import Text
+from numpy import nan
 from PIL import Image
 
 from workbench import figures
@@ -28,15 +29,22 @@ METHODS = ["frozen GeM", "SALAD", "EMVP's probing", "SAGE"]
 PLACE = np.repeat(np.arange(10), 6)
 POINTS = {name: RNG.normal(size=(60, 2)) + PLACE[:, None] for name in METHODS}
 FILES = [f"{i}.jpg" for i in range(60)]
-AID = {name: (0.8, 0.7, 0.9) for name in METHODS}
-CLASS_AID = {name: {int(p): 0.8 for p in range(10)} for name in METHODS}
+AID, CLASS_AID = (
+    dict.fromkeys(METHODS, (0.8, 0.7, 0.9)),
+    dict.fromkeys(METHODS, dict.fromkeys(range(10), 0.8)),
+)
 AUDIT = {"n": [2, 4, 8, 16, 32], "sorted": [99, 97, 93, 88, 80], "shuffled": RNG.normal(56, 1, (5, 4))}
 AUDIT |= {"none": 57.0, "solo": 54.0, "anchors": 58.0}
 RECALL = RNG.uniform(40, 90, (4, 3))
-RECALL[1, 2] = np.nan
-HARDNESS = {
-    name: RNG.uniform(0, 1, 90) for name in ("hardest_negative", "positive_similarity", "positive_distance_m")
-}
+RECALL[1, 2] = nan
+HARDNESS = dict.fromkeys(("hardest_negative", "positive_similarity", "positive_distance_m"), RNG.random(90))
+REVIEW = {"retrieved_captions": ["#1\n26 m"] * 5, "correct": [0] * 5, "query_caption": "q", "notes": "why"}
+BY_SIZE = {"published": {"SAGE": ([2048, 4096, 8448], [95.6, 97.7, 98.9])}, "title": "Recall"}
+BY_COUNT = {"published": {"SAGE": (2.5e6, 92.0)}, "title": "Recall"}
+PAID = {"once": [0, 1, 0, 0], "kind": ["measured", "measured", "estimated", "published"]}
+SEEDS, STUCK = [[60, 61, 62], [58, 59, 20], [nan] * 3], [[0, 0, 0], [0, 0, 1], [0, 0, 0]]
+ABLATION = {"reference": 0, "plateau": STUCK, "smallest_visible": 1.0, "k": 1, "title": "Parts"}
+MASS = {"area": [0.3, 0.3, 0.4], "spread": [[0.05] * 3] * 2, "title": "Mass"}
 DAYS = np.datetime64("2012-01-01") + RNG.integers(0, 3000, 300).astype("timedelta64[D]")
 MAPS = {name: RNG.normal(size=(4, 4)) for name in METHODS}
 
@@ -47,7 +55,7 @@ def call(*arguments, **options):
 
 GALLERY = {
     "place_map": call(
-        EAST, NORTH, group=["reference", "query"] * 40, heading_deg=[90, np.nan] * 40, title="Town"
+        EAST, NORTH, group=["reference", "query"] * 40, heading_deg=[90, nan] * 40, title="Town"
     ),
     "images_per_place": call(RNG.integers(-1, 40, 500)),
     "distance_histogram": call(RNG.exponential(12, 300), radius_m=25.0),
@@ -57,73 +65,39 @@ GALLERY = {
     "contact_sheet": call(IMAGES[:7], ["one\ntwo"] * 7, title="Seven"),
     "label_map": call(IMAGES[0], np.arange(28 * 28).reshape(28, 28) % 6, list("abcdef")),
     "retrieval_panel": call(
-        IMAGES[:2],
-        [IMAGES[2:7], IMAGES[3:8]],
-        RNG.uniform(0, 5000, (2, 5)),
-        np.eye(2, 5),
-        truth=[IMAGES[8], None],
-        title="Two",
+        IMAGES[:2], [IMAGES[2:7]] * 2, [[9, 99, 999, 9999, nan]] * 2, np.eye(2, 5), truth=[IMAGES[8], None]
     ),
     "nearest_map": call(EAST, NORTH, [1, 2, 3, 40, 60], **QUERY),
-    "review_page": call(
-        IMAGES[0],
-        IMAGES[1:6],
-        [],
-        retrieved_captions=["#1\n26 m"] * 5,
-        positive_captions=[],
-        correct=[0] * 5,
-        query_caption="query 5",
-        notes="why",
-    ),
+    "review_page": call(IMAGES[0], IMAGES[1:6], [], positive_captions=[], **REVIEW),
     "recall_bars": call(
-        ["town", "sf-streets", "corridor"],
+        ["town", "sf-streets", "sea"],
         METHODS,
         RECALL,
         RECALL - 4,
         RECALL + 4,
-        published={"SAGE, sorted": [98, np.nan, 95]},
+        published={"SAGE": [98, nan, 95]},
     ),
     "recall_vs_dim": call(
-        {"here": [128, 512, 8448]},
-        {"here": [50, 60, 70]},
-        intervals={"here": ([45, 55, 65], [55, 65, 75])},
-        published={"SAGE": ([2048, 4096, 8448], [95.6, 97.7, 98.9])},
-        title="Recall",
+        {"m": [128, 512, 8448]}, {"m": [50, 60, 70]}, intervals={"m": ([45, 55, 65], [55, 65, 75])}, **BY_SIZE
     ),
     "recall_vs_parameters": call(
-        METHODS,
-        [0, 1.4e6, 1.5e6, 9e6],
-        [40, 50, 60, 65],
-        [35] * 4,
-        [70] * 4,
-        published={"SAGE": (2.5e6, 92.0)},
-        title="Recall",
+        METHODS, [0, 1.4e6, 1.5e6, 9e6], [40, 50, 60, 65], [35] * 4, [70] * 4, **BY_COUNT
     ),
     "graph_cost": call(
         ["online", "static", "reckoned", "the paper, online"],
-        [2.0, 0.4, np.nan, 372],
-        [4, np.nan, np.nan, 17.7],
-        once=[0, 1, 0, 0],
-        kind=["measured", "measured", "estimated", "published"],
+        [2.0, 0.4, nan, 372],
+        [4, nan, nan, 17.7],
+        **PAID,
     ),
     "context_audit": call({"one": AUDIT, "two": AUDIT, "three": AUDIT}),
     "ablation_figure": call(
-        ["full", "no SoftP", "not run"],
-        [[60, 61, 62], [58, 59, 20], [np.nan] * 3],
-        [np.nan, -2.5, np.nan],
-        [np.nan, -4, np.nan],
-        [np.nan, -1, np.nan],
-        reference=0,
-        plateau=[[0, 0, 0], [0, 0, 1], [0, 0, 0]],
-        smallest_visible=1.0,
-        k=1,
-        title="Parts",
+        ["full", "no SoftP", "not run"], SEEDS, [nan, -2.5, nan], [nan, -4, nan], [nan, -1, nan], **ABLATION
     ),
     "graph_map": call(EAST, NORTH, EDGES, WEIGHT, cliques=[[0, 1, 2], [7, 8, 9]], radius_m=25),
     "graph_histograms": call(RNG.poisson(8, 200), RNG.integers(4, 90, 80), WEIGHT),
     "pair_matrices": call(*[np.eye(12)] * 4, title="Toy"),
     "greedy_steps": call(
-        EAST[:6], NORTH[:6], EDGES[:5], [[0], [0, 1], [0, 1, 2]], np.where(np.eye(3, 6), -2.0, np.nan)
+        EAST[:6], NORTH[:6], EDGES[:5], [[0], [0, 1], [0, 1, 2]], np.where(np.eye(3, 6), -2.0, nan)
     ),
     "sampler_comparison": call({"random": HARDNESS, "SAGE, closest": HARDNESS}),
     "graph_change": call([1, 2, 3], [40, 30, 20], [30, 20, 20], [100, 120, 130]),
@@ -139,14 +113,7 @@ GALLERY = {
     "contributions_pair": call(
         *IMAGES[:2], MAPS, MAPS, captions=dict.fromkeys(METHODS, "score 0.61"), title="Why"
     ),
-    "mass_bars": call(
-        ["a", "b"],
-        ["sky", "road", "car"],
-        [[0.2, 0.3, 0.5]] * 2,
-        area=[0.3, 0.3, 0.4],
-        spread=[[0.05] * 3] * 2,
-        title="Mass",
-    ),
+    "mass_bars": call("ab", ["sky", "road", "car"], [[0.2, 0.3, 0.5]] * 2, **MASS),
     "patch_match": call(*IMAGES[:2], (2, 3), RNG.random((4, 4)), grid=(4, 4)),
     "number_grids": call({"x": np.arange(9.0).reshape(3, 3) - 4}, signed=True),
 }
@@ -245,9 +212,6 @@ def test_arrays_that_do_not_fit_are_refused(words, name, arguments):
         getattr(figures, name)(*arguments[0], **arguments[1])
 
 
-# --- what the figures show
-
-
 def test_a_map_has_equal_metres_and_says_where_its_origin_is(gallery):
     axis = gallery["place_map"].axes[0]
     assert axis.get_aspect() == 1.0
@@ -266,14 +230,13 @@ def test_images_of_a_place_are_counted():
 
 
 def test_the_radius_is_inclusive_and_what_is_missing_is_said():
-    figure = figures.distance_histogram([1.0, 25.0, 25.1, np.inf], radius_m=25.0)
-    assert "25 m: 66.7% within" in texts(figure)
-    assert "1 have none" in figure.axes[0].get_title()
-    assert "25 m: none within" in texts(figures.distance_histogram([np.nan], radius_m=25.0))
+    shown = texts(figures.distance_histogram([1.0, 25.0, 25.1, np.inf], radius_m=25.0))
+    assert {"25 m: 66.7% within", "Distance to the nearest reference (1 have none)"} <= shown
+    assert "25 m: none within" in texts(figures.distance_histogram([nan], radius_m=25.0))
 
 
 def test_the_rose_points_where_the_camera_looks():
-    axis = figures.heading_rose([0, 359, 1, 90, np.nan]).axes[0]
+    axis = figures.heading_rose([0, 359, 1, 90, nan]).axes[0]
     angles = {round(np.rad2deg(p.get_x() + p.get_width() / 2)): p.get_height() ** 2 for p in axis.patches}
     assert {a: n for a, n in angles.items() if n} == pytest.approx({0: 3, 90: 1})
     assert axis.get_theta_direction() == -1 and axis.get_theta_offset() == pytest.approx(np.pi / 2)
@@ -283,8 +246,8 @@ def test_dates_are_counted_by_month_or_day():
     def draw(*days):
         return figures.dates(np.array(days, dtype="datetime64[D]"), group=["a"] * len(days))
 
-    figure = draw("2020-01-05", "2020-01-30", "2021-03-01", "NaT")
-    heights = [p.get_height() for p in figure.axes[0].patches]
+    months = draw("2020-01-05", "2020-01-30", "2021-03-01", "NaT").axes[0]
+    heights = [p.get_height() for p in months.patches]
     assert heights[0] == 2 and heights[-1] == 1 and sum(heights) == 3 and len(heights) == 15
     few = draw("2020-01-05", "2020-01-06").axes[0]
     assert few.get_xlabel() == "day" and len(few.patches) == 2
@@ -300,15 +263,12 @@ def test_right_and_wrong_differ_in_colour_line_and_mark():
     assert (right.get_xlabel(), wrong.get_xlabel()) == ("#1 ✓  3 m", "#2 ✗  1.8 km")
 
 
-def test_a_contact_sheet_shows_every_image_once():
+def test_a_contact_sheet_shows_every_image_once_of_whatever_kind():
     figure = figures.contact_sheet(IMAGES[:7], list("abcdefg"), columns=4)
     shown = [axis for axis in figure.axes if axis.get_images()]
     assert [axis.get_xlabel() for axis in shown] == list("abcdefg")
     for axis, image in zip(shown, IMAGES, strict=False):
         np.testing.assert_array_equal(axis.get_images()[0].get_array(), image)
-
-
-def test_pil_images_arrays_and_floats_are_all_pictures():
     for image in (Image.fromarray(IMAGES[0]), IMAGES[0] / 255.0, IMAGES[0][..., 0]):
         figures.to_png(figures.contact_sheet([image], [""]))
         figures.to_png(figures.heatmap_overlay([image], [np.eye(4)], title=""))
@@ -322,38 +282,36 @@ def test_the_nearest_are_where_they_are_and_as_far_as_they_are():
     assert {"1,2", "3"} <= texts(together), "discs that would cover each other share their numbers"
 
 
-def test_recall_bars_show_value_interval_and_absence(gallery):
+def test_recalls_show_value_interval_absence_and_number_of_parameters(gallery):
     bars = gallery["recall_bars"].axes[0].patches
     heights = np.array([bar.get_height() for bar in bars]).reshape(4, 3)
     np.testing.assert_allclose(heights, np.nan_to_num(RECALL))
-    assert {"not run", "published: SAGE, sorted"} <= texts(gallery["recall_bars"])
-
-
-def test_methods_stand_at_their_number_of_parameters(gallery):
+    assert {"not run", "published: SAGE"} <= texts(gallery["recall_bars"])
     axis = gallery["recall_vs_parameters"].axes[0]
-    low, high = axis.get_xlim()
-    assert low < 0 < high and "0" in [t.get_text() for t in axis.get_xticklabels()]
-    labels = texts(gallery["recall_vs_parameters"])
-    assert {"frozen GeM (0)", "SALAD (1.4M)", "published: SAGE (2.5M)"} <= labels
+    assert axis.get_xlim()[0] < 0 and "0" in [t.get_text() for t in axis.get_xticklabels()]
+    assert {"frozen GeM (0)", "SALAD (1.4M)", "published: SAGE (2.5M)"} <= texts(axis)
     rest = {"published": {}, "title": ""}
     alone = {"published": {"B": (1.96e6, 93.4), "L": (2.5e6, 94.2)}, "title": ""}
     axis = figures.recall_vs_parameters([], [], [], **alone).axes[0]
     assert "0" not in [t.get_text() for t in axis.get_xticklabels()] and axis.get_xlim()[0] > 0
-    two = figures.recall_vs_parameters(["a", "b"], [0, 0], [40, np.nan], [35, np.nan], [45, np.nan], **rest)
+    two = figures.recall_vs_parameters(["a", "b"], [0, 0], [40, nan], [35, nan], [45, nan], **rest)
     assert "b (0, not run)" in texts(two)
     close = figures.recall_vs_parameters("abc", [100_000, 5, 101_000], *np.full((3, 3), 40.0), **rest).axes[0]
     x = {line.get_marker(): line.get_xdata()[0] for line in close.lines}
     assert x["s"] == 5 and x["^"] - x["o"] > 5_000, "equally many stand side by side"
 
 
-def test_costs_are_written_out(gallery):
+def test_numbers_are_written_out(gallery):
+    assert {"1.234", "-5.000", "x\n1 x 2"} <= texts(figures.number_grids({"x": np.array([[1.234, -5]])}))
+    one = {"hardest_negative": [nan], "positive_similarity": [0.5, 0.7], "positive_distance_m": [3.0, 5.0]}
+    assert {"none", "0.60", "4.0"} <= texts(figures.sampler_comparison({"a": one}))
     shown = texts(gallery["graph_cost"])
     assert {"2.0 s", "400 ms", "6.2 min", "+17.7 %", "not known", "paid once"} <= shown
     assert {"measured here", "estimated here", "the paper's"} <= shown
 
 
 def test_the_audit_shows_each_context():
-    without = AUDIT | {"shuffled": np.full((5, 1), np.nan), "anchors": None}
+    without = AUDIT | {"shuffled": np.full((5, 1), nan), "anchors": None}
     figure = figures.context_audit({"one": AUDIT, "two": without})
     lines, fewer = ({line.get_label(): line.get_ydata() for line in axis.lines} for axis in figure.axes)
     np.testing.assert_allclose(lines["sorted, as published"], AUDIT["sorted"])
@@ -372,40 +330,29 @@ def test_the_ablation_marks_plateaus_and_clear_differences(gallery):
     assert "not run" in texts(gallery["ablation_figure"])
 
 
-def test_the_graph_draws_every_edge_with_its_affinity(gallery):
+def test_the_graph_draws_every_edge_with_its_affinity_and_each_step_what_it_compares(gallery):
     lines = next(c for c in gallery["graph_map"].axes[0].collections if isinstance(c, LineCollection))
     assert len(lines.get_segments()) == 79
     assert (np.diff(lines.get_array()) >= 0).all(), "the strongest lie on top"
     np.testing.assert_allclose(lines.get_segments()[-1][:, 0], EAST[EDGES[WEIGHT.argmax()]] - 551_000)
     assert "80 images, 79 edges, 2 places of 3" in texts(gallery["graph_map"])
+    shares = gallery["graph_change"].axes[1].lines[0].get_ydata()
+    np.testing.assert_allclose(shares, [100 * 70 / 170, 100 * 50 / 170, 100 * 40 / 170])
     assert "2 images, 0 edges" in texts(figures.graph_map([0.0, 9.0], [0.0, 0.0], [], [], radius_m=25))
-
-
-def test_greedy_steps_write_what_they_compare(gallery):
     axes = gallery["greedy_steps"].axes[:3]
     assert [axis.get_title() for axis in axes] == [f"step {t + 1}: node {t} joins" for t in range(3)]
     assert all("-2.0" in texts(axis) for axis in axes)
     assert axes[2].get_xlabel() == "east of 551,000 m (m)", "no offset in a corner of the axes"
 
 
-def test_a_sampler_without_negatives_says_so():
-    one = {"hardest_negative": [np.nan], "positive_similarity": [0.5, 0.7], "positive_distance_m": [3.0, 5.0]}
-    assert {"none", "0.60", "4.0"} <= texts(figures.sampler_comparison({"a": one}))
-
-
 def test_the_loss_curve_draws_its_plateau_and_a_mean_that_forgets():
-    loss = np.r_[np.full(50, 2.0), np.nan, np.full(49, 1.0)]
+    loss = np.r_[np.full(50, 2.0), nan, np.full(49, 1.0)]
     raw, mean, plateau = figures.loss_curve(np.arange(100), loss, plateau=1.477).axes[0].lines
     np.testing.assert_array_equal(raw.get_ydata(), loss)
     assert set(plateau.get_ydata()) == {1.477} and plateau.get_label() == "plateau: 1.477"
     smooth = np.asarray(mean.get_ydata())
     assert smooth[0] == 2.0 and smooth[-1] == pytest.approx(1.0) and np.isfinite(smooth).all()
     np.testing.assert_allclose(smooth[51], np.nanmean(loss[48:52]))
-
-
-def test_graph_change_is_a_share_of_either_graph(gallery):
-    shares = gallery["graph_change"].axes[1].lines[0].get_ydata()
-    np.testing.assert_allclose(shares, [100 * 70 / 170, 100 * 50 / 170, 100 * 40 / 170])
 
 
 def test_a_heatmap_covers_the_picture_patch_by_patch():
@@ -434,15 +381,10 @@ def test_a_chosen_patch_is_framed_and_so_is_its_match():
     assert "best match (3, 1): 0.75" in texts(figure)
 
 
-def test_matrices_are_written_out():
-    assert {"1.234", "-5.000", "x\n1 x 2"} <= texts(figures.number_grids({"x": np.array([[1.234, -5]])}))
-
-
-# --- plotly and HTML
-
-
 def test_tsne_points_name_their_file_and_place():
-    chart = figures.tsne_plotly(POINTS, PLACE, files=FILES, aid=AID, class_aid=CLASS_AID)
+    chart, again = (
+        figures.tsne_plotly(POINTS, PLACE, files=FILES, aid=AID, class_aid=CLASS_AID) for _ in range(2)
+    )
     assert len(chart.data) == 4 * 10
     for trace in chart.data:
         for x, y, (index, file, place, method) in zip(trace.x, trace.y, trace.customdata, strict=True):
@@ -451,7 +393,6 @@ def test_tsne_points_name_their_file_and_place():
     written = [a.text for a in chart.layout.annotations]
     assert {f"<b>{m}</b><br>AID 0.800 [0.700, 0.900]" for m in METHODS} <= set(written)
     assert written.count("0.80") == 40
-    again = figures.tsne_plotly(POINTS, PLACE, files=FILES, aid=AID, class_aid=CLASS_AID)
     assert json.loads(chart.to_json()) == json.loads(again.to_json()), "the same numbers give the same JSON"
 
 
@@ -467,16 +408,10 @@ def test_a_page_holds_a_thumbnail_for_every_point():
 
 
 def test_the_map_of_places_holds_query_and_found():
-    queries = {
-        "query_east_m": EAST[:5],
-        "query_north_m": NORTH[:5],
-        "query_hover": list("abcde"),
-        "chosen": 2,
-    }
-    options = queries | {"hover": ["x"] * 80}
+    options = {"query_east_m": EAST[:5], "query_north_m": NORTH[:5], "query_hover": list("abcde")}
+    options |= {"hover": ["x"] * 80, "chosen": 2}
     chart = figures.places_plotly(EAST, NORTH, found=[7, 9], correct=[True, False], **options)
-    names = [trace.name for trace in chart.data]
-    assert names == ["references", "queries", "found", "found, by rank", "this query"]
+    assert [t.name for t in chart.data] == ["references", "queries", "found", "found, by rank", "this query"]
     np.testing.assert_allclose(chart.data[3].x, EAST[[7, 9]] - 551_000)
     assert chart.data[2].x[0] == chart.data[4].x[0] == EAST[2] - 551_000
     assert list(chart.data[3].marker.color) == [RIGHT, WRONG]
