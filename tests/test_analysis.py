@@ -150,8 +150,8 @@ GRID, WIDTH = (3, 4), 10
 @pytest.fixture
 def tokens():
     generator = torch.Generator().manual_seed(0)
-    cls = torch.randn(2, WIDTH, generator=generator, dtype=torch.float64)
-    return cls, torch.randn(2, 12, WIDTH, generator=generator, dtype=torch.float64)
+    shapes = (2, WIDTH), (2, 12, WIDTH)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 
 def seeded(make, **options):
@@ -160,13 +160,11 @@ def seeded(make, **options):
         return make(WIDTH, **options).double().eval()
 
 
-@pytest.mark.parametrize(
-    "make, options, near",
-    [
-        (MixVPR, dict(grid=GRID, depth=2, channels=5, rows=2), 0.05),  # its layer norm jumps at the start
-        (BoQ, dict(channels=8, queries=3, layers=1, rows=2, heads=2), 1e-3),
-    ],
-)
+MIXVPR = MixVPR, dict(grid=GRID, depth=2, channels=5, rows=2), 0.05  # its layer norm jumps at the start
+BOQ = BoQ, dict(channels=8, queries=3, layers=1, rows=2, heads=2), 1e-3
+
+
+@pytest.mark.parametrize("make, options, near", [MIXVPR, BOQ])
 def test_integrated_contributions_add_up(tokens, make, options, near):
     """The axiom of completeness: the shares sum to the change of the score from constant patches."""
     module, (cls, patches) = seeded(make, **options), tokens
