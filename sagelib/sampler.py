@@ -95,6 +95,7 @@ def harvest(
         Places of the same batch; neither they nor their neighbours are taken again.
     """
     k, radius, take_all = config.images_per_place, graph.rules.radius_m, config.remove == "clique"
+    choose = choose or (lambda c: greedy_weighted_clique(graph.subgraph(c).weight, k, prefer=config.prefer))
     part = graph.subgraph(images)
     joined, near = geo.adjacency_bits(part.joined), geo.adjacency_bits(part.d_geo <= radius)
     usable = (1 << len(images)) - 1
@@ -107,10 +108,7 @@ def harvest(
         if small and not (clique := geo.largest_clique(joined, usable, k)):
             return
         nodes = np.array(geo.nodes_of(clique))
-        if choose is not None:
-            chosen = choose(images[nodes])
-        else:
-            chosen = greedy_weighted_clique(part.subgraph(nodes).weight, k, prefer=config.prefer)
+        chosen = choose(images[nodes])
         if chosen is None:
             usable &= ~clique
         else:
@@ -189,10 +187,9 @@ class CliqueSampler(_BatchSampler):
         store = self._described = _Described(describe)
         if config.schedule == "none":
             return self.report
-        sizes = np.diff(self._draws.start)
-        share = rng(config.seed, "sampler", epoch, "representatives").random(len(sizes))
-        one = self._draws.start[:-1] + (share * sizes).astype(np.int64)
-        representatives = self._draws.order[one]  # a random image of each cluster
+        start, stream = self._draws.start, rng(config.seed, "sampler", epoch, "representatives")
+        one = (stream.random(len(start) - 1) * np.diff(start)).astype(np.int64)  # image of each cluster
+        representatives = self._draws.order[start[:-1] + one]
         if callable(describe):
             images, clusters = store, store.add(representatives)
         else:
@@ -273,12 +270,11 @@ class CliqueSampler(_BatchSampler):
 
     def _choose(self, clique: np.ndarray) -> np.ndarray | None:
         """The K of a clique's images that make a place, as positions among them."""
-        config, counts, descriptors = self.config, self._counts, self.graph.descriptors
+        config, counts, store = self.config, self._counts, self.graph.descriptors
         chosen = np.arange(config.images_per_place)  # they are in random order already
-        lazy = isinstance(descriptors, _Described)
-        if lazy and (missing := [i for i in clique.tolist() if i not in descriptors]):
+        if isinstance(store, _Described) and (missing := [i for i in clique.tolist() if i not in store]):
             self._missing += missing
-        elif descriptors is not None:
+        elif store is not None:
             weight = self.graph.subgraph(clique).weight
             chosen = greedy_weighted_clique(weight, len(chosen), prefer=config.prefer)
             if chosen is None:
@@ -306,9 +302,8 @@ class CliqueSampler(_BatchSampler):
     def report(self) -> dict:
         """What the last refresh described, and counts of the batches made since then or in the last pass.
 
-        ``geographic_edges`` are pairs within the radius, however they face; ``fallback_places`` come from
-        cliques under `min_clique`; ``cliques_dropped`` have no K images connected after pruning;
-        ``zero_weight_decisions`` of the greedy choice were won at W = 0.
+        ``geographic_edges`` are pairs within the radius; ``fallback_places`` come from cliques smaller than
+        `min_clique`, ``cliques_dropped`` gave none; ``zero_weight_decisions`` were won at W = 0.
         """
         names = ("batches", "draws", "places", "fallback_places", "cliques_dropped", "zero_weight_decisions")
         report = {"epoch": self.epoch, "refreshed_epoch": self._refreshed, "schedule": self.config.schedule}
@@ -419,8 +414,7 @@ class _Draws:
         keys = np.stack([stream.standard_exponential(stop - start, dtype=np.float32) for stream in streams])
         query = np.asarray(self.descriptors[first], np.float32)
         block = np.asarray(self.descriptors[start:stop], np.float32)
-        norm = np.sqrt(np.einsum("ij,ij->i", block, block)).astype(np.float64)
-        inverse = (1.0 / norm).astype(np.float32)
+        inverse = (1.0 / np.sqrt(np.einsum("ij,ij->i", block, block)).astype(np.float64)).astype(np.float32)
         distance = 1.0 - query @ block.T * inverse[first - start][:, None] * inverse
         own = np.arange(len(first)), first - start
         distance[own] = -np.inf
@@ -481,8 +475,7 @@ def batch_statistics(batches, descriptors, east_m, north_m, *, images_per_place:
     ----------
     batches : iterable of (P * K,) int
         Images, place by place; `images_per_place` is K.
-    descriptors : (n, D) float
-    east_m, north_m : (n,) float
+    descriptors, east_m, north_m : (n, D) and (n,) float
 
     Returns
     -------

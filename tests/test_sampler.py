@@ -22,21 +22,18 @@ NODES = ("city", "place", "utm_zone", "heading_deg")
 SMALL = dict(places_per_batch=6, images_per_place=3, similar_places=3, batches_per_epoch=5, min_clique=5)
 
 
-def make_town(seed=0, cities=2, clusters=12, images=12, spread=9.0, pitch=70.0, dimensions=16):
+def make_town(cities=2, clusters=12, images=12, spread=9.0):
     """Clusters on a lattice, `images` around each, cities far apart: east, north, labels, descriptors."""
-    generator = np.random.default_rng(seed)
-    side = int(np.ceil(np.sqrt(clusters)))
-    column, row = np.divmod(np.arange(clusters), side)
-    east = column[None, :, None] * pitch + generator.uniform(-spread, spread, (cities, clusters, images))
-    north = row[None, :, None] * pitch + generator.uniform(-spread, spread, (cities, clusters, images))
-    east = east + 1e5 * np.arange(1, cities + 1)[:, None, None]
-    city = np.repeat(np.arange(cities), clusters * images)
-    place = np.tile(np.repeat(np.arange(clusters), images), cities)
+    generator = np.random.default_rng(0)
+    corner = 70.0 * np.stack(np.divmod(np.arange(clusters), int(np.ceil(np.sqrt(clusters)))))
+    points = corner[:, None, :, None] + generator.uniform(-spread, spread, (2, cities, clusters, images))
+    city, place, _ = np.indices(points.shape[1:]).reshape(3, -1)
+    east, north = points.reshape(2, -1) + [[1e5], [0]] * (city + 1)
     shuffle = generator.permutation(city.size)
-    mean = generator.standard_normal((cities * clusters, dimensions)).repeat(images, axis=0)
-    descriptors = (mean + 0.5 * generator.standard_normal((city.size, dimensions))).astype(np.float32)
+    mean = generator.standard_normal((cities * clusters, 16)).repeat(images, axis=0)
+    descriptors = (mean + 0.5 * generator.standard_normal(mean.shape)).astype(np.float32)
     labels = {"city": city[shuffle], "place": place[shuffle]}
-    return east.ravel()[shuffle], north.ravel()[shuffle], labels, descriptors[shuffle]
+    return east[shuffle], north[shuffle], labels, descriptors[shuffle]
 
 
 def build(east, north, kind=CliqueSampler, **options):
@@ -71,13 +68,9 @@ class Watched(CliqueSampler):
 
 def check_batch(batch, east, north, places, images):
     assert len(batch) == len(set(batch)) == places * images
-    groups = np.array(batch).reshape(places, images)
-    for one in groups:
-        for i, j in itertools.combinations(one, 2):
-            assert np.hypot(east[i] - east[j], north[i] - north[j]) <= RADIUS
-    for one, other in itertools.combinations(groups, 2):
-        for i, j in itertools.product(one, other):
-            assert np.hypot(east[i] - east[j], north[i] - north[j]) > RADIUS
+    batch, place = np.array(batch), np.arange(len(batch)) // images
+    metres = np.hypot(*(x[batch][:, None] - x[batch] for x in (east, north)))
+    assert ((metres <= RADIUS) == (place[:, None] == place)).all()
 
 
 # -- promises --
@@ -118,9 +111,8 @@ def test_every_batch_keeps_its_promises(data):
     block = np.arange(blocks).repeat(core + around)
     city = block % draw(st.integers(1, 3))
     east, north = points.reshape(2, -1) + 150.0 * block + 10_000.0 * city
-    descriptors = generator.standard_normal((len(block), 6)).astype(
-        draw(st.sampled_from([np.float32, np.float16]))
-    )
+    kind = draw(st.sampled_from([np.float32, np.float16]))
+    descriptors = generator.standard_normal((len(block), 6)).astype(kind)
 
     def affinities(images):
         pairs = itertools.permutations(enumerate(images), 2)
@@ -135,12 +127,8 @@ def test_every_batch_keeps_its_promises(data):
     places = blocks if around else sum(gives_a_place(np.flatnonzero(block == b)) for b in range(blocks))
     assume(places)
     options["places_per_batch"] = draw(st.integers(1, places))
-    labels = {
-        "city": city,
-        "place": draw(st.sampled_from([None, block, block // 2])),
-        "heading_deg": heading.ravel(),
-    }
-    made = build(east, north, Watched, **labels, **options)
+    labels = {"place": draw(st.sampled_from([None, block, block // 2])), "heading_deg": heading.ravel()}
+    made = build(east, north, Watched, city=city, **labels, **options)
     made.refresh(0, descriptors)
     for batch in made:
         check_batch(batch, east, north, options["places_per_batch"], k)
@@ -157,10 +145,9 @@ def test_every_batch_keeps_its_promises(data):
         at = [clique.index(i) for i in chosen.tolist()]
         assert all(pair in left for pair in itertools.permutations(at, 2))
         if at != expected and options["prefer"] != "random" and k > 1:  # rounding decides between equal means
-            means = [
-                np.mean([weight[p] for p in itertools.permutations(group, 2)]) for group in (at, expected)
-            ]
-            assert means[0] == pytest.approx(means[1], rel=1e-6)
+            pairs = (itertools.permutations(group, 2) for group in (at, expected))
+            first, second = (np.mean([weight[pair] for pair in group]) for group in pairs)
+            assert first == pytest.approx(second, rel=1e-6)
 
 
 def test_cliques_are_large_before_the_fallback_takes_the_largest_of_at_least_k():
@@ -382,15 +369,6 @@ def test_weights_of_zero_leave_the_choice_to_chance_and_are_counted():
         assert list(made) and made.report["zero_weight_decisions"] == decisions
 
 
-def test_preferences_order_the_pairs_as_their_names_say():
-    (east, north, *_, descriptors), metres = make_town(), []
-    for prefer in ("closest", "random", "farthest"):
-        made = make_sampler(prefer=prefer, batches_per_epoch=20)
-        values = batch_statistics(made, descriptors, east, north, images_per_place=3)
-        metres.append(values["positive_distance_m"].mean())
-    assert metres == sorted(metres)
-
-
 def test_pruning_too_hard_drops_cliques_and_ends_in_a_sentence_that_counts():
     made = make_sampler(tau=-1e-12)
     with pytest.raises(
@@ -475,13 +453,11 @@ def test_descriptors_of_wrong_shape_or_value_are_refused(describe, message):
 
 def test_cities_of_one_zone_share_its_plane_and_others_do_not():
     """Two cities on top of each other: in one zone images are neighbours, in no known zone they are not."""
-    east, north, labels, descriptors = make_town(cities=2)
-    east = east - 1e5 * (labels["city"] + 1)
-    alone = make_sampler((east, north, labels, descriptors), places_per_batch=24)
-    assert alone.report["geographic_edges"] == 2 * 12 * 66
+    east, north, labels, descriptors = make_town()
+    town = east - 1e5 * (labels["city"] + 1), north, labels, descriptors
+    assert make_sampler(town, places_per_batch=24).report["geographic_edges"] == 2 * 12 * 66
     with pytest.raises(ValueError, match="room for about 12"):
-        zones = np.full(len(east), "31N")
-        make_sampler((east, north, labels, descriptors), places_per_batch=24, utm_zone=zones)
+        make_sampler(town, places_per_batch=24, utm_zone=np.full(len(east), "31N"))
 
 
 def test_a_table_of_places_gives_the_same_sampler():
@@ -547,11 +523,14 @@ def test_batch_statistics_are_triple_loops():
         batch_statistics(batches, descriptors, east, north)
 
 
-def test_mined_batches_hold_harder_negatives_than_random_ones():
-    east, north, labels, descriptors = make_town(cities=3, clusters=30)
-    hardness = []
-    for schedule in ("online", "none"):
-        made = make_sampler((east, north, labels, descriptors), schedule=schedule, batches_per_epoch=20)
-        values = batch_statistics(made, descriptors, east, north, images_per_place=3)
-        hardness.append(values["hardest_negative"].mean())
-    assert hardness[0] > hardness[1]
+def test_mined_batches_hold_harder_negatives_and_preferences_order_the_positives():
+    town = make_town(cities=3, clusters=30)
+
+    def means(**options):
+        made = make_sampler(town, batches_per_epoch=20, **options)
+        values = batch_statistics(made, town[3], *town[:2], images_per_place=3)
+        return [values[name].mean() for name in ("hardest_negative", "positive_distance_m")]
+
+    closest, random, farthest = (means(prefer=name) for name in ("closest", "random", "farthest"))
+    assert closest[1] < random[1] < farthest[1]
+    assert min(closest[0], random[0], farthest[0]) > means(schedule="none")[0]
