@@ -256,6 +256,7 @@ def tsne_plotly(coordinates, place, *, files, aid=None, class_aid=None):
     titles = [tsne_title(f"<b>{name}</b>", aid and aid[name], "<br>") for name in coordinates]
     spacing = {"horizontal_spacing": 0.02, "vertical_spacing": 0.12 if rows > 1 else None}
     figure = make_subplots(rows, columns, subplot_titles=titles, **spacing)
+    figure.update_annotations(font={"size": 13})
     hover = "place %{customdata[2]}<br>%{customdata[1]}<extra>%{customdata[3]}</extra>"
     for m, (name, points) in enumerate(coordinates.items()):
         cell = {"row": m // columns + 1, "col": m % columns + 1}
