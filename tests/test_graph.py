@@ -50,9 +50,6 @@ def weights(draw, most=9):
     return matrix + matrix.T
 
 
-# -- geographic edges --
-
-
 @ORDINARY
 @given(towns(25), st.sampled_from([None, 0.0, 30.0, 90.0, 180.0]))
 def test_edges_are_all_pairs_within_the_radius_and_heading(town, most):
@@ -64,17 +61,13 @@ def test_edges_are_all_pairs_within_the_radius_and_heading(town, most):
     assert graph.n_near == len(oracle.all_pairs(east, north, 25.0)) >= graph.n_edges
     nodes = generator.permutation(len(east))[:10]
     part = graph.subgraph(nodes)
-    assert pair_set(nodes[np.argwhere(part.joined)]) == {
-        pair for pair in expected if set(pair) <= set(nodes.tolist())
-    }
+    inside = {pair for pair in expected if set(pair) <= set(nodes.tolist())}
+    assert pair_set(nodes[np.argwhere(part.joined)]) == inside
 
 
-def test_the_radius_is_inclusive():
+def test_the_radius_is_inclusive_and_positions_that_are_none_are_refused():
     graph = GeoVisualGraph([0.0, 15.0, 15.0], [0.0, 20.0, 20.001])
     assert graph.edges().tolist() == [[0, 1], [1, 2]] and graph.n_near == 2
-
-
-def test_positions_that_are_none_are_refused():
     with pytest.raises(ValueError, match="799,980,000 pairs within 25 m: are these positions"):
         GeoVisualGraph(np.zeros(40_000), np.zeros(40_000)).edges()
 
@@ -97,9 +90,6 @@ def test_places_without_labels_are_squares_of_the_radius_in_each_city():
     assert sorted(set(cluster.tolist())) == list(range(len(np.unique(square, axis=0))))
     for i, j in itertools.combinations(range(80), 2):
         assert (cluster[i] == cluster[j]) == (square[i] == square[j]).all()
-
-
-# -- affinities --
 
 
 @ORDINARY
@@ -149,9 +139,6 @@ def test_pruning_is_its_definition(matrix, tau, top_k):
     assert pair_set(np.column_stack([i, j])[kept]) == {pair for pair in expected if pair[0] < pair[1]}
 
 
-# -- cliques --
-
-
 def adjacency_of(pairs, n):
     matrix = np.zeros((n, n), dtype=bool)
     for i, j in pairs:
@@ -195,9 +182,6 @@ def test_a_clique_of_thousands_is_found_behind_a_dead_end():
     np.fill_diagonal(matrix, False)
     matrix[1, 2:] = matrix[2:, 1] = False
     assert first_clique(adjacency_bits(matrix), (1 << 1502) - 1, 1400)[0].bit_count() == 1501
-
-
-# -- the greedy choice --
 
 
 @settings(max_examples=300, deadline=None)
@@ -244,9 +228,6 @@ def test_ties_go_to_the_lowest_index_whatever_the_order_of_the_sums():
 def test_greedy_refuses(weight, k, options, message):
     with pytest.raises(ValueError, match=message):
         greedy_weighted_clique(weight, k, **options)
-
-
-# -- the graph object --
 
 
 def test_statistics_are_those_of_networkx():
