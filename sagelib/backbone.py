@@ -209,8 +209,7 @@ class ViTBackbone(Backbone):
     @torch.no_grad()
     def prefix(self, images: Tensor) -> Tensor:
         """Tokens (B, T, M) after the last block that no trained part precedes; no gradient flows through."""
-        # shape[0] rather than len: an exported model keeps it free.
-        vit, grid, batch = self.vit, self.grid(images), images.shape[0]
+        vit, grid, batch = self.vit, self.grid(images), len(images)
         tokens = vit.patch_embed(self._renormalise(images)).reshape(batch, grid[0] * grid[1], self.width)
         position = 0 if vit.pos_embed is None else self.position_embedding(grid)
         if vit.no_embed_class:
@@ -345,7 +344,7 @@ class ConvBackbone(Backbone):
 
     def _assemble(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """What the final normalisation sees, (B, N, M)."""
-        shapes, grid = self.shapes(grid), torch.Size(grid)
+        shapes, grid = self._map_shapes(grid), torch.Size(grid)
         parts = tokens[:, 0].split([math.prod(shapes[i]) for i in self._kept], dim=1)
         maps = {i: part.unflatten(1, shapes[i]) for i, part in zip(self._kept, parts, strict=True)}
         maps = self._run(maps, len(self._names))
@@ -355,7 +354,7 @@ class ConvBackbone(Backbone):
         taps = [x if x.shape[2:] == grid else F.interpolate(x, grid, mode="bilinear") for x in taps]
         return torch.cat([x.flatten(2).mT for x in taps], dim=2)
 
-    def shapes(self, grid: tuple[int, int]) -> dict[int, torch.Size]:
+    def _map_shapes(self, grid: tuple[int, int]) -> dict[int, torch.Size]:
         """(channels, rows, columns) of the maps that the prefix hands on; stored tokens do not tell them."""
         if tuple(grid) not in self._shapes:
             with torch.no_grad():

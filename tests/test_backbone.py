@@ -14,14 +14,7 @@ from timm.models import register_model
 from timm.models.vision_transformer import SwiGLUPacked, VisionTransformer
 
 from sagelib import backbone as module
-from sagelib.backbone import (
-    ADAPTERS,
-    EMBEDDED,
-    PLAIN_DINOV2,
-    build_backbone,
-    embedded_network,
-    read_checkpoint,
-)
+from sagelib.backbone import ADAPTERS, EMBEDDED, PLAIN_DINOV2, build_backbone, read_checkpoint
 
 WIDTH, DEPTH, HEADS, SIDE = 12, 3, 2, 5
 
@@ -39,9 +32,8 @@ def vit_for_tests(pretrained=False, **options):
 @register_model
 def vit_reg_for_tests(pretrained=False, **options):
     """The same with two registers and the gated layers of the largest DINOv2."""
-    return vit_for_tests(
-        reg_tokens=2, no_embed_class=True, mlp_layer=SwiGLUPacked, act_layer=torch.nn.SiLU, **options
-    )
+    options |= {"reg_tokens": 2, "no_embed_class": True, "mlp_layer": SwiGLUPacked}
+    return vit_for_tests(act_layer=torch.nn.SiLU, **options)
 
 
 def build(name="vit_for_tests", seed=0, position="timm", **options):
@@ -56,9 +48,6 @@ def build(name="vit_for_tests", seed=0, position="timm", **options):
 
 def images(height=56, width=70, batch=2, seed=0):
     return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
-
-
-# -- the forward pass ---------------------------------------------------------------------------------------
 
 
 def test_equals_the_equations_in_float64():
@@ -189,10 +178,7 @@ def test_target_modules_may_be_any_linear_of_the_blocks():
         ({"adapter": "dpm"}, "adapter must be one of dpn, none.*got 'dpm'"),
         ({"adapter_blocks": 4}, "adapter_blocks must be a whole number from 1 to 3, got 4"),
         ({"stages": ["blocks.1"]}, "stages is no option of vit_for_tests"),
-        (
-            {"name": "test_resnet", "stages": ["layer9"]},
-            "a stage of test_resnet must be one of conv1.*'layer9'",
-        ),
+        ({"name": "test_resnet", "stages": ["layer9"]}, "a stage of test_resnet must be .*layer1.*'layer9'"),
         ({"name": "vit_of_nobody"}, "timm has no model named 'vit_of_nobody'"),
         ({"name": "swin_tiny_patch4_window7_224"}, "is a SwinTransformer: a backbone is a VisionTransf.* or"),
         ({"name": "hrnet_w18_small"}, "is a HighResolutionNet: a backbone is a VisionTransformer, or"),
@@ -228,12 +214,7 @@ def test_fingerprints_are_of_the_frozen_part_and_of_the_prefix():
 
 def test_files_of_weights_are_read_in_either_container_and_harmless_things_beside(tmp_path):
     model = build(adapter="none")
-    beside = {
-        "args": argparse.Namespace(out=tmp_path),
-        "best": np.float64(1),
-        "r": np.zeros(3),
-        "e": np.int64(3),
-    }
+    beside = dict(args=argparse.Namespace(out=tmp_path), best=np.float64(1), r=np.zeros(3), e=np.int64(3))
     torch.save({"model": model.vit.state_dict(), **beside}, tmp_path / "w.pth")
     save_file(model.vit.state_dict(), tmp_path / "w.safetensors")
     for name in ("w.pth", "w.safetensors"):
@@ -242,7 +223,6 @@ def test_files_of_weights_are_read_in_either_container_and_harmless_things_besid
 
 
 def test_the_grid_is_read_off_the_weights(tmp_path):
-    torch.manual_seed(0)
     large = vit_for_tests(img_size=8 * 14, num_classes=0)
     torch.save(large.state_dict(), tmp_path / "w.pth")
     model = build_backbone("vit_for_tests", weights=tmp_path / "w.pth", adapter="none")
@@ -266,9 +246,7 @@ def test_the_original_names_are_read(tmp_path):
 def test_weights_that_do_not_fit_are_named(tmp_path):
     state = dict(build(adapter="none").vit.state_dict())
     state |= {"extra.weight": state.pop("norm.weight"), "norm.bias": torch.zeros(5)}
-    words = (
-        r"1 missing \(norm.weight\); 1 left over \(extra.weight\); 1 of another shape \(norm.bias \(5,\) for"
-    )
+    words = r"1 missing \(norm.weight\); 1 left over \(extra.weight\); 1 of another shape \(norm.bias \(5,\)"
     for content, match in ((state, words), ({"epoch": 3}, "holds no named tensors")):
         torch.save(content, tmp_path / "w.pth")
         with pytest.raises(ValueError, match=match):
@@ -301,7 +279,7 @@ def test_the_embedded_weights_are_checked_and_missed_in_a_sentence(monkeypatch, 
 
 def test_the_embedded_classifier_names_what_pictures_show():
     data = pytest.importorskip("skimage.data")
-    network = embedded_network().eval()
+    network = module.embedded_network().eval()
 
     def best(picture):
         pixels = torch.from_numpy(picture / 127.5 - 1).permute(2, 0, 1)[None].float()
@@ -311,8 +289,7 @@ def test_the_embedded_classifier_names_what_pictures_show():
             return network(square).softmax(dim=1)[0].max(dim=0)
 
     assert 281 <= best(data.chelsea()).indices <= 285  # cats
-    coffee = best(data.coffee())
-    assert coffee.indices == 967 and coffee.values > 0.7  # espresso
+    assert best(data.coffee()).indices == 967 and best(data.coffee()).values > 0.7  # espresso
 
 
 @pytest.mark.parametrize("name", ["test_efficientnet", "test_resnet", "test_convnext", "mobilenetv2_035"])
