@@ -18,8 +18,6 @@ from torch.nn import functional as F
 from sagelib.runs import check
 from sagelib.softp import SoftProbing
 
-__all__ = ["CLS", "BoQ", "GeM", "Mean", "MixVPR", "NetVLAD", "SALAD", "aggregator_names", "build_aggregator"]
-
 
 class CLS(nn.Module):
     """The class token itself, at unit length."""

@@ -29,8 +29,6 @@ from torch.utils.checkpoint import checkpoint
 
 from sagelib.runs import check
 
-__all__ = ["EMBEDDED", "Backbone", "ConvBackbone", "DynamicPowerNorm", "ViTBackbone", "build_backbone"]
-
 EMBEDDED = "tf_efficientnet_lite2"  # its weights come with a package that is installed with this one
 EMBEDDED_FILE = "efficientnet-lite2-9656183e.pth"
 EMBEDDED_SHA256 = "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"

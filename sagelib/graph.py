@@ -23,8 +23,6 @@ from scipy.spatial import cKDTree
 from sagelib.places import heading_difference, same_grid
 from sagelib.runs import check
 
-__all__ = ["GeoVisualGraph", "GraphRules", "GreedyStep", "first_clique", "greedy_weighted_clique"]
-
 SIGN = {"closest": 1.0, "farthest": -1.0, "random": 0.0}  # of the affinities that the greedy choice maximises
 RENAMED = {"affine": "closest", "hard": "farthest", "uniform": "random"}
 MOST_EDGES = 400_000_000  # listed at once

@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["AnchorStates", "InteractHead"]
-
 
 class AnchorStates(NamedTuple):
     """Keys and values of the anchors in each layer; each (segments, heads, m, segment_width / heads)."""

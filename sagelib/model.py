@@ -16,8 +16,6 @@ from sagelib.interact import AnchorStates, InteractHead
 from sagelib.runs import atomic_path, write_json
 from sagelib.softp import SoftProbing
 
-__all__ = ["SAGE", "ParameterReport", "build_model"]
-
 WEIGHTS, TRAINABLE, CONFIG = "model.safetensors", "trainable.safetensors", "config.json"
 PLAIN_POOLING = ("gem", "mean", "cls")
 

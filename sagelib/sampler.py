@@ -31,8 +31,6 @@ from sagelib import graph as geo
 from sagelib.graph import GeoVisualGraph, GraphRules, greedy_weighted_clique
 from sagelib.runs import check, rng
 
-__all__ = ["CliqueSampler", "MinedPlace", "PlaceSampler", "SamplerConfig", "batch_statistics", "harvest"]
-
 MOST_IMAGES = 256  # of a place in a draw; a place of more lends a random choice of so many
 PLANNED = 1024  # batches whose draws are planned together
 ROWS = 256  # of one matrix product of descriptors

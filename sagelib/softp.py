@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from sagelib.backbone import DynamicPowerNorm
 from sagelib.runs import check
 
-__all__ = ["SoftProbing", "SoftWeighting"]
-
 
 class SoftWeighting(nn.Module):
     """Weights each patch by a function of its norm alone.

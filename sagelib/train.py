@@ -816,12 +816,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--msls", **folder, help="MSLS, mined; its validation cities are left out")
     add("--gsv", **folder, help="GSV-Cities, as labelled places: half of every batch")
     add("--validation", **folder, help="a set whose val part validates instead of --data's")
-    add(
-        "--on-error",
-        choices=("raise", "skip"),
-        default="raise",
-        help="skip leaves out and counts what is broken",
-    )
+    add("--on-error", choices=("raise", "skip"), default="raise", help="skip leaves out what is broken")
     add("--name", required=True, help="of the run")
     add("--runs", **folder, default=Path("data/runs"), help="of all runs (data/runs)")
     add("--tokens", **folder, help="of stored tokens (tokens beside the runs)")

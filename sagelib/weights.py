@@ -13,8 +13,6 @@ from torch import Tensor
 from sagelib.backbone import check_state, read_checkpoint
 from sagelib.model import SAGE
 
-__all__ = ["DROPPED", "RENAMED", "load_authors_checkpoint"]
-
 # Width and depth of the transformer -> its name here.
 _SIZES = {(384, 12): "small", (768, 12): "base", (1024, 24): "large"}
 _BACKBONES = {key: f"vit_{size}_patch14_dinov2" for key, size in _SIZES.items()}
