@@ -48,6 +48,7 @@ def lab(tmp_path_factory):
     for folder in (ROOT / "data").iterdir():
         if folder.name != "runs":
             (home / "data" / folder.name).symlink_to(folder)
+    (home / "tests").symlink_to(ROOT / "tests")  # 02 shows a file of it
     settings = home / "config" / "lab" / "user-settings" / "@jupyterlab"
     for extension, plugin, values in (
         ("apputils-extension", "notification", {"fetchNews": "false"}),
@@ -111,8 +112,7 @@ def test_a_notebook_runs_in_jupyterlab_and_its_slider_changes_the_output(lab, br
         polling=500,  # a page that draws nothing has no frames to poll at
     )
     page.wait_for_function(f"{KERNEL}.status === 'idle'", polling=100)
-    errors = page.locator('[data-mime-type="application/vnd.jupyter.error"]')
-    assert errors.count() == 0, "a cell ended in an error"
+    assert page.locator(ERROR).count() == 0, f"a cell ended in: {page.locator(ERROR).first.inner_text()}"
     shots = os.environ.get("SAGE_SCREENSHOTS")
     if shots:
         page.screenshot(path=f"{shots}/{Path(name).stem}.png")
