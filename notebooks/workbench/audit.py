@@ -49,8 +49,7 @@ class Audit:
     path: Path
 
     def summary(self, k: int = 1) -> pd.DataFrame:
-        """A row for each context: R@k, mean and range over the shuffles, and Wilson's interval at the
-        mean."""
+        """A row for each context: mean and range of R@k over the shuffles, and Wilson's interval."""
         rows = []
         for context, group in self.table.groupby("context", sort=False):
             percent, n = group[f"R@{k}"], int(group["n_queries"].iloc[0])

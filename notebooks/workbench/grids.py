@@ -235,8 +235,7 @@ def run_grid(
     device: str = "auto",
     progress: bool = True,
 ) -> "GridResults":
-    """Train and measure every configuration with every seed; the finished is skipped, the interrupted goes
-    on.
+    """Train and measure every configuration with every seed, skip the finished, go on with the interrupted.
 
     No validation chooses the weights: those of the last step are measured. Seeds are the outer loop, so that
     an unfinished grid has whole rounds. A training is ``train/ablate-<hash of all it depends on>-s<seed>`` in
@@ -531,8 +530,7 @@ class GridResults:
 
 
 def load_grid(grid: Grid, root: str | Path) -> GridResults:
-    """The finished measurements of a grid in a folder of runs; unfinished and missing ones are rows without a
-    run.
+    """The finished measurements of a grid in a folder of runs; what is missing is a row without a run.
 
     A run of the same name that was trained or measured otherwise, before the grid's file was changed, does
     not count.
@@ -574,8 +572,7 @@ def _belongs(grid: Grid, run: runs.Run, root: Path) -> bool:
 def pooled_difference(
     ranks_a, ranks_b, k: int = 1, *, groups=None, seed: int = 0, draws: int = 4_000
 ) -> Difference:
-    """R@k of b less that of a over the same queries and seeds: a paired bootstrap over places, widened by
-    seeds.
+    """R@k of b less that of a over the same queries and seeds: a bootstrap over places, widened by seeds.
 
     A draw resamples the groups of queries, the same ones for all seeds, since a query that is hard is hard
     for every seed. To it is added a draw from Student's t with S - 1 degrees of freedom, times the standard
