@@ -60,9 +60,7 @@ class Evaluation:
     descriptors: dict[str, str]  # folders of the references' and the queries', relative to `path`
     left_out: tuple[str, ...]  # a sentence for each picture that was skipped on request
     warning: str  # where the set is not the published one, or queries lie in the data base
-    per_query_rank: np.ndarray = field(
-        repr=False
-    )  # (n_queries,) of the first positive; 0: not searched so deep
+    per_query_rank: np.ndarray = field(repr=False)  # (n_queries,) of the first positive; 0: beyond the ranks
     path: Path  # the run directory
 
     @classmethod
@@ -162,8 +160,7 @@ def evaluate(
         "on_error": on_error,
         "ks": [runs.check("k", k, 1, whole=True) for k in ks],
     }
-    pictures = [pictures_fingerprint(part) for part in (test_set.database, test_set.queries)]
-    data = runs.fingerprint([test_set.fingerprint(), *pictures])
+    data = data_fingerprint(test_set)
     seed_of_context = seed if context.kind == "shuffled" else None
     if name is None:  # another preprocess, seed or model of the same name is another run, not a conflict
         settings = runs.fingerprint([config, data, seed_of_context])[:6]
@@ -228,6 +225,12 @@ def _save(
     counts = ("n_queries", "n_database", "n_without_positive", "images_per_s")
     run.finish({k: round(p, 4) for k, p in percents.items()} | {name: facts[name] for name in counts})
     return Evaluation.load(run.dir)
+
+
+def data_fingerprint(test_set: TestSet) -> str:
+    """A hash of a test set: its tables, its rule, and what its pictures hold."""
+    pictures = [pictures_fingerprint(part) for part in (test_set.database, test_set.queries)]
+    return runs.fingerprint([test_set.fingerprint(), *pictures])
 
 
 def _in_database(database, queries, indices, distances) -> int:
@@ -331,9 +334,7 @@ def locate(
     indices, distances = search(descriptors.values, value, min(k, len(descriptors)))
     rows = descriptors.rows[indices[0]]
     columns = {"rank": np.arange(1, len(rows) + 1), "path": places.path[rows], "distance": distances[0]}
-    columns |= {
-        name: getattr(places, name)[rows] for name in ("east_m", "north_m", "utm_zone", "heading_deg")
-    }
+    columns |= {n: getattr(places, n)[rows] for n in ("east_m", "north_m", "utm_zone", "heading_deg")}
     return pd.DataFrame({**columns, "row": rows})
 
 

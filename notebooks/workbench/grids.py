@@ -47,9 +47,8 @@ from sagelib.describe import (
     open_tokens,
     own_anchors,
     pick_device,
-    pictures_fingerprint,
 )
-from sagelib.evaluate import published
+from sagelib.evaluate import data_fingerprint, published
 from sagelib.images import Preprocess
 from sagelib.places import Places, TestSet, open_set, open_training_set
 from sagelib.retrieval import KS, PCA, Difference, recall, search
@@ -219,8 +218,7 @@ class _Job:
         name = f"{self.grid.name}--{_slug(configuration)}--{test_set.name}--s{self.config.seed}"
         facts = {"configuration": configuration, "training": self.name, "dataset": test_set.name}
         facts |= {"rule": str(test_set.rule), **self.grid.measurement(configuration)}
-        parts = [test_set.fingerprint(), *map(pictures_fingerprint, (test_set.database, test_set.queries))]
-        known = dict(seed=self.config.seed, data_fingerprint=runs.fingerprint(parts))
+        known = dict(seed=self.config.seed, data_fingerprint=data_fingerprint(test_set))
         return runs.Run.open(self.root, STAGE, name, facts, **known)
 
 
