@@ -3,7 +3,7 @@ command."""
 
 import pandas as pd
 import pytest
-from test_evaluate import PLACES, Noisy, write_set
+from test_evaluate import PLACES, Noisy, write_two_sets
 
 from sagelib import runs
 from sagelib.describe import baseline_pixels
@@ -15,10 +15,7 @@ from workbench.audit import audit_contexts, load_audit
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data")
-    write_set(root, "aligned")
-    write_set(root, "unaligned", aligned=False)
-    return root
+    return write_two_sets(tmp_path_factory.mktemp("data"))
 
 
 def test_the_audit_shows_the_ordering_leak_where_there_is_one_and_only_there(data, tmp_path):

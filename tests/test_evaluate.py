@@ -44,6 +44,13 @@ def write_set(root, name, *, aligned=True, n=PLACES, noise=45, seed=0, spacing_m
     return open_set(root, name)
 
 
+def write_two_sets(root):
+    """Two sets of the same pictures: one whose references and queries sort alike, one where they do not."""
+    write_set(root, "aligned")
+    write_set(root, "unaligned", aligned=False)
+    return root
+
+
 class Noisy(torch.nn.Module):
     """A random projection of pixels, and an InteractHead of random weights that mixes its context well."""
 
@@ -73,10 +80,7 @@ class Noisy(torch.nn.Module):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data")
-    write_set(root, "aligned")
-    write_set(root, "unaligned", aligned=False)
-    return root
+    return write_two_sets(tmp_path_factory.mktemp("data"))
 
 
 # ------------------------------------------------------------------------------------------------- evaluate
