@@ -11,6 +11,7 @@ from sagelib.evaluate import compare, evaluate_many, open_model, published, trai
 from sagelib.images import Preprocess
 from sagelib.model import build_model
 from sagelib.places import Places
+from sagelib.retrieval import Recall, paired_bootstrap
 from workbench import tables
 
 
@@ -151,3 +152,31 @@ def test_minimal_detectable_difference_has_the_power_it_names():
     assert np.isnan(tables.minimal_detectable_difference(20, 0.01))
     with pytest.raises(ValueError, match="discordant must be a number from 0 to 1, got 1.5"):
         tables.minimal_detectable_difference(n, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("difference", "options", "sentence"),
+    [
+        ((12.4, 8.1, 16.9), {}, "SAGE finds 12.4 points [8.1, 16.9] more than GeM."),
+        ((-2.0, -3.5, -0.5), {}, "SAGE finds 2.0 points [0.5, 3.5] less than GeM."),
+        (
+            (-0.02, -0.035, -0.005),
+            {"verb": "draws negatives", "unit": "of cosine", "words": ("harder", "easier"), "digits": 3},
+            "SAGE draws negatives 0.020 of cosine [0.005, 0.035] easier than GeM.",
+        ),
+        (
+            (1.0, -1.96, 1.96),
+            {},
+            "No difference between SAGE and GeM is shown: +1.0 points [-2.0, +2.0]; one of less than about "
+            "2.8 would mostly go unseen.",
+        ),
+        ((0.0, 0.0, 0.0), {}, "No difference between SAGE and GeM is shown: +0.0 points [+0.0, +0.0]."),
+    ],
+)
+def test_a_verdict_says_how_much_or_what_would_go_unseen(difference, options, sentence):
+    assert tables.verdict(difference, "SAGE", "GeM", **options) == sentence
+
+
+def test_a_verdict_reads_a_difference_of_recalls():
+    a, b = Recall.from_ranks([0] * 40, 0, (1,)), Recall.from_ranks([1] * 30 + [0] * 10, 0, (1,))
+    assert tables.verdict(paired_bootstrap(a, b), "SAGE", "GeM").startswith("SAGE finds 75.0 points [6")

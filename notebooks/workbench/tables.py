@@ -198,3 +198,24 @@ def minimal_detectable_difference(n_queries: int, discordant: float) -> float:
         return np.sqrt(n_queries) * d - z_a * np.sqrt(psi) - z_b * np.sqrt(max(psi - d * d, 0))
 
     return 100 * optimize.brentq(surplus, 0, psi) if psi and surplus(psi) >= 0 else float("nan")
+
+
+def verdict(
+    difference, one: str, other: str, *, verb="finds", unit="points", words=("more", "less"), digits=1
+):
+    """One sentence on a difference: its size and interval, or what a section of a page could not have seen.
+
+    `difference`, of `one` less `other`, is a `sagelib.retrieval.Difference` or its (value, low, high). An
+    interval without zero is told with `verb`, `unit` and one of the `words`. One with zero tells the
+    smallest difference that would be shown with 80 % power: 2.8 standard errors, where the interval has 3.9.
+    """
+    if not isinstance(difference, tuple):
+        difference = difference.points, difference.low, difference.high
+    value, low, high = difference
+    if low <= 0 <= high:
+        unseen = (high - low) / 2 * (1 + stats.norm.ppf(0.8) / stats.norm.ppf(0.975))
+        found = f"{value:+.{digits}f} {unit} [{low:+.{digits}f}, {high:+.{digits}f}]"
+        power = f"; one of less than about {unseen:.{digits}f} would mostly go unseen" if unseen else ""
+        return f"No difference between {one} and {other} is shown: {found}{power}."
+    ends = "{:.{d}f}, {:.{d}f}".format(*sorted((abs(low), abs(high))), d=digits)
+    return f"{one} {verb} {abs(value):.{digits}f} {unit} [{ends}] {words[value < 0]} than {other}."
