@@ -49,7 +49,8 @@ class SamplerConfig(GraphRules):
     fallback: str | None = "draw"
     prefer: str = "closest"  # the paper's; or "farthest", "random": see `greedy_weighted_clique`
     node_descriptor: str = "image"  # `d_vis` between images' own descriptors, or between those of a "cluster"
-    # New descriptors every `refresh_every` epochs; "static": once; "none": never, and all places are random.
+    # New descriptors every `refresh_every` epochs; "static": once. Never, with "none", random places of all
+    # cities, or "city", random places of one city a draw.
     schedule: str = "online"
     refresh_every: int = 1
     remove: str = "chosen"  # what leaves the graph with its neighbours: the K images, or the whole "clique"
@@ -65,7 +66,7 @@ class SamplerConfig(GraphRules):
         check("fallback", self.fallback, choices=("draw",), none=True)
         geo.check_prefer(self.prefer)
         check("node_descriptor", self.node_descriptor, choices=("image", "cluster"))
-        check("schedule", self.schedule, choices=("online", "static", "none"))
+        check("schedule", self.schedule, choices=("online", "static", "none", "city"))
         check("remove", self.remove, choices=("chosen", "clique"))
         check("graph_context", self.graph_context, choices=("none", "solo", "anchors"))
 
@@ -156,14 +157,15 @@ class CliqueSampler(_BatchSampler):
         self.graph = graph.with_descriptors(None)  # those that the choice needs
         self._draws, self._described, self._counts = _Draws(graph, config), _Described(None), Counter()
         cities, pairs = len(self._draws.city_start) - 1, graph.n_near
-        self._facts = {"images": len(graph), "cities": cities, "geographic_edges": pairs}
+        clusters = len(self._draws.city)
+        self._facts = {"images": len(graph), "cities": cities, "clusters": clusters, "geographic_edges": pairs}
         self._refreshed: int | None = None
         self._stored: dict[int, np.ndarray] = {}  # batches (n, P, K) of epochs whose descriptors are gone
         self._missing: list[int] = []  # images that a wave of batches would have described
         self._check_room()
 
     def needs_refresh(self, epoch: int) -> bool:
-        if self.config.schedule == "none" or epoch in self._stored:
+        if self.config.schedule in ("none", "city") or epoch in self._stored:
             return False
         if self._refreshed is None or self.config.schedule == "static":
             return self._refreshed is None
@@ -183,7 +185,7 @@ class CliqueSampler(_BatchSampler):
         self.set_epoch(epoch)
         self._stored, config, graph = {}, self.config, self.graph
         store = self._described = _Described(describe)
-        if config.schedule == "none":
+        if config.schedule in ("none", "city"):
             return self.report
         start, stream = self._draws.start, rng(config.seed, "sampler", epoch, "representatives")
         one = (stream.random(len(start) - 1) * np.diff(start)).astype(np.int64)  # image of each cluster
@@ -280,7 +282,7 @@ class CliqueSampler(_BatchSampler):
                 return None
             zero = weight[np.ix_(chosen, chosen)] == 0
             counts["zero_weight_decisions"] += sum(zero[t, :t].all() for t in range(1, len(chosen)))
-        counts.update(places=1, fallback_places=int(len(clique) < config.min_clique))
+        counts.update(places=1, clique_images=len(clique), fallback_places=len(clique) < config.min_clique)
         return chosen
 
     def _check_room(self) -> None:
@@ -303,10 +305,10 @@ class CliqueSampler(_BatchSampler):
         ``geographic_edges`` are pairs within the radius; ``fallback_places`` come from cliques smaller than
         `min_clique`, ``cliques_dropped`` gave none; ``zero_weight_decisions`` were won at W = 0.
         """
-        names = ("batches", "draws", "places", "fallback_places", "cliques_dropped", "zero_weight_decisions")
+        names = "batches draws places clique_images fallback_places cliques_dropped zero_weight_decisions"
         report = {"epoch": self.epoch, "refreshed_epoch": self._refreshed, "schedule": self.config.schedule}
         report |= self._facts | self._described.report
-        return report | {name: int(self._counts[name]) for name in names}
+        return report | {name: int(self._counts[name]) for name in names.split()}
 
 
 class _Described(dict):
@@ -384,13 +386,14 @@ class _Draws:
 
     def _plan(self, streams: list[np.random.Generator]) -> list[np.ndarray]:
         """Clusters of a draw for each random stream, the one drawn first before those similar to it."""
-        n = len(self.city)
-        if self.descriptors is None:  # random places of all cities
-            size = min(self.config.similar_places + 1, n)
-            return [stream.choice(n, size, replace=False) for stream in streams]
+        n, size = len(self.city), self.config.similar_places + 1
+        if self.config.schedule == "none":
+            return [stream.choice(n, min(size, n), replace=False) for stream in streams]
         share = np.cumsum(np.diff(self.city_start)) / n
         city = np.searchsorted(share, [stream.random() for stream in streams], side="right")
-        ends = zip(streams, self.city_start[city], self.city_start[city + 1], strict=True)
+        ends = list(zip(streams, self.city_start[city], self.city_start[city + 1], strict=True))
+        if self.descriptors is None:
+            return [low + s.choice(high - low, min(size, high - low), replace=False) for s, low, high in ends]
         first = np.array([stream.integers(start, stop) for stream, start, stop in ends])
         drawn = {}
         for rows in (np.flatnonzero(city == c) for c in np.unique(city)):

@@ -16,13 +16,13 @@ from sagelib.runs import check, read_json, write_json
 from townscape.plan import SEED_RANGES, UTM_LETTER, UTM_ZONE, Plan, Shot, TownConfig, plan_shots
 from townscape.render import PICTURE_SIZE, Town, render_files
 
-DEFAULT_SEEDS = {"train": range(1000, 1060), "val": range(1100, 1104), "test": range(1114, 1118)}
+DEFAULT_SEEDS = {"train": range(1000, 1020), "val": range(1100, 1104), "test": range(1118, 1126)}
 """Towns of the default data set of :func:`ensure_town`."""
 
-IMAGES_PER_TOWN = 120
-"""Training pictures, or references and as many queries, of each town of the default data set."""
+TRAIN_IMAGES_PER_TOWN, IMAGES_PER_TOWN = 360, 120
+"""Training pictures, and references and as many queries, of each town of the default data set."""
 
-PICTURE_VERSION = 5  # raised whenever the same seed gives other pictures: part of a folder's settings
+PICTURE_VERSION = 6  # raised whenever the same seed gives other pictures: part of a folder's settings
 JPEG_QUALITY = 92
 
 
@@ -92,7 +92,7 @@ def write_town(
         Towns of each split, from :data:`SEED_RANGES`; may be empty.
     images_per_town : int, optional
         References (or training pictures), and as many queries, of each town: the first so many along the
-        streets; None takes every pose, about 500 a training town and 200 + 200 a test town.
+        streets; None takes every pose, about 1,100 a training town and 390 + 390 a test town.
     train_images_per_town : int, optional
         The same for the training towns alone, where it goes before `images_per_town`.
     size : int
@@ -184,7 +184,7 @@ def ensure_town(data_folder, name: str, *, images: int | None = None, progress: 
     name : str
     images : int, optional
         ``images_per_town`` of :func:`write_town`, with its two training towns, one for validation and one for
-        test. None or 0: the default data set, ``IMAGES_PER_TOWN`` pictures of each town of ``DEFAULT_SEEDS``;
+        test. None or 0: the default data set: towns of ``DEFAULT_SEEDS`` with ``TRAIN_IMAGES_PER_TOWN`` or ``IMAGES_PER_TOWN`` each;
         what is learned on few towns does not carry over to another.
     progress : bool
         Show a bar.
@@ -198,9 +198,11 @@ def ensure_town(data_folder, name: str, *, images: int | None = None, progress: 
     if not folder.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {folder.parent.absolute()} to find or render {name} in")
     if name.startswith("town"):
-        seeds = {} if images else {f"{split}_seeds": seeds for split, seeds in DEFAULT_SEEDS.items()}
-        options = {"workers": joblib.cpu_count(), "progress": progress}
-        write_town(folder, images_per_town=images or IMAGES_PER_TOWN, **seeds, **options)
+        options = {"images_per_town": images or IMAGES_PER_TOWN}
+        if not images:
+            options |= {f"{split}_seeds": seeds for split, seeds in DEFAULT_SEEDS.items()}
+            options["train_images_per_town"] = TRAIN_IMAGES_PER_TOWN
+        write_town(folder, **options, workers=joblib.cpu_count(), progress=progress)
     return folder
 
 

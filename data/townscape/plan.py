@@ -40,18 +40,18 @@ class TownConfig:
     The jitters are the largest changes of a query or training picture; references stand on their stations.
     """
 
-    streets: int = 3  # in each of the two directions
+    streets: int = 4  # in each of the two directions
     neighbourhoods: int = 2  # architectures in one town; fewer: more places look alike
     architecture_variety: float = 0.5  # how far a building may depart from its neighbours, 0 (all alike) to 1
     appearance_change: float = 0.25  # probability per year that a facade is repainted or a sign replaced
     years: int = 3  # pictures are spread over this many years after the first
     viewpoint_jitter_m: float = 6.0  # along the street
     sideways_jitter_m: float = 2.0  # across it
-    heading_jitter_deg: float = 25.0
+    heading_jitter_deg: float = 40.0
     fov_deg: float = 75.0  # horizontal field of view
     fov_jitter_deg: float = 18.0
-    height_jitter_m: float = 0.8  # of the camera's height of 2.3 m
-    tilt_jitter: float = 0.07  # of the camera's tilt of 0.25, see `Pose`
+    height_jitter_m: float = 1.2  # of the camera's height of 2.3 m
+    tilt_jitter: float = 0.2  # of the camera's tilt of 0.25, see `Pose`
     occlusion: float = 0.5  # share of the places at the kerb taken by cars, and the number of persons, 0 to 1
     sensor_noise: float = 5.0  # in grey levels (half width of a triangular law)
     train_spacing_m: float = 4.0  # between two stations; each gives two pictures with different headings
