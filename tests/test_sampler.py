@@ -225,6 +225,17 @@ def test_schedule_none_needs_no_descriptors_and_mixes_cities():
     assert made.refresh(3, None)["described_images"] == 0 and made.epoch == 3
 
 
+def test_schedule_city_draws_random_places_of_one_city():
+    town = make_town(cities=4)
+    made = make_sampler(town, schedule="city", refresh=False, batches_per_epoch=40, similar_places=7)
+    assert not made.needs_refresh(0) and made.refresh(0, None)["described_images"] == 0
+    batches = list(made)  # a draw has 8 places, and a batch takes 6
+    assert {len(np.unique(town[2]["city"][batch])) for batch in batches} == {1}
+    report = made.report
+    assert len(set(made.graph.cluster[np.ravel(batches)])) > 40
+    assert 5 * report["places"] <= report["clique_images"] <= 12 * report["places"]
+
+
 def test_a_crowded_place_lends_a_random_part(monkeypatch):
     monkeypatch.setattr(sampler_module, "MOST_IMAGES", 8)
     made = make_sampler(make_town(images=40), kind=Watched)

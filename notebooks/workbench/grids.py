@@ -52,13 +52,20 @@ from sagelib.evaluate import data_fingerprint, published
 from sagelib.images import Preprocess
 from sagelib.places import Places, TestSet, open_set, open_training_set
 from sagelib.retrieval import KS, PCA, Difference, recall, search
-from sagelib.train import PRECISIONS, TrainConfig, open_run, read_parameters, train
-from townscape.folder import write_town
-from workbench.tables import minimal_detectable_difference, query_places
+from sagelib.train import PRECISIONS, TrainConfig, build_model_of, open_run, read_parameters, train
+from townscape.folder import ensure_town
+from workbench.tables import chance_recall, query_places
 
 STAGE = "ablate"
 # How a configuration is measured once it is trained; its other entries are fields of `TrainConfig`.
 MEASURED = {"context": None, "anchors_from": None, "rerank": None, "pca": None, "whiten": False}
+# The frozen backbone, pooled over n x n cells: rows of every grid.
+FROZEN = {
+    f"frozen, GeM {n} x {n}": {"adapter": "none", "aggregator": "gem", "aggregator_options": {"grid": n}}
+    | {"interact": False, "data_init": None, "graph_context": "none", "train_context": "batch"}
+    for n in (1, 2, 3)
+}
+LEAST_ROOM = 0.75  # a choice that shares more than this with any other one is not a choice
 
 
 # ---------- the grid
@@ -72,8 +79,8 @@ class Grid:
     ``rerank`` is the m of `rerank_in_context`; ``pca`` a number of dimensions, fitted on training
     descriptors, with ``whiten``. Options (``aggregator_options``, ...) are added to the base's, unless
     another aggregator or adapter is named. The others are compared with the configuration
-    `reference`; `published` maps configurations to rows of the published ablation; `town` are arguments of
-    `townscape.folder.write_town`, for a folder ``town...`` that is not there yet.
+    `reference`; `published` maps configurations to rows of the published ablation. A pilot, from which
+    anything is chosen, is measured on the `split` "val".
     """
 
     name: str
@@ -83,18 +90,19 @@ class Grid:
     reference: str
     configurations: dict[str, dict]
     published: dict[str, str] = field(default_factory=dict)
-    town: dict = field(default_factory=dict)
+    split: str = "test"
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w-]+", self.name):
             raise ValueError(f"the name of a grid must be one plain word, got {self.name!r}")
         for seed in self.seeds:
             runs.check("a seed", seed, 0, whole=True)
+        runs.check("split", self.split, choices=("val", "test"))
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds must differ, at least one, got {list(self.seeds)}")
         if unknown := {self.reference, *self.published} - set(self.configurations):
             raise ValueError(f"reference or published names {unknown.pop()!r}, no configuration of this grid")
-        folders: dict[str, str] = {}
+        folders = {_slug(name): name for name in FROZEN}
         for name, changes in self.configurations.items():
             if (other := folders.setdefault(_slug(name), name)) != name:
                 raise ValueError(f"{other!r} and {name!r} would have the same folder: rename one")
@@ -108,7 +116,8 @@ class Grid:
     def training(self, configuration: str, seed: int) -> TrainConfig:
         """How a configuration is trained with one seed."""
         base, default = self.base, TrainConfig()
-        changes = {k: v for k, v in self.configurations[configuration].items() if k not in MEASURED}
+        changes = {**self.configurations, **FROZEN}[configuration]
+        changes = {k: v for k, v in changes.items() if k not in MEASURED}
         values = {**base, **changes, "seed": seed}
         for part in ("aggregator", "adapter", "interact"):
             key = f"{part}_options"
@@ -121,7 +130,7 @@ class Grid:
 
     def measurement(self, configuration: str) -> dict:
         """How a configuration is measured: the keys of `MEASURED`, with nothing left to defaults."""
-        chosen = {k: v for k, v in self.configurations[configuration].items() if k in MEASURED}
+        chosen = {k: v for k, v in self.configurations.get(configuration, {}).items() if k in MEASURED}
         how, config = {**MEASURED, **chosen}, self.training(configuration, self.seeds[0])
         if how["context"] is None:
             own = "anchors" if config.train_context == "anchors" or how["anchors_from"] else "solo"
@@ -200,7 +209,7 @@ def _slug(name: str) -> str:
 # ---------- running it
 @dataclass(frozen=True)
 class _Job:
-    """One training, and the configurations that are measured on it."""
+    """One training, and the configurations that are measured on it; without a name, of a frozen backbone."""
 
     grid: Grid
     config: TrainConfig
@@ -217,7 +226,10 @@ class _Job:
         """The run of one measurement; refused where its name stands for another one."""
         name = f"{self.grid.name}--{_slug(configuration)}--{test_set.name}--s{self.config.seed}"
         facts = {"configuration": configuration, "training": self.name, "dataset": test_set.name}
-        facts |= {"rule": str(test_set.rule), **self.grid.measurement(configuration)}
+        facts |= {"rule": str(test_set.rule), "split": self.grid.split}
+        facts |= self.grid.measurement(configuration)
+        if not self.name:
+            facts |= _frozen_facts(self.config) | {"foundation": self.foundation}
         known = dict(seed=self.config.seed, data_fingerprint=data_fingerprint(test_set))
         return runs.Run.open(self.root, STAGE, name, facts, **known)
 
@@ -259,7 +271,11 @@ def run_grid(
     """
     tokens = Path(root) / "tokens" if tokens is None else Path(tokens)
     common = dict(mined=mined, test_sets=tuple(test_sets), root=Path(root), tokens=tokens, device=device)
-    trainings, foundation = {}, functools.cache(_foundation)
+    trainings, foundation, untrained = {}, functools.cache(_foundation), []
+    for name in FROZEN:
+        config = grid.training(name, grid.seeds[0])
+        frozen = foundation(config.backbone, config.pretrained, config.weights)
+        untrained.append(_Job(grid, config, "", (name,), frozen, **common))
     for seed in grid.seeds:
         for name in grid.configurations:
             config = grid.training(name, seed)
@@ -267,7 +283,7 @@ def run_grid(
             identity = {k: v for k, v in config.identity().items() if k != "seed"}
             key = runs.fingerprint([identity, mined.fingerprint(), frozen])[:10]
             trainings.setdefault(f"ablate-{key}-s{seed}", (config, frozen, []))[2].append(name)
-    jobs = [
+    jobs = untrained + [
         _Job(grid, config, name, tuple(measured), frozen, **common)
         for name, (config, frozen, measured) in trainings.items()
     ]
@@ -289,7 +305,8 @@ def run_grid(
     if failed:
         listed = "; ".join(f"{name}: {error}" for name, error in failed.items())
         raise RuntimeError(
-            f"{len(failed)} of {len(jobs)} trainings failed, the others are finished; call again to retry. "
+            f"{len(failed)} of {len(trainings)} trainings failed, the others are finished; call again to "
+            "retry. "
             + listed
         )
     return load_grid(grid, root)
@@ -301,6 +318,12 @@ def _foundation(backbone: str, pretrained: bool, weights: str | None) -> str:
         return "random"
     options = dict(pretrained=pretrained, weights=weights, adapter="none", train_norm=False)
     return build_backbone(backbone, **options).frozen_fingerprint()
+
+
+def _frozen_facts(config: TrainConfig) -> dict:
+    """On what the descriptors of a frozen backbone depend."""
+    names = ("backbone", "pretrained", "weights", "validation_size", "preprocess")
+    return {name: getattr(config, name) for name in names}
 
 
 def _run(job: _Job, caller: tuple[str, int]) -> tuple[str, str | None]:
@@ -330,15 +353,33 @@ def _train_and_measure(job: _Job) -> None:
     config = job.config
     if _foundation(config.backbone, config.pretrained, config.weights) != job.foundation:
         raise ValueError(f"the weights of {config.backbone} were exchanged meanwhile: start the grid again")
-    run = open_run(job.root, job.name, config, mined=job.mined, device=job.device)
-    options = dict(mined=job.mined, tokens=job.tokens, device=job.device, progress=False)
-    model = train(config, run, **options).model.to(pick_device(job.device)).eval()
+    if job.name:
+        run = open_run(job.root, job.name, config, mined=job.mined, device=job.device)
+        options = dict(mined=job.mined, tokens=job.tokens, device=job.device, progress=False)
+        model, trained = train(config, run, **options).model, _facts(run)
+    else:
+        model, trained = build_model_of(config), {"plateau": False, "parameters": 0}
+    model = model.to(pick_device(job.device)).eval()
     described = functools.cache(functools.partial(_before_head, model, job))
     for test_set in job.test_sets:
         for configuration in job.measured:
             measurement = job.measurement(configuration, test_set)
             if not measurement.finished:
-                _measure(job, configuration, test_set, model, described, run, measurement)
+                _measure(job, configuration, test_set, model, described, trained, measurement)
+
+
+def _facts(trained: runs.Run) -> dict:
+    """What a training says of itself, and what room its sampler had in the last epoch."""
+    facts = {column: trained.metrics.get(column) for column in COLUMNS}
+    facts["plateau"] = bool((trained.metrics.get("plateau") or {}).get("ended_there", False))
+    facts |= {"loss": trained.metrics["final_loss"], "parameters": trained.metrics["trained_parameters"]}
+    lines = map(json.loads, trained.path("log.jsonl").read_text().splitlines())
+    graphs = [line["graph"]["mined"] for line in lines if "mined" in line.get("graph", {})]
+    if graphs:
+        last = graphs[-1]
+        facts["clique"] = last["clique_images"] / max(1, last["places"])
+        facts["clusters"] = last["clusters"] / last["cities"]
+    return facts | {"training_s": trained.wall_time_s}
 
 
 def _before_head(model, job: _Job, part: str, name: str = "") -> np.ndarray:
@@ -387,7 +428,7 @@ def rerank_in_context(model, database_values, query_values, indices, m: int, *, 
     return indices
 
 
-def _measure(job: _Job, configuration, test_set, model, described, trained: runs.Run, run: runs.Run) -> None:
+def _measure(job: _Job, configuration, test_set, model, described, trained: dict, run: runs.Run) -> None:
     """Describe, search, count; everything goes into the measurement's run."""
     how, seed, context = job.grid.measurement(configuration), job.config.seed, run.config["context"]
     anchors = own_anchors(model) if context == "anchors" else None
@@ -410,23 +451,24 @@ def _measure(job: _Job, configuration, test_set, model, described, trained: runs
     indices, _ = search(*values, max(*KS, how["rerank"] or 1))
     if how["rerank"] is not None:
         indices = rerank_in_context(model, *before, indices, how["rerank"], device=job.device)
-    counted = recall(indices, test_set.positives(), KS, n_references=len(test_set.database))
+    positives, n = test_set.positives(), len(test_set.database)
+    counted = recall(indices, positives, KS, n_references=n)
     runs.save_array(run.path("ranks.npy"), counted.per_query_rank.astype(np.int32))
     runs.save_array(run.path("places.npy"), query_places(test_set.queries))
-    facts = {column: trained.metrics.get(column) for column in COLUMNS} | {"context": context}
-    facts |= {f"R@{k}": counted.percent(k) for k in (1, 5, 10)}
+    facts = trained | {"context": context} | {f"R@{k}": counted.percent(k) for k in (1, 5, 10)}
+    known = [len(row) for row in positives if len(row)]
+    facts |= {f"chance@{k}": chance_recall(n, known, k) for k in (1, 5, 10)}
     facts |= {f"hits@{k}": counted.hits[k] for k in (1, 5, 10)}
-    facts |= {"queries": counted.n_queries, "references": len(test_set.database), "dim": values[0].shape[1]}
-    facts["plateau"] = bool((trained.metrics.get("plateau") or {}).get("ended_there", False))
-    facts |= {"loss": trained.metrics["final_loss"], "parameters": trained.metrics["trained_parameters"]}
-    facts |= {"training_s": trained.wall_time_s, "dataset": test_set.name}
+    facts |= {"queries": counted.n_queries, "references": n, "dim": values[0].shape[1]}
+    facts["dataset"] = test_set.name
     run.finish(facts | {"configuration": configuration, "seed": seed, "run": f"{run.stage}/{run.name}"})
 
 
 # ---------- reading it
 COUNTS = ["hits@1", "hits@5", "hits@10", "queries", "references", "dim", "parameters", "steps"]
 COLUMNS = ["configuration", "seed", "dataset", "context", "R@1", "R@5", "R@10", *COUNTS]
-COLUMNS += ["plateau", "loss", "training_s", "refresh_share", "run"]
+COLUMNS += ["plateau", "loss", "training_s", "refresh_share", "clique", "clusters"]
+COLUMNS += ["chance@1", "chance@5", "chance@10", "run"]
 
 
 @dataclass(frozen=True)
@@ -438,8 +480,9 @@ class GridResults:
     grid : Grid
     table : DataFrame
         A row for each configuration, seed and set, with the columns `COLUMNS`: R@k in percent, plateau
-        (whether the training ended on the loss's plateau), training_s. Without a finished run, one row whose
-        run is empty.
+        (whether the training ended on the loss's plateau), training_s, clique (images in the cliques that
+        places were chosen from, on average), clusters (of a city, of which a draw takes similar_places + 1),
+        chance@k (R@k of a random ranking). Without a finished run, one row whose run is empty.
     ranks : dict of (configuration, seed, dataset) to array (Q,)
         Rank of each query's first positive, 0: none found.
     places : dict of dataset to array (Q,)
@@ -456,14 +499,19 @@ class GridResults:
         """The sets that anything was measured on, sorted."""
         return sorted({dataset for _, _, dataset in self.ranks})
 
+    @property
+    def names(self) -> list[str]:
+        """The configurations, and the frozen backbones that were measured, in the order of all tables."""
+        return [*self.grid.configurations, *(n for n in FROZEN if any(n == key[0] for key in self.ranks))]
+
     def recalls(self, dataset: str, k: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        """R@k in percent, NaN without a run, and whether it ended on the plateau: (configurations, seeds)."""
-        keys = [[(c, s, dataset) for s in self.grid.seeds] for c in self.grid.configurations]
+        """R@k in percent, NaN without a run, and whether it ended on the plateau: (`names`, seeds)."""
+        keys = [[(c, s, dataset) for s in self.grid.seeds] for c in self.names]
         percent = [[self._percent(key, k) for key in row] for row in keys]
         return np.array(percent), np.array([[self._stuck(*key) for key in row] for row in keys])
 
     def summary(self, dataset: str, k: int = 1, *, seed: int = 0) -> pd.DataFrame:
-        """Each configuration against the reference, a row each.
+        """Each of `names` against the reference and against the best frozen backbone, a row each; and chance.
 
         Runs that ended on the plateau are counted and are no evidence: neither means nor differences contain
         them.
@@ -473,42 +521,82 @@ class GridResults:
         DataFrame
             configuration; seeds (sound runs); plateau (runs that ended there); R@k, their mean, and sd, their
             standard deviation over seeds; points, low, high, p (`pooled_difference` from the reference, over
-            the seeds that both have); smallest, the difference in points that so many independent queries
-            could show with one seed (80 % power); verdict.
+            the seeds that both have); p_holm, corrected for the number of configurations compared; smallest,
+            the difference in points that an interval so wide would show with 80 % power; gain, gain_low,
+            gain_high, the same over the best frozen backbone; clique, shared (images that two choices of K
+            of a clique share when one is random), clusters; verdict, by p_holm.
         """
-        rows = []
-        for name, percent, stuck in zip(self.grid.configurations, *self.recalls(dataset, k), strict=True):
+        recalls, rows = self.recalls(dataset, k), []
+        best = max(
+            (n for n in self.names if n in FROZEN), key=lambda n: self._mean(n, dataset, k), default=None
+        )
+        for name, percent, stuck in zip(self.names, *recalls, strict=True):
             ran = np.isfinite(percent)
             sound = percent[ran & ~stuck]
             row = {"configuration": name, "seeds": len(sound), "plateau": int(stuck.sum())}
             row[f"R@{k}"] = sound.mean() if len(sound) else np.nan
             row["sd"] = sound.std(ddof=1) if len(sound) > 1 else np.nan
-            row |= self._against_reference(name, dataset, k, seed)
-            rows.append(row | {"verdict": self._verdict(row, ran.any())})
-        return pd.DataFrame(rows)
+            row |= self._difference(self.grid.reference, name, dataset, k, seed)
+            row["smallest"] = 1.43 * (row["high"] - row["low"]) / 2  # (z(0.975) + z(0.8)) / z(0.975)
+            gain = self._difference(best, name, dataset, k, seed)
+            row |= {
+                f"gain{end}": gain[key] for end, key in (("", "points"), ("_low", "low"), ("_high", "high"))
+            }
+            rows.append(row | self._room(name, dataset) | {"ran": ran.any()})
+        table = pd.DataFrame(rows)
+        compared = table["configuration"].isin(self.grid.configurations) & table["p"].notna()
+        table.insert(8, "p_holm", holm(table["p"].where(compared)))
+        table["verdict"] = [self._verdict(row) for row in table.to_dict("records")]
+        chance = self.table.loc[self.table["dataset"] == dataset, f"chance@{k}"].dropna()
+        if len(chance):
+            table.loc[len(table), ["configuration", f"R@{k}"]] = ["chance", chance.iloc[0]]
+        return table.drop(columns="ran").astype({"seeds": "Int64", "plateau": "Int64"})
 
-    def _against_reference(self, name: str, dataset: str, k: int, seed: int) -> dict:
-        both = (self.grid.reference, name)
-        keys = [[(c, s, dataset) for c in both] for s in self.grid.seeds]
+    def _difference(self, a: str | None, b: str, dataset: str, k: int, seed: int) -> dict:
+        """R@k of b less that of a over their common seeds; a frozen backbone has the same ranks for each."""
+        keys = [
+            [(c, self.grid.seeds[0] if c in FROZEN else s, dataset) for c in (a, b)] for s in self.grid.seeds
+        ]
         common = [pair for pair in keys if all(key in self.ranks and not self._stuck(*key) for key in pair)]
-        if name == self.grid.reference or not common:
-            return dict.fromkeys(("points", "low", "high", "p", "smallest"), np.nan)
+        if a == b or not common:
+            return dict.fromkeys(("points", "low", "high", "p"), np.nan)
         ranks = [np.stack([self.ranks[key] for key in column]) for column in zip(*common, strict=True)]
         found = pooled_difference(*ranks, k, groups=self.places[dataset], seed=seed)
-        share = (found.gained + found.lost) / found.n_queries
-        smallest = minimal_detectable_difference(ranks[0].shape[1], share)
-        return dict(points=found.points, low=found.low, high=found.high, p=found.p, smallest=smallest)
+        return dict(points=found.points, low=found.low, high=found.high, p=found.p)
 
-    def _verdict(self, row: dict, ran: bool) -> str:
-        if not ran:
+    def _room(self, name: str, dataset: str) -> dict:
+        """How much the sampler could choose, on average over the seeds."""
+        rows = self.table.query("configuration == @name and dataset == @dataset")
+        clique, clusters = (rows[c].astype(float).mean() for c in ("clique", "clusters"))
+        k = self.grid.training(name, 0).images_per_place
+        return {"clique": clique, "shared": k * k / clique, "clusters": clusters}
+
+    def _verdict(self, row: dict) -> str:
+        name, reference = row["configuration"], self.grid.reference
+        if not row["ran"]:
             return "not run"
         if not row["seeds"]:
             return "no evidence: every run ended on the plateau"
-        if row["configuration"] == self.grid.reference:
+        if name == reference:
             return "the full method"
         if not np.isfinite(row["points"]):
             return "not comparable yet"
-        return "better" if row["low"] > 0 else "worse" if row["high"] < 0 else "no difference shown"
+        if name in FROZEN:
+            return "frozen"
+        config, full = (self.grid.training(c, 0) for c in (name, reference))
+        k, drawn = config.images_per_place, config.similar_places + 1
+        if config.prefer != full.prefer and row["shared"] > LEAST_ROOM * k:
+            return f"not tested: cliques of {row['clique']:.1f} images leave no choice of {k}"
+        if config.schedule != full.schedule and drawn > LEAST_ROOM * row["clusters"]:
+            return f"not tested: a draw takes {drawn} of {row['clusters']:.0f} places"
+        if row["seeds"] == 1:
+            return "one seed: it says nothing of others"
+        if row["p_holm"] < 0.05:
+            return "better" if row["points"] > 0 else "worse"
+        return "no difference shown"
+
+    def _mean(self, name: str, dataset: str, k: int) -> float:
+        return np.nanmean([self._percent((name, s, dataset), k) for s in self.grid.seeds])
 
     def _percent(self, key: tuple, k: int) -> float:
         return 100 * _hit(self.ranks[key], k).mean() if key in self.ranks else np.nan
@@ -543,6 +631,7 @@ def load_grid(grid: Grid, root: str | Path) -> GridResults:
     order = [(c, s) for c in grid.configurations for s in grid.seeds]
     missing = set(order) - {key[:2] for key in ranks}
     rows += [{"configuration": c, "seed": s, "run": ""} for c, s in missing]
+    order += [(c, grid.seeds[0]) for c in FROZEN]
     rows.sort(key=lambda row: order.index((row["configuration"], row["seed"])))
     return GridResults(grid, tidy(rows), ranks, places)
 
@@ -555,9 +644,14 @@ def tidy(rows: list[dict]) -> pd.DataFrame:
 
 def _belongs(grid: Grid, run: runs.Run, root: Path) -> bool:
     configuration, seed = run.config["configuration"], run.manifest["seed"]
-    if configuration not in grid.configurations or seed not in grid.seeds:
+    if configuration not in {*grid.configurations, *FROZEN} or seed not in grid.seeds:
         return False
     how = grid.measurement(configuration)
+    if run.config.get("split") != grid.split:
+        return False
+    if configuration in FROZEN:
+        how |= _frozen_facts(grid.training(configuration, seed))
+        return seed == grid.seeds[0] and {key: run.config.get(key) for key in how} == how
     if {key: run.config.get(key, MEASURED[key]) for key in how} != how:
         return False
     folder = root / "train" / run.config["training"]
@@ -565,6 +659,15 @@ def _belongs(grid: Grid, run: runs.Run, root: Path) -> bool:
         return True
     wanted = grid.training(configuration, seed).identity()
     return runs.load_run(folder).config == json.loads(json.dumps(wanted))
+
+
+def holm(p) -> np.ndarray:
+    """P-values corrected for their number (Holm, 1979); NaN are none."""
+    p = np.asarray(p, float)
+    order = np.argsort(p)[: np.isfinite(p).sum()]
+    corrected = np.full(len(p), np.nan)
+    corrected[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)))
+    return corrected
 
 
 def pooled_difference(
@@ -676,8 +779,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m workbench.grids", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("grid", type=Path, help="YAML file of a grid")
-    add("--data", type=Path, required=True, help="set with images/train; its test part is measured")
-    add("--test", type=Path, nargs="*", default=[], help="further sets whose test part is measured")
+    add("--data", type=Path, required=True, help="set to train on; it is measured on its other pictures")
+    add("--test", type=Path, nargs="*", default=[], help="further sets that are measured")
     add("--runs", type=Path, default=Path("data/runs"), help="folder of runs")
     add("--tokens", type=Path, help="folder of stored tokens (default: tokens in the folder of runs)")
     add("--workers", type=int, default=1, help="trainings at once")
@@ -691,11 +794,12 @@ def main(arguments: list[str] | None = None) -> int:
         if options.only_read:
             results = load_grid(grid, options.runs)
         else:
-            if options.data.name.startswith("town") and grid.town:
-                write_town(options.data, **grid.town, workers=options.workers)
+            if not (options.data / "manifest.json").exists():
+                ensure_town(options.data.parent, options.data.name, progress=True)
             how = dict(tokens=options.tokens, workers=options.workers, device=options.device)
             how["mined"] = open_training_set(options.data.parent, options.data.name)
-            how["test_sets"] = [open_set(path.parent, path.name) for path in (options.data, *options.test)]
+            sets = (options.data, *options.test)
+            how["test_sets"] = [open_set(path.parent, path.name, split=grid.split) for path in sets]
             results = run_grid(grid, options.runs, **how)
         if options.export is not None:
             print(f"written: {export_grid(results, options.runs, options.export)}")
