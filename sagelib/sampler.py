@@ -156,9 +156,8 @@ class CliqueSampler(_BatchSampler):
         super().__init__(config, check("batches_per_epoch", config.batches_per_epoch, 1, whole=True))
         self.graph = graph.with_descriptors(None)  # those that the choice needs
         self._draws, self._described, self._counts = _Draws(graph, config), _Described(None), Counter()
-        cities, pairs = len(self._draws.city_start) - 1, graph.n_near
-        clusters = len(self._draws.city)
-        self._facts = {"images": len(graph), "cities": cities, "clusters": clusters, "geographic_edges": pairs}
+        self._facts = {"images": len(graph), "geographic_edges": graph.n_near}
+        self._facts |= {"cities": len(self._draws.city_start) - 1, "clusters": len(self._draws.city)}
         self._refreshed: int | None = None
         self._stored: dict[int, np.ndarray] = {}  # batches (n, P, K) of epochs whose descriptors are gone
         self._missing: list[int] = []  # images that a wave of batches would have described

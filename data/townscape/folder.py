@@ -184,8 +184,8 @@ def ensure_town(data_folder, name: str, *, images: int | None = None, progress: 
     name : str
     images : int, optional
         ``images_per_town`` of :func:`write_town`, with its two training towns, one for validation and one for
-        test. None or 0: the default data set: towns of ``DEFAULT_SEEDS`` with ``TRAIN_IMAGES_PER_TOWN`` or ``IMAGES_PER_TOWN`` each;
-        what is learned on few towns does not carry over to another.
+        test. None or 0: the towns of ``DEFAULT_SEEDS``, with ``TRAIN_IMAGES_PER_TOWN`` or ``IMAGES_PER_TOWN``
+        pictures each; what is learned on few towns does not carry over to another.
     progress : bool
         Show a bar.
 

@@ -306,8 +306,7 @@ def run_grid(
         listed = "; ".join(f"{name}: {error}" for name, error in failed.items())
         raise RuntimeError(
             f"{len(failed)} of {len(trainings)} trainings failed, the others are finished; call again to "
-            "retry. "
-            + listed
+            "retry. " + listed
         )
     return load_grid(grid, root)
 
@@ -543,13 +542,12 @@ class GridResults:
                 f"gain{end}": gain[key] for end, key in (("", "points"), ("_low", "low"), ("_high", "high"))
             }
             rows.append(row | self._room(name, dataset) | {"ran": ran.any()})
-        table = pd.DataFrame(rows)
-        compared = table["configuration"].isin(self.grid.configurations) & table["p"].notna()
-        table.insert(8, "p_holm", holm(table["p"].where(compared)))
-        table["verdict"] = [self._verdict(row) for row in table.to_dict("records")]
         chance = self.table.loc[self.table["dataset"] == dataset, f"chance@{k}"].dropna()
-        if len(chance):
-            table.loc[len(table), ["configuration", f"R@{k}"]] = ["chance", chance.iloc[0]]
+        rows += [{"configuration": "chance", f"R@{k}": level} for level in chance.iloc[:1]]
+        table = pd.DataFrame(rows)
+        compared = table["configuration"].isin(self.grid.configurations)
+        table.insert(9, "p_holm", holm(table["p"].where(compared)))
+        table["verdict"] = [self._verdict(row) for row in table.to_dict("records")]
         return table.drop(columns="ran").astype({"seeds": "Int64", "plateau": "Int64"})
 
     def _difference(self, a: str | None, b: str, dataset: str, k: int, seed: int) -> dict:
@@ -573,6 +571,8 @@ class GridResults:
 
     def _verdict(self, row: dict) -> str:
         name, reference = row["configuration"], self.grid.reference
+        if name == "chance":
+            return "a random ranking"
         if not row["ran"]:
             return "not run"
         if not row["seeds"]:
