@@ -16,7 +16,7 @@ export JUPYTER_PLATFORM_DIRS := 1
 export PYTHONWARNINGS ?= ignore::DeprecationWarning
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install reproduce test test-unit test-notebooks test-processors test-browser lab bench lint results notebooks clean
+.PHONY: help install reproduce test test-unit test-notebooks test-processors test-faults soak test-browser lab bench lint results notebooks clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -38,6 +38,9 @@ reproduce: $(STAMP)  ## run the ordered notebooks headlessly on the town, from r
 	$(BIN)/python notebooks/reproduce.py --parameters $(PARAMS) --out $(OUT)
 
 test: test-unit test-notebooks  ## every test, then every notebook against its stored outputs
+
+# No test and no page has a network: whoever asks for one, unasked, fails.
+test-unit test-notebooks: export PYTHONPATH := $(CURDIR)/tests/offline$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 # Two test processes, one thread each: on small tensors, threads that fight for cores cost more than they give.
 test-unit: export OMP_NUM_THREADS ?= 1
@@ -62,6 +65,12 @@ test-processors: $(STAMP)  ## every test as on other processors: fewer vector in
 	    if env "$$setting" $(MAKE) test > "$$log" 2>&1; then echo "passed  $$setting"; rm "$$log"; \
 	    else echo "FAILED  $$setting; its whole output is in $$log, which ends:"; tail -n 20 "$$log"; failed=1; fi; \
 	done; exit $$failed
+
+test-faults: $(STAMP)  ## kill every command at random moments, a hundred times in all, and fill its disk
+	SAGE_KILLS=100 $(BIN)/python -m pytest -s tests/test_faults.py tests/test_strangers.py
+
+soak: $(STAMP)  ## describe, search and evaluate for half an hour: memory and open files stay flat
+	$(BIN)/python tests/soak.py --minutes 30 --pictures 20000
 
 test-browser: $(STAMP)  ## open every notebook in JupyterLab in a real browser
 	SAGE_BROWSER=all $(BIN)/python -m pytest -m browser tests

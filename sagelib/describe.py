@@ -338,7 +338,7 @@ def describe(
         how = (model, base.values, names, context, anchors, seed, loader, dtype, device)
         blocks = partial(_through_head, *how)
         made = Descriptors.make(folder, str(context), key, len(base), blocks, bar=progress, **facts)
-    if context.kind == "anchors":
+    if context.kind == "anchors" and not (made.path / "anchors.npy").exists():
         runs.save_array(made.path / "anchors.npy", anchors)  # to describe one more picture, later
     return made
 

@@ -382,10 +382,8 @@ def open_model(spec: str, roots: Iterable = ()) -> Callable:
 
 def _model_folder(spec, roots):
     """The folder of a training run or of a saved model; None where there is none of that name."""
-    for folder in (Path(spec), *(Path(root) / "train" / spec for root in roots)):
-        if (folder / "manifest.json").is_file() or (folder / "config.json").is_file():
-            return folder
-    return None
+    folders = (Path(spec), *(Path(root) / "train" / spec for root in roots))
+    return next((f for f in folders if any((f / n).exists() for n in ("manifest.json", "config.json"))), None)
 
 
 def training_run(spec: str, roots: Iterable = ()) -> runs.Run | None:

@@ -183,7 +183,6 @@ class Views:
     plain: Preprocess
     augmented: TrainTransform
     count: int
-
     takes_index = True
 
     def __call__(self, picture: Image.Image, row: int) -> torch.Tensor:

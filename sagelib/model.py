@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from sagelib import backbone as backbones
@@ -201,7 +201,7 @@ class SAGE(
     def _save(self, file: Path, state: dict[str, Tensor], **metadata: str) -> None:
         state = {k: v.detach().contiguous().cpu() for k, v in state.items()}
         with atomic_path(file) as path:
-            save_file(state, path, metadata=metadata)
+            path.write_bytes(save(state, metadata))
         write_json(file.parent / CONFIG, self.config)
 
     @classmethod

@@ -10,10 +10,11 @@ import faiss
 import numpy as np
 import pandas as pd
 from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from scipy import stats
 
 from sagelib import runs
+from sagelib.backbone import read_checkpoint
 from sagelib.places import same_grid
 
 KS = (1, 5, 10, 20)
@@ -330,11 +331,11 @@ class PCA:
         arrays = {a: np.ascontiguousarray(getattr(self, a)) for a in ("mean", "components", "variance")}
         settings = json.dumps({name: value for name, value in vars(self).items() if name not in arrays})
         with runs.atomic_path(path) as temporary:
-            save_file(arrays, temporary, metadata={"settings": settings})
+            temporary.write_bytes(save(arrays, {"settings": settings}))
 
     @classmethod
     def load(cls, path) -> "PCA":
-        """Read what `save` wrote."""
+        """Read what `save` wrote; what is none is a ValueError, and nothing in it is executed."""
+        arrays = {name: tensor.numpy() for name, tensor in read_checkpoint(path).items()}
         with safe_open(path, framework="numpy") as file:
-            arrays = {name: file.get_tensor(name) for name in file.keys()}
             return cls(**arrays, **json.loads(file.metadata()["settings"]))

@@ -50,6 +50,9 @@ def atomic_path(path: str | os.PathLike, *, sync: bool = True) -> Iterator[Path]
             with open(temporary, "rb+") as stream:
                 os.fsync(stream.fileno())
         temporary.replace(path)
+    except OSError as error:  # that of a full disk names no file by itself
+        error.filename = error.filename or str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -338,9 +341,7 @@ def find_runs(root: str | os.PathLike, stage: str = "*", *, finished: bool | Non
 
 def runs_root(folder: str | os.PathLike = "") -> Path:
     """`folder`, or else the environment's ``SAGE_RUNS``, or else ``data/runs`` of this checkout."""
-    return Path(
-        folder or os.environ.get("SAGE_RUNS") or Path(__file__).resolve().parents[1] / "data" / "runs"
-    )
+    return Path(folder or os.environ.get("SAGE_RUNS") or Path(__file__).resolve().parents[1] / "data/runs")
 
 
 def differences(old: Mapping, new: Mapping, prefix: str = "") -> list[tuple[str, Any, Any]]:

@@ -775,7 +775,7 @@ def read_checkpoint(folder: Path) -> dict | None:
     for path in sorted(folder.glob("[0-9]*.pt"), reverse=True):
         data = path.read_bytes()
         if hashlib.sha256(data).hexdigest()[:32] == path.stem.split("-")[-1]:
-            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            return read_weights(path)
         warnings.warn(f"{path} is damaged: going back to the checkpoint before it", stacklevel=2)
     return None
 
@@ -843,10 +843,11 @@ def _fields(path: Path | None, pairs: list[str]) -> tuple[dict[str, Any], list[s
     values = {} if path is None else read_parameters(path)
     chosen = {key: value for key, value in values.items() if key in TrainConfig.field_names()}
     for pair in pairs:
-        key, mark, value = pair.partition("=")
-        if not mark:
-            raise ValueError(f"--set takes FIELD=VALUE, got {pair!r}")
-        chosen[key] = yaml.safe_load(value)
+        try:
+            key, value = pair.split("=", 1)
+            chosen[key] = yaml.safe_load(value)
+        except (ValueError, yaml.YAMLError):
+            raise ValueError(f"--set takes FIELD=VALUE, got {pair!r}") from None
     return chosen, [str(key) for key in values if key not in TrainConfig.field_names()]
 
 

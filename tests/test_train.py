@@ -3,13 +3,10 @@
 import dataclasses
 import json
 import os
-import random
 import re
-import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import make_sets
@@ -399,39 +396,6 @@ def test_a_process_that_comes_late_to_the_checkpoints_starts_like_the_others(tmp
 def command(parameters, town, root, name) -> list[str]:
     given = [str(parameters), "--data", str(town), "--runs", str(root), "--name", name]
     return [*given, "--device", "cpu"]
-
-
-def test_three_kills_at_random_moments_change_no_bit(tmp_path, town, mined, validation):
-    """Augmentation, dropout, anchors and a graph of the model's own descriptors, stopped by SIGKILL."""
-    parameters = tmp_path / "kill.yaml"
-    changes = {"train_context": "anchors", "anchors": 8, "augment": 2, "epochs": 4, "batches_per_epoch": 12}
-    parameters.write_text(yaml.safe_dump({**TINY, **HEAD, **changes}))
-    config = TrainConfig.from_mapping(yaml.safe_load(parameters.read_text()))
-    data = {"mined": mined, "validation": validation}
-    whole = run_once(tmp_path, config, name="whole", **data).run
-
-    log = tmp_path / "train" / "killed" / "log.jsonl"
-    for number in range(3):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "sagelib.train", *command(parameters, town, tmp_path, "killed")],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        size_at_start = log.stat().st_size if log.exists() else 0
-        deadline = time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < deadline:  # it has resumed once its log moves
-            size = log.stat().st_size if log.exists() else 0
-            if size != size_at_start and size:
-                break
-            time.sleep(0.005)
-        time.sleep(random.uniform(0, 0.5))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        if runs.load_run(log.parent).finished:
-            assert number > 0, "the first process was done before it could be killed"
-            break
-    assert_same(run_once(tmp_path, config, name="killed", **data).run, whole)
 
 
 class Stopped(Exception):

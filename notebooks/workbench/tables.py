@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -140,11 +141,12 @@ def _texts(table: pd.DataFrame) -> tuple[pd.DataFrame, list[bool]]:
 
 
 def to_markdown(table: pd.DataFrame) -> str:
-    """A table as Markdown."""
+    """A table as Markdown, in which a cell is text and no HTML."""
     cells, numbers = _texts(table)
     rule = ["---:" if n else "---" for n in numbers]
     lines = [[*map(str, table.columns)], rule, *cells.to_numpy().tolist()]
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+    lines = [[escape(cell, False).replace("|", "\\|") for cell in line] for line in lines]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def to_latex(table: pd.DataFrame) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -262,7 +263,7 @@ def tsne_plotly(coordinates, place, *, files, aid=None, class_aid=None):
         cell = {"row": m // columns + 1, "col": m % columns + 1}
         for i, label in enumerate(np.unique(place)):
             own, tint = np.flatnonzero(place == label), PALETTE[i % 7]
-            data = [(int(image), files[image], str(label), name) for image in own]
+            data = [(int(image), files[image], str(label), escape(name, False)) for image in own]
             disc = {"color": tint, "symbol": PLOTLY_MARKERS[i % 10], "size": 9}
             disc["line"] = {"color": "white", "width": 0.7}
             shown = {"mode": "markers", "marker": disc, "customdata": data, "hovertemplate": hover}
