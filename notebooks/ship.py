@@ -23,7 +23,7 @@ from sagelib.places import open_set, open_training_set
 from sagelib.train import TrainConfig, open_run, train
 from townscape.folder import ensure_town
 from workbench.grids import keep
-from workbench.tables import query_places, results_table, to_markdown, write_table
+from workbench.tables import for_print, query_places, results_table, to_markdown, write_table
 
 HERE = Path(__file__).resolve().parent
 DATA, RUNS, RESULTS = HERE.parent / "data", runs.runs_root(), HERE.parent / "data" / "results"
@@ -78,9 +78,9 @@ def measure_and_keep(models: dict, sets: list, values: dict, folder: Path, name:
     kept = ("manifest.json", "result.json", "ranks.npy")
     keep([result.path for result in results], folder / "evaluate", kept)
     table = results_table(results, beside=False)
-    for ending in ("md", "csv"):
-        write_table(table, folder / f"{name}.{ending}")
-    print(to_markdown(table))
+    write_table(table, folder / f"{name}.csv")
+    write_table(for_print(table), folder / f"{name}.md")
+    print(to_markdown(for_print(table)))
     frozen = {r.dataset: r for r in results if r.model == FROZEN[-1]}
     places = {test.name: query_places(test.queries) for test in sets}
     against = []

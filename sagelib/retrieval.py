@@ -202,7 +202,8 @@ class Difference:
     k: int
 
     def __str__(self):
-        interval = f"[{self.low:+.1f}, {self.high:+.1f}], p = {self.p:.3f}"
+        p = f"p {'<' if self.p < 0.001 else '='} {max(self.p, 0.001):.2g}"
+        interval = f"[{self.low:+.1f}, {self.high:+.1f}], {p}"
         changed = f"({self.gained} gained, {self.lost} lost of {self.n_queries})"
         return f"{self.points:+.1f} points at R@{self.k} {interval} {changed}"
 

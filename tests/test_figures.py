@@ -7,6 +7,7 @@ import re
 
 import matplotlib
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgb, to_rgba
@@ -53,6 +54,10 @@ def call(*arguments, **options):
     return arguments, options
 
 
+PUBLISHED = pd.DataFrame(
+    [("GeM", "none", 680, 60.0), ("SAGE", "sorted", 8448, 94.5), ("BoQ", "none", 12288, 93.8)],
+    columns=["label", "context", "dim", "recall"],
+)
 GALLERY = {
     "place_map": call(
         EAST, NORTH, group=["reference", "query"] * 40, heading_deg=[90, nan] * 40, title="Town"
@@ -106,10 +111,11 @@ GALLERY = {
     "recall_per_epoch": call([0, 1, 2], {"R@1": [40, 50, 55]}, best=2),
     "tsne_figure": call(POINTS, PLACE, aid=AID, class_aid=CLASS_AID),
     "aid_bars": call(METHODS[:3], [0.9, 0.7, 0.6], [0.8, 0.6, 0.5], [1, 0.8, 0.7], per_class=[[0.5]] * 3),
-    "heatmap_overlay": call(
+    "heatmap_scales": call(
         IMAGES[:3], [RNG.random((4, 4))] * 3, captions=["entropy 0.9"] * 3, scale=(0, 1), title="Weights"
     ),
-    "heatmap_overlay, own scales": call(IMAGES[:1], [np.ones((4, 4))], title="Own"),
+    "heatmap_scales, for and against": call(IMAGES[:1], [np.ones((4, 4))], scale=(-2, 2), title="Score"),
+    "methods_compared": call({"published, msls-val": PUBLISHED, "here": PUBLISHED.assign(low=80, high=99)}),
     "contributions_pair": call(
         *IMAGES[:2], MAPS, MAPS, captions=dict.fromkeys(METHODS, "score 0.61"), title="Why"
     ),
@@ -203,8 +209,8 @@ def test_the_colours_differ_for_the_colour_blind():
         ("4 methods, 3 recall", "recall_bars", call("ab", METHODS, RECALL[:3], RECALL, RECALL)),
         ("79 edges, 3 weight", "graph_map", call(EAST, NORTH, EDGES, [1, 2, 3], radius_m=25)),
         ("1 chosen, 2 scores", "greedy_steps", call(EAST, NORTH, EDGES, [[0]], np.zeros((2, 6)))),
-        ("1 images, 2 maps", "heatmap_overlay", call(IMAGES[:1], [np.eye(2)] * 2, title="")),
-        ("60 images, 1 files", "tsne_plotly", call(POINTS, PLACE, files=["a"])),
+        ("1 images, 2 maps", "heatmap_scales", call(IMAGES[:1], [np.eye(2)] * 2, scale=(0, 1), title="")),
+        ("60 images, 1 names", "tsne_plotly", call(POINTS, PLACE, names=["a"])),
     ],
 )
 def test_arrays_that_do_not_fit_are_refused(words, name, arguments):
@@ -271,7 +277,7 @@ def test_a_contact_sheet_shows_every_image_once_of_whatever_kind():
         np.testing.assert_array_equal(axis.get_images()[0].get_array(), image)
     for image in (Image.fromarray(IMAGES[0]), IMAGES[0] / 255.0, IMAGES[0][..., 0]):
         figures.to_png(figures.contact_sheet([image], [""]))
-        figures.to_png(figures.heatmap_overlay([image], [np.eye(4)], title=""))
+        figures.to_png(figures.heatmap_scales([image], [np.eye(4)], scale=(0, 1), title=""))
 
 
 def test_the_nearest_are_where_they_are_and_as_far_as_they_are():
@@ -357,10 +363,14 @@ def test_the_loss_curve_draws_its_plateau_and_a_mean_that_forgets():
 
 def test_a_heatmap_covers_the_picture_patch_by_patch():
     values = np.arange(8.0).reshape(2, 4)
-    overlay = figures.heatmap_overlay([np.zeros((20, 40, 3))], [values], title="").axes[1].get_images()[1]
-    assert overlay.get_extent() == [-0.5, 39.5, 19.5, -0.5]
-    np.testing.assert_array_equal(overlay.get_array(), values)
-    assert overlay.origin == "upper" and overlay.get_interpolation() == "nearest"
+    figure = figures.heatmap_scales([np.zeros((20, 40, 3))], [values], scale=(0, 14), title="")
+    fixed, own = (axis.get_images()[1] for axis in figure.axes[1:3])
+    assert fixed.get_extent() == [-0.5, 39.5, 19.5, -0.5]
+    np.testing.assert_array_equal(fixed.get_array(), values)
+    assert fixed.origin == "upper" and fixed.get_interpolation() == "nearest"
+    assert (fixed.get_clim(), own.get_clim()) == ((0, 14), (0, 7)), (
+        "one fixed scale, the stretched one beside"
+    )
 
 
 def test_contributions_keep_their_sign_and_share_a_scale_in_a_pair():
@@ -381,9 +391,22 @@ def test_a_chosen_patch_is_framed_and_so_is_its_match():
     assert "best match (3, 1): 0.75" in texts(figure)
 
 
+def test_one_point_far_outside_does_not_shrink_a_map():
+    cloud = np.append(POINTS["SAGE"][:12], [[1e6, 0]], axis=0)
+    figure = figures.tsne_figure({"m": cloud}, np.zeros(13))
+    assert np.ptp(figure.axes[0].collections[1].get_offsets(), axis=0).max() < 10 * np.ptp(cloud[:12])
+
+
+def test_methods_stand_by_recall_and_an_open_mark_depends_on_its_batch():
+    axis = figures.methods_compared({"here": PUBLISHED}).axes[0]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["SAGE", "BoQ", "GeM"]
+    alone, batch = (marks.get_offsets()[:, 0].tolist() for marks in axis.collections)
+    assert (alone, batch) == ([93.8, 60.0], [94.5])
+
+
 def test_tsne_points_name_their_file_and_place():
     chart, again = (
-        figures.tsne_plotly(POINTS, PLACE, files=FILES, aid=AID, class_aid=CLASS_AID) for _ in range(2)
+        figures.tsne_plotly(POINTS, PLACE, names=FILES, aid=AID, class_aid=CLASS_AID) for _ in range(2)
     )
     assert len(chart.data) == 4 * 10
     for trace in chart.data:
@@ -397,7 +420,7 @@ def test_tsne_points_name_their_file_and_place():
 
 
 def test_a_page_holds_a_thumbnail_for_every_point():
-    chart = figures.tsne_plotly({"m": POINTS["SAGE"][:6]}, PLACE[:6], files=list("abcdef"))
+    chart = figures.tsne_plotly({"m": POINTS["SAGE"][:6]}, PLACE[:6], names=list("abcdef"))
     pictures = [Image.fromarray(image) for image in IMAGES]
     page = figures.thumbnail_page(chart, [*pictures[:5], pictures[5].resize((400, 200))])
     encoded = json.loads(re.search(r"const pictures = (\[.*?\]);", page).group(1))

@@ -280,7 +280,7 @@ WRONG = (
     ("03", "preprocess", "nosuch", "must be one of paper, antialias, autocontrast, got 'nosuch'"),
     ("03", "run_name", "a/b", "must be one plain folder name"),
     ("04", "methods", "nosuch", "there is no model 'nosuch'"),
-    ("04", "max_heading_deg", -1.0, "max_heading_deg must be a number above 0 and at most 180, got -1.0"),
+    ("04", "view_heading_deg", -1.0, "view_heading_deg must be at least 0, got -1.0"),
     ("04", "perplexity", 0.0, "perplexity must be at least 1, got 0.0"),
     ("04", "places", 1000, "places asks for 1000 places"),
     ("05", "batch_size", 0, "batch_size must be at least 1, got 0"),

@@ -65,6 +65,12 @@ def test_tables_are_written_for_readers_and_for_programs(measured, tmp_path):
     assert (tmp_path / "t.tex").read_text() == latex
     with pytest.raises(ValueError, match="the ending must be one of .csv, .md, .tex, got '.xlsx'"):
         tables.write_table(table, tmp_path / "t.xlsx")
+    short = tables.for_print(table)
+    recall, ends = measured[1][0].recall.percent(1), measured[1][0].recall.interval(1)
+    assert short["R@1 [95 %]"][1] == "{:.1f} [{:.1f}, {:.1f}]".format(recall, *ends)
+    assert short["R@1 [95 %]"].iloc[-1].count("[") == 0, "published numbers have no interval"
+    floating = tables.to_latex(short, "Recall at 1.")
+    assert floating.startswith("\\begin{table}[t]\n\\centering\n\\caption{Recall at 1.}")
     # What LaTeX and Markdown would read as commands.
     table = pd.DataFrame({"a_b": ["[x] 5 % & #1", "*y |", "two\nlines"], "R@1": [1.0, np.nan, 2.25]})
     lines = tables.to_latex(table).splitlines()

@@ -224,21 +224,37 @@ def test_the_patch_matcher_follows_slider_and_click(pair):
     assert (row.value, column.value) == (2, 3) and box.result.axes[0].get_title() == "patch (2, 3)"
 
 
+def test_the_heatmap_chooser_draws_what_is_chosen(pair):
+    pictures, maps = pair[:2], {"weight": (np.eye(4)[None] * [[[0.2]], [[0.4]]], (0, 0.5))}
+    maps["score"] = (-np.ones((2, 3, 3)), (-2.0, 2.0))
+    box = widgets.heatmap_chooser(pictures, maps, ["day", "night"])
+    picture, values = box.children[:2]
+    assert box.result.get_suptitle() == "day: weight"
+    picture.value, values.value = 1, "score"
+    assert box.result.get_suptitle() == "night: score"
+    assert box.result.axes[1].get_images()[1].get_clim() == (-2.0, 2.0)
+
+
 def test_the_tsne_explorer_follows_its_sliders_and_the_mouse(street):
     rng, place, paths = np.random.default_rng(0), np.repeat(np.arange(4), 3), street[0].path[:12]
     descriptors = {"a": rng.normal(size=(12, 8)), "b": rng.normal(size=(12, 5))}
-    box, chart, photograph = widgets.tsne_explorer(
-        descriptors, place, paths, aid=None, class_aid=None, perplexity=4, seed=0
+    names, said = [f"place {p} · night" for p in place], []
+    box, waiting, beside = widgets.tsne_explorer(
+        descriptors, place, paths, names=names, aid=None, class_aid=None, perplexity=4, seed=0
     ).children
+    chart, photograph = beside.children[0].children[0], beside.children[1]
     before = np.concatenate([trace.x for trace in chart.data])
+    waiting.observe(lambda change: said.append(change["new"]), "value")
     box.children[0].value = 6
+    assert said == ["computing 2 maps ...", ""], "a map takes seconds, and the page says so"
     assert not np.allclose(before, np.concatenate([trace.x for trace in chart.data]))
     expected = analysis.tsne(descriptors["b"], perplexity=6, seed=0)
     shown = [trace.x for trace in chart.data if trace.customdata[0][3] == "b"]
     np.testing.assert_allclose(np.concatenate(shown), expected[:, 0], rtol=1e-6)
     trace = chart.data[1]
     press(trace, [2], event="hover")
-    assert str(trace.customdata[2][1]) in photograph.value and "data:image/jpeg;base64," in photograph.value
+    assert trace.customdata[2][1] in names and trace.customdata[2][1] in photograph.value
+    assert "data:image/jpeg;base64," in photograph.value
 
 
 def test_the_live_curve_of_a_page_appears_only_where_somebody_looks(monkeypatch):

@@ -129,6 +129,16 @@ def results_table(
     return table.sort_values("dataset", key=lambda names: names.map(order), kind="stable", ignore_index=True)
 
 
+def for_print(table: pd.DataFrame) -> pd.DataFrame:
+    """The columns of `results_table` that a reader compares, each recall with its interval in one cell."""
+    table = table.assign(method=table["method"] + (", " + table["backbone"]).fillna(""))
+    recalls = {}
+    for k in (1, 5, 10):
+        ends = " [" + table[f"R@{k} 95 %"].astype("string").str.replace("-", ", ") + "]"
+        recalls[f"R@{k} [95 %]"] = table[f"R@{k}"].map("{:.1f}".format, na_action="ignore") + ends.fillna("")
+    return table[["dataset", "method", "dim", "context"]].assign(**recalls, queries=table["queries"])
+
+
 def _texts(table: pd.DataFrame) -> tuple[pd.DataFrame, list[bool]]:
     """The cells as text, percents with one decimal and missing values empty; which columns are numbers."""
 
@@ -149,20 +159,27 @@ def to_markdown(table: pd.DataFrame) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
-def to_latex(table: pd.DataFrame) -> str:
-    """A table as a LaTeX tabular with booktabs' rules."""
+def to_latex(table: pd.DataFrame, caption: str | None = None) -> str:
+    """A table as a LaTeX tabular with booktabs' rules, and with a caption as a float."""
     cells, numbers = _texts(table)
     style = cells.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis=1)
-    latex = style.to_latex(hrules=True, column_format="".join("r" if n else "l" for n in numbers))
+    columns, place = "".join("r" if n else "l" for n in numbers), "t" if caption else None
+    latex = style.to_latex(
+        hrules=True,
+        column_format=columns,
+        caption=caption,
+        position=place,
+        position_float=place and "centering",
+    )
     # Behind a line's end or a rule, a bracket would be read as its argument, and a star as its other form.
     return re.sub(r"^(?=[\[*])", "{}", latex, flags=re.M)
 
 
-def write_table(table: pd.DataFrame, path) -> None:
-    """Write a table as .csv (all digits), .md or .tex, whole or not at all."""
+def write_table(table: pd.DataFrame, path, caption: str | None = None) -> None:
+    """Write a table as .csv (all digits), .md or .tex (with a caption), whole or not at all."""
     ending = runs.check("the ending", Path(path).suffix, choices=(".csv", ".md", ".tex"))
     csv = table.to_csv(index=False, lineterminator="\n")
-    runs.write_text(path, csv if ending == ".csv" else {".md": to_markdown, ".tex": to_latex}[ending](table))
+    runs.write_text(path, {".csv": csv, ".md": to_markdown(table), ".tex": to_latex(table, caption)}[ending])
 
 
 # ---------- what a difference is worth

@@ -262,13 +262,32 @@ def patch_matcher(query, reference, query_patches, reference_patches, grid):
     return ipywidgets.HBox([ipywidgets.Box([clickable], layout={"flex": "0 0 340px"}), box])
 
 
+def heatmap_chooser(pictures: Sequence, maps: Mapping[str, tuple], names: Sequence[str]):
+    """Choose a picture and what is drawn over it, and see it on one fixed scale and stretched beside it.
+
+    `maps` gives by name the values (n, h, w) over n `pictures`, called `names`, and their scale, see
+    `workbench.figures.heatmap_scales`.
+    """
+    import ipywidgets
+
+    def show(picture: int, values: str):
+        array, scale = maps[values]
+        title = f"{names[picture]}: {values}"
+        chosen = pictures[picture : picture + 1], array[picture : picture + 1]
+        return figures.heatmap_scales(*chosen, scale=scale, title=title)
+
+    queries = [(name, i) for i, name in enumerate(names)]
+    choices = {"picture": queries, "values": list(maps)}
+    return _interactive(show, **{name: ipywidgets.Dropdown(options=of) for name, of in choices.items()})
+
+
 # ---------- descriptors
 def tsne_explorer(
-    descriptors: Mapping, place, paths: Sequence[str], *, aid, class_aid, perplexity: int, seed: int
+    descriptors: Mapping, place, paths: Sequence[str], *, names, aid, class_aid, perplexity: int, seed: int
 ):
     """Slide perplexity and seed and see what stays of the t-SNE maps; hover a point to see its photograph.
 
-    `descriptors` (n, D) by method, of the photographs at n `paths` and their `place` (n,); `aid` and
+    `descriptors` (n, D) by method, of the photographs at n `paths`, with `names` and `place` (n,); `aid` and
     `class_aid` are theirs, see `workbench.figures.tsne_plotly`, and no slider changes them.
     """
     import ipywidgets
@@ -277,10 +296,12 @@ def tsne_explorer(
     @functools.cache
     def draw(perplexity: int, seed: int):
         maps = {n: analysis.tsne(v, perplexity=perplexity, seed=seed) for n, v in descriptors.items()}
-        return figures.tsne_plotly(maps, place, files=[_file(p) for p in paths], aid=aid, class_aid=class_aid)
+        return figures.tsne_plotly(maps, place, names=names, aid=aid, class_aid=class_aid)
 
     def show(perplexity: int, seed: int) -> None:
+        waiting.value = f"computing {len(descriptors)} maps ..."
         fresh = draw(perplexity, seed)
+        waiting.value = ""
         with chart.batch_update():
             for old, new in zip(chart.data, fresh.data, strict=True):
                 old.update(x=new.x, y=new.y)
@@ -289,17 +310,20 @@ def tsne_explorer(
     def hovered(trace, points, _state) -> None:
         for point in points.point_inds[:1]:
             index = int(trace.customdata[point][0])
-            source = f"data:image/jpeg;base64,{style.jpeg(load_image(paths[index]), 240)}"
-            caption = f"<b>{index}</b> {html.escape(_file(paths[index]))}"
-            photograph.value = f'<img src="{source}"><br>{caption}'
+            source = f"data:image/jpeg;base64,{style.jpeg(load_image(paths[index]), 200)}"
+            photograph.value = f'<img src="{source}"><br>{html.escape(names[index])}'
 
     chart = go.FigureWidget(draw(perplexity, seed))
-    photograph = ipywidgets.HTML("hover over a point to see its photograph")
+    chart.layout.autosize, waiting = True, ipywidgets.HTML()
+    photograph = ipywidgets.HTML("hover over a point to see its photograph", layout={"flex": "0 0 210px"})
     for trace in chart.data:
         trace.on_hover(hovered)
     widest = max(min(30, len(place) - 1), perplexity)
     controls = dict(perplexity=_slider(perplexity, 2, widest), seed=_slider(seed, 0, max(9, seed)))
-    return ipywidgets.VBox([_interactive(show, **controls), chart, photograph])
+    beside = ipywidgets.HBox(
+        [ipywidgets.Box([chart], layout={"flex": "1 1 0", "min_width": "0"}), photograph]
+    )
+    return ipywidgets.VBox([_interactive(show, **controls), waiting, beside])
 
 
 # ---------- training

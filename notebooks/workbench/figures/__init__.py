@@ -21,12 +21,12 @@ from workbench.figures.maps import (
     thumbnail_page, tsne_figure, tsne_plotly,
 )
 from workbench.figures.pictures import (
-    contact_sheet, contributions_pair, heatmap_overlay, label_map, number_grids, patch_match,
-    retrieval_panel, review_page,
+    contact_sheet, contributions_pair, heatmap_scales, label_map, number_grids,
+    patch_match, retrieval_panel, review_page,
 )
 from workbench.figures.results import (
-    ablation_figure, aid_bars, context_audit, graph_cost, loss_curve, mass_bars, recall_bars,
-    recall_per_epoch, recall_vs_dim, recall_vs_parameters, training_rates,
+    ablation_figure, aid_bars, context_audit, graph_cost, loss_curve, mass_bars, methods_compared,
+    recall_bars, recall_per_epoch, recall_vs_dim, recall_vs_parameters, training_rates,
 )
 from workbench.figures.style import PALETTE, RIGHT, STYLE, WRONG, to_png
 

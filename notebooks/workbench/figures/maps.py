@@ -200,7 +200,7 @@ def places_plotly(
     layer("this query", queries[[chosen]], {"size": 16, "color": BLACK, "symbol": "star"}, **silent)
     figure.update_xaxes(title=names[0], zeroline=False)
     figure.update_yaxes(title=names[1], zeroline=False, scaleanchor="x", scaleratio=1)
-    size = {"width": 760, "height": 470, "margin": {"l": 60, "r": 20, "t": 20, "b": 55}}
+    size = {"height": 470, "margin": {"l": 60, "r": 20, "t": 20, "b": 55}}
     size |= {"font": {"size": 13}, "legend": {"orientation": "h", "y": 1.08}}
     figure.update_layout(template="plotly_white", **size)
     return figure
@@ -209,6 +209,12 @@ def places_plotly(
 def central(points: np.ndarray) -> np.ndarray:
     """The point that lies nearest to all others."""
     return points[cdist(points, points).sum(axis=1).argmin()]
+
+
+def within_fences(points: np.ndarray) -> np.ndarray:
+    """Points (n, 2), those far outside the quartiles brought to a border: one would shrink the rest."""
+    low, high = np.quantile(points, [0.25, 0.75], axis=0)
+    return np.clip(points, low - 1.5 * (high - low), high + 1.5 * (high - low))
 
 
 def tsne_title(name: str, aid, line_break: str) -> str:
@@ -220,6 +226,7 @@ def tsne_figure(coordinates, place, *, aid=None, class_aid=None, title=None) -> 
     """Draw several methods' t-SNE maps of the same n images side by side (in print, see `tsne_plotly`).
 
     `coordinates` maps a method to an array (n, 2), `place` (n,) is each image's class (colour and marker).
+    Points far outside are drawn on the border.
     `aid` maps a method to its average intra-class distance and interval (value, low, high), for the title;
     `class_aid` to a mapping of class to its own, written beside the most central image of the class.
     """
@@ -227,7 +234,7 @@ def tsne_figure(coordinates, place, *, aid=None, class_aid=None, title=None) -> 
     figure, axes = style.tiles(len(coordinates), 4, (2.65, 3.05), margin=(0, 0.4))
     for axis, (name, points) in zip(axes.flat, coordinates.items(), strict=False):
         for i, label in enumerate(np.unique(place)):
-            own, tint = points[place == label], mark(i)["color"]
+            own, tint = within_fences(points)[place == label], mark(i)["color"]
             hub = central(own)
             spokes = [(hub, point) for point in own]
             axis.add_collection(LineCollection(spokes, colors=tint, alpha=0.35, linewidths=1))
@@ -242,28 +249,29 @@ def tsne_figure(coordinates, place, *, aid=None, class_aid=None, title=None) -> 
     return figure
 
 
-def tsne_plotly(coordinates, place, *, files, aid=None, class_aid=None):
-    """Draw t-SNE maps as in `tsne_figure`, to be hovered over; `files` names the n images.
+def tsne_plotly(coordinates, place, *, names, aid=None, class_aid=None):
+    """Draw t-SNE maps as in `tsne_figure`, to be hovered over; `names` says what the n images are.
 
-    The ``customdata`` of a point is (image index, file, place, method), from which a widget
+    The ``customdata`` of a point is (image index, name, place, method), from which a widget
     (`workbench.widgets.tsne_explorer`) or a page (`thumbnail_page`) shows the photograph.
     """
     from plotly.subplots import make_subplots
 
     place = np.asarray(place)
-    style.agree(images=place, files=files)
+    style.agree(images=place, names=names)
     columns = min(2, len(coordinates))  # as wide as a notebook's cell
     rows = -(-len(coordinates) // columns)
     titles = [tsne_title(f"<b>{name}</b>", aid and aid[name], "<br>") for name in coordinates]
     spacing = {"horizontal_spacing": 0.02, "vertical_spacing": 0.12 if rows > 1 else None}
     figure = make_subplots(rows, columns, subplot_titles=titles, **spacing)
     figure.update_annotations(font={"size": 13})
-    hover = "place %{customdata[2]}<br>%{customdata[1]}<extra>%{customdata[3]}</extra>"
+    hover = "%{customdata[1]}<extra>%{customdata[3]}</extra>"
     for m, (name, points) in enumerate(coordinates.items()):
+        points = within_fences(points)
         cell = {"row": m // columns + 1, "col": m % columns + 1}
         for i, label in enumerate(np.unique(place)):
             own, tint = np.flatnonzero(place == label), PALETTE[i % 7]
-            data = [(int(image), files[image], str(label), escape(name, False)) for image in own]
+            data = [(int(image), names[image], str(label), escape(name, False)) for image in own]
             disc = {"color": tint, "symbol": PLOTLY_MARKERS[i % 10], "size": 9}
             disc["line"] = {"color": "white", "width": 0.7}
             shown = {"mode": "markers", "marker": disc, "customdata": data, "hovertemplate": hover}
@@ -276,7 +284,7 @@ def tsne_plotly(coordinates, place, *, files, aid=None, class_aid=None):
     axes = {"showticklabels": False, "showgrid": False, "zeroline": False, "mirror": True}
     figure.update_xaxes(linecolor="#999999", **axes)
     figure.update_yaxes(linecolor="#999999", **axes)
-    size = {"width": max(300 * columns, 420), "height": 340 * rows + 70}
+    size = {"height": 340 * rows + 70}
     margin = {"l": 15, "r": 15, "t": 70, "b": 15}
     size |= {"font": {"size": 13}, "hoverlabel": {"font": {"size": 13}}, "showlegend": False}
     figure.update_layout(template="plotly_white", margin=margin, **size)

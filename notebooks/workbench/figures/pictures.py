@@ -1,5 +1,6 @@
 """Photographs side by side, and what a model looks at in them: weights, contributions, labels, matches."""
 
+import itertools
 from collections.abc import Mapping
 
 import numpy as np
@@ -40,13 +41,23 @@ def contact_sheet(images, captions, *, columns=6, title=None) -> Figure:
 
 
 def retrieval_panel(
-    queries, retrieved, distance_m, correct, *, query_captions=None, truth=None, title=None, tile=1.75
+    queries,
+    retrieved,
+    distance_m,
+    correct,
+    *,
+    query_captions=None,
+    methods=(),
+    truth=None,
+    title=None,
+    tile=1.75,
 ) -> Figure:
     """Draw Q queries with what was retrieved for them, a row each, tiles `tile` inches wide.
 
     `retrieved` holds k images of each, in order of rank; `distance_m` (Q, k) metres, NaN unknown; `correct`
-    (Q, k) whether it is a positive: a blue frame and a tick, or a red dashed one and a cross. `truth`, an
-    image or None of each, fills a last column with a true reference.
+    (Q, k) whether it is a positive: a blue frame and a tick, or a red dashed one and a cross. Names of k
+    `methods`, whose first answers they are, stand instead of the ranks. `truth`, an image or None of each,
+    fills a last column with a true reference.
     """
     style.agree(queries=queries, retrieved=retrieved, distance_m=distance_m, correct=correct)
     rows = []
@@ -55,7 +66,8 @@ def retrieval_panel(
         found = zip(retrieved[q], distance_m[q], correct[q], strict=True)
         for rank, (image, apart, right) in enumerate(found, start=1):
             mark, frame = ("✓", RIGHT) if right else ("✗", WRONG)
-            row.append((image, f"#{rank} {mark}  {style.metres(apart)}", frame))
+            name = methods[rank - 1] + "\n" if methods else f"#{rank} "
+            row.append((image, f"{name}{mark}  {style.metres(apart)}", frame))
         if truth is not None:
             caption = "no true\nreference" if truth[q] is None else "a true reference"
             row.append((truth[q], caption, GREEN))
@@ -104,22 +116,28 @@ def overlay(axis, image, values, scale, norm, alpha):
     return axis.imshow(values, cmap=scale, norm=norm, alpha=alpha, extent=extent)
 
 
-def heatmap_overlay(images, maps, *, captions=(), scale=None, title) -> Figure:
-    """Lay a weight per patch over each of n pictures, the picture itself beside it.
+def heatmap_scales(images, maps, *, scale, captions=(), title) -> Figure:
+    """Lay a value per patch over each of n pictures: on one fixed scale, and stretched to its own range.
 
-    `maps` are n arrays (h, w); `scale` (low, high) is one colour scale for all, by default each has its own.
+    A row a picture, with its caption; `maps` are n arrays (h, w). A `scale` (low, high) that begins below
+    zero is one of values for and against.
     """
     style.agree(images=images, maps=maps)
-    captions = captions or [""] * len(images)
-    lines = max(caption.count("\n") + bool(caption) for caption in captions)
-    height = 2.15 * style.aspect(images[0]) + 0.22 * lines + 0.12
-    figure, axes = style.tiles(2 * len(images), 4, (2.15, height), margin=(1.1, 0.5))
-    for i, (image, values) in enumerate(zip(images, maps, strict=True)):
-        photograph(axes.flat[2 * i], image, captions[i])
-        norm = Normalize(*(scale or (np.min(values), np.max(values))))
-        picture = overlay(axes.flat[2 * i + 1], image, values, HEAT, norm, 0.62)
-    if scale:
-        figure.colorbar(picture, ax=axes, label="weight of the patch", shrink=0.85, alpha=1.0)
+    signed, lines = scale[0] < 0, 1 + max((caption.count("\n") for caption in captions), default=0)
+    height = len(images) * (2.5 * style.aspect(images[0]) + 0.2 * lines + 0.1) + 0.8
+    figure, axes = style.panels(8.8, height, len(images), 3, squeeze=False)
+    for row, image, values, caption in itertools.zip_longest(axes, images, maps, captions, fillvalue=""):
+        photograph(row[0], image, caption)
+        reach, name = max(np.abs(values).max(), 1e-12), "own scale: {:.3f} to {:.3f}"
+        own = (-reach, reach) if signed else (np.min(values), max(np.max(values), np.min(values) + 1e-12))
+        named = zip(row[1:], (scale, own), ("one fixed scale", name.format(*own)), strict=True)
+        for axis, ends, label in named:
+            norm = TwoSlopeNorm(0, *ends) if signed else Normalize(*ends)
+            drawn = overlay(axis, image, values, SIGNED if signed else HEAT, norm, 0.65)
+            axis.set_title(label, fontsize=11)
+            if ends is scale:
+                fixed = drawn
+    figure.colorbar(fixed, ax=axes[:, 1], shrink=0.85, alpha=1.0, label="value of the patch")
     figure.suptitle(title)
     return figure
 

@@ -94,6 +94,50 @@ def recall_vs_dim(dims, recall, *, intervals=None, published, title) -> Figure:
     return figure
 
 
+def methods_compared(groups: Mapping[str, pd.DataFrame]) -> Figure:
+    """Draw R@1 and the size of the descriptor of each method, a block of rows for each group, best above.
+
+    A group, named by who measured it on what, is a table with the columns label, context, dim, recall, and
+    low and high, the ends of the interval, where there is one. A filled mark is a descriptor of one image
+    alone (context none, solo or anchors), an open one depended on its batch.
+    """
+    sizes = [len(table) for table in groups.values()]
+    figure, axes = style.panels(
+        9.6, 1.6 + 0.27 * sum(sizes) + 0.5 * len(sizes), len(sizes), 2, squeeze=False,
+        height_ratios=sizes, width_ratios=(3, 1), sharey="row",
+    )  # fmt: skip
+    for (left, right), (title, table), tint in zip(axes, groups.items(), (GREY, BLUE, GREEN), strict=False):
+        table, y = table.sort_values("recall", ascending=False), np.arange(len(table))
+        alone = ~table["context"].str.match("sorted|shuffled").to_numpy()
+        if "low" in table:
+            ends = style.error_bars(table["recall"], table["low"], table["high"])
+            left.errorbar(table["recall"], y, xerr=ends, fmt="none", ecolor=BLACK, capsize=3, zorder=2)
+        for which, face, label in (
+            (alone, tint, "one image alone"),
+            (~alone, "white", "depends on its batch"),
+        ):
+            look = {
+                "s": 60,
+                "facecolors": face,
+                "edgecolors": tint,
+                "linewidths": 1.8,
+                "label": label,
+                "zorder": 3,
+            }
+            left.scatter(table["recall"][which], y[which], **look)
+        left.set(yticks=y, yticklabels=table["label"], ylim=(len(table) - 0.4, -0.6), xlabel="R@1 (%)")
+        left.set_title(title, loc="left", fontsize=12)
+        right.barh(y, table["dim"].astype("Float64").fillna(1), color=tint, alpha=0.45, height=0.6)
+        for row, size in zip(y, table["dim"], strict=True):
+            label = "not stated" if pd.isna(size) else f"{size:,}"
+            style.write(right, label, (1, row), (3, 0), va="center", fontsize=10)
+        right.set(xscale="log", xlim=(1, 1e5), xticks=[], xlabel="dimensions (log)")
+        for axis in (left, right):
+            axis.grid(axis="y", visible=False)
+    figure.legend(handles=axes[0, 0].get_legend_handles_labels()[0], **style.LEGEND_BELOW)
+    return figure
+
+
 def recall_vs_parameters(names, parameters, recall, low=(), high=(), *, published, title) -> Figure:
     """Draw R@1 of each method at its number of trainable parameters.
 
