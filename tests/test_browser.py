@@ -1,4 +1,5 @@
-"""JupyterLab in a real headless Chromium: open a notebook, run it, move its slider, see the output change.
+"""JupyterLab in a real headless Chromium: open a notebook, run it, see that a slider, a choice and a click
+change what is shown, and that nothing runs out of a narrow page.
 
 ``make test`` does this for one notebook, ``make test-browser`` (``SAGE_BROWSER=all``) for every one. The test
 waits for the kernel to say that it is idle, never for some seconds. It skips where no browser is installed.
@@ -84,8 +85,31 @@ def browser():
         chromium.close()
 
 
+def move(page, handle) -> None:
+    handle.focus()
+    page.keyboard.press("ArrowRight")
+
+
+# How each is done, on which element, and the widgets that have one.
+ACTS = {
+    "slider": (r"\w+_(?:explorer|browser|matcher)", ".widget-slider .noUi-handle", move),
+    "choice": ("heatmap_chooser", ".widget-dropdown select", lambda _, select: select.select_option(index=1)),
+    "click": (
+        "patch_matcher",
+        ".widget-box .nsewdrag",
+        lambda _, picture: picture.click(position={"x": 9, "y": 9}),
+    ),
+}
+TOO_WIDE = """() => {
+    const notebook = document.querySelector('.jp-Notebook').getBoundingClientRect();
+    const drawn = [...document.querySelectorAll('.jp-OutputArea table, .js-plotly-plot, .jp-OutputArea img')];
+    const wide = drawn.filter(one => one.getBoundingClientRect().right > notebook.right + 2);
+    return wide.map(one => one.outerHTML.slice(0, 80));
+}"""
+
+
 @pytest.mark.parametrize("name", ALL if os.environ.get("SAGE_BROWSER") == "all" else ONE)
-def test_a_notebook_runs_in_jupyterlab_and_its_slider_changes_the_output(lab, browser, name):
+def test_a_notebook_runs_in_jupyterlab_and_its_widgets_change_what_is_shown(lab, browser, name):
     page = browser.new_page(viewport={"width": 1280, "height": 1600})
     page.set_default_timeout(180_000)
     page.goto(f"{lab}/lab/tree/{name}?token=test&reset")
@@ -113,34 +137,27 @@ def test_a_notebook_runs_in_jupyterlab_and_its_slider_changes_the_output(lab, br
     )
     page.wait_for_function(f"{KERNEL}.status === 'idle'", polling=100)
     assert page.locator(ERROR).count() == 0, f"a cell ended in: {page.locator(ERROR).first.inner_text()}"
-    shots = os.environ.get("SAGE_SCREENSHOTS")
-    if shots:
+    for kind, (named, element, act) in ACTS.items():
+        handle = page.locator(element)
+        if not re.search(rf"widgets\.({named})\(", source):
+            continue
+        assert handle.count(), f"{name} has a widget, but nothing for a {kind} was drawn"
+        handle.first.scroll_into_view_if_needed()
+        output = page.locator(f".jp-OutputArea-child:has({element})").first
+        before = output.inner_html()
+        act(page, handle.first)
+        page.wait_for_function(
+            """([node, before]) => {
+                const plain = html => html.replace(/noUi[^>]*|aria-[^>]*/g, '');
+                return plain(node.innerHTML) !== plain(before);
+            }""",
+            arg=[output.element_handle(), before],
+            polling=500,
+        )
+        page.wait_for_function(f"{KERNEL}.status === 'idle'", polling=100)
+    if shots := os.environ.get("SAGE_SCREENSHOTS"):
         page.screenshot(path=f"{shots}/{Path(name).stem}.png")
-        for part, element in (("live", "img.widget-image"), ("exercises", ".jp-OutputPlaceholder")):
-            if page.locator(element).count():
-                page.locator(element).first.scroll_into_view_if_needed()
-                page.screenshot(path=f"{shots}/{Path(name).stem}-{part}.png")
-
-    slider = page.locator(".widget-slider .noUi-handle, .jupyter-widgets .noUi-handle").first
-    if slider.count() == 0:
-        has_widget = re.search(r"\w+_(explorer|browser|matcher)\(", source)
-        assert not has_widget, f"{name} has a widget but no slider was drawn"
-        page.close()
-        return
-    slider.scroll_into_view_if_needed()
-    output = page.locator(".jp-OutputArea-child:has(.noUi-handle)").first
-    before = output.inner_html()
-    slider.focus()
-    page.keyboard.press("ArrowRight")
-    page.wait_for_function(
-        """([node, before]) => {
-            const plain = html => html.replace(/noUi[^>]*|aria-[^>]*/g, '');
-            return plain(node.innerHTML) !== plain(before);
-        }""",
-        arg=[output.element_handle(), before],
-        polling=500,
-    )
-    page.wait_for_function(f"{KERNEL}.status === 'idle'", polling=100)
-    if shots:
-        page.screenshot(path=f"{shots}/{Path(name).stem}-slider.png")
+    page.set_viewport_size({"width": 1000, "height": 1600})
+    page.wait_for_timeout(1000)  # plotly follows the page's width a moment later
+    assert not page.evaluate(TOO_WIDE), f"{name} runs out of a page of 1000 pixels"
     page.close()

@@ -27,6 +27,7 @@ from sagelib.train import main as train_command
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+SOLUTIONS = sorted((ROOT / "notebooks" / "solutions").glob("*.ipynb"))
 PARAMETERS = sorted((ROOT / "notebooks" / "params").glob("*.yaml"))
 
 
@@ -48,9 +49,11 @@ def tags(cell: dict) -> list[str]:
 
 def executed(path: Path, change) -> dict:
     """The names of a page after its cells ran in this process; `change` is given them after the
-    parameters."""
+    parameters. Exercises are open, and left out."""
     page = {"display": lambda *_shown: None}
     for cell in cells(path):
+        if "exercise" in tags(cell):
+            continue
         exec("\n".join(line for line in source(cell).splitlines() if not line.startswith("%")), page)
         if "parameters" in tags(cell):
             change(page)
@@ -66,6 +69,36 @@ def module(name: str):
 
 
 EXPECTED = module("expected")
+
+
+def fits(asked, given) -> bool:
+    """Whether the code `given` is the code `asked`, with something for every ``...`` in it."""
+    if isinstance(asked, ast.AST):
+        if getattr(asked.value if isinstance(asked, ast.Expr) else asked, "value", None) is ...:
+            return True
+        return type(asked) is type(given) and all(
+            fits(getattr(asked, field, None), getattr(given, field, None)) for field in asked._fields
+        )
+    if isinstance(asked, list):
+        return len(asked) == len(given) and all(map(fits, asked, given))
+    return asked == given
+
+
+@pytest.mark.parametrize("path", SOLUTIONS, ids=lambda p: p.stem)
+def test_the_solutions_fit_the_exercises_of_their_page_and_run(path, monkeypatch, capsys):
+    """A page has no answers: its exercises are open, and here they are, completed, each with its check."""
+    page = ROOT / "notebooks" / path.name
+    asked, given = ([source(c) for c in cells(p) if "exercise" in tags(c)] for p in (page, path))
+    assert 2 <= len(asked) == len(given) <= 4 and "assert" in "".join(asked)
+    for number, (exercise, solution) in enumerate(zip(asked, given, strict=True), 1):
+        first, _, body = exercise.partition("\n")
+        assert first == f"%%exercise {number}" and "..." in body and "..." not in solution
+        assert fits(ast.parse(body), ast.parse(solution)), f"exercise {number} of {page.name}"
+    monkeypatch.chdir(ROOT / "notebooks" / "solutions")
+    names = {}
+    for cell in cells(path):
+        exec(source(cell), names)
+    assert "solution" not in {tag for cell in cells(page) for tag in tags(cell)}
 
 
 def test_there_are_notebooks():
@@ -195,6 +228,8 @@ class TestNotebook:
         assert len(cells(path, "markdown")) >= len(cells(path)) / 3
 
     def test_has_two_or_three_exercises_with_collapsed_solutions(self, path):
+        if any(path.name == solved.name for solved in SOLUTIONS):
+            return
         everything = json.loads(path.read_text())["cells"]
         solutions = [i for i, c in enumerate(everything) if "solution" in tags(c)]
         assert 2 <= len(solutions) <= 3, f"{path.name} has {len(solutions)} cells tagged solution"

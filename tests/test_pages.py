@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas
@@ -9,6 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from sagelib.runs import load_run
+from workbench import pages
 from workbench.pages import NOTEBOOKS, Page, open_notebook_run, read_list, start_page
 
 
@@ -45,6 +47,17 @@ def test_an_unknown_parameter_stops_the_page():
     start_page(page | {"In": ["", "epochs: int = 1", "# Parameters\nepochs = 1\n"]})
     with pytest.raises(ValueError, match="this page has no parameter epoch; it has epochs"):
         start_page(page | {"In": ["", "epochs: int = 1", "# Parameters\nepoch = 1\nepochs = 1\n"]})
+
+
+def test_an_exercise_waits_until_it_is_completed(monkeypatch, capsys):
+    shell = SimpleNamespace(user_ns={"known": 2}, register_magic_function=lambda magic, kind: None)
+    monkeypatch.setattr(pages, "get_ipython", lambda: shell)
+    pages.exercise("1", "answer = ...\nassert answer == known")
+    assert "Exercise 1 is open" in capsys.readouterr().out and "answer" not in shell.user_ns
+    with pytest.raises(AssertionError, match="not yet"):
+        pages.exercise("1", "answer = 3\nassert answer == known, 'not yet'")
+    pages.exercise("1", "answer = 2\nassert answer == known\nprint('right')")
+    assert capsys.readouterr().out == "right\n" and shell.user_ns["answer"] == 2
 
 
 def test_the_run_of_a_page_starts_afresh_each_time(tmp_path):

@@ -69,6 +69,8 @@ def test_tables_are_written_for_readers_and_for_programs(measured, tmp_path):
     recall, ends = measured[1][0].recall.percent(1), measured[1][0].recall.interval(1)
     assert short["R@1 [95 %]"][1] == "{:.1f} [{:.1f}, {:.1f}]".format(recall, *ends)
     assert short["R@1 [95 %]"].iloc[-1].count("[") == 0, "published numbers have no interval"
+    ours = tables.for_print(tables.results_table(measured[1][:1], beside=False))
+    assert ours["method"].tolist() == ["chance", measured[1][0].model], "where nothing is published"
     floating = tables.to_latex(short, "Recall at 1.")
     assert floating.startswith("\\begin{table}[t]\n\\centering\n\\caption{Recall at 1.}")
     # What LaTeX and Markdown would read as commands.

@@ -1,11 +1,14 @@
 """What every page begins and ends with: checked parameters, and a run that takes its figures and numbers."""
 
+import ast
 import contextlib
 import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from IPython import get_ipython
 
 from sagelib.runs import UNFINISHED, Run, atomic_path, check, fingerprint, now, plain, runs_root, write_json
 
@@ -14,13 +17,16 @@ KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "
 
 
 def start_page(namespace: Mapping[str, Any], **allowed: float | Sequence | None) -> None:
-    """Begin a page: relative paths start at ``notebooks``, and parameters are what they are declared.
+    """Begin a page: relative paths start at ``notebooks``, parameters are what they are declared, and
+    ``%%exercise`` begins a cell to be completed.
 
     `namespace` is the page's ``globals()``, whose annotated names are the parameters; `allowed` says of some
     of them the least value, or all values, or None where None may be. A ValueError says what is wrong.
     """
     if NOTEBOOKS.is_dir():
         os.chdir(NOTEBOOKS)
+    if shell := get_ipython():
+        shell.register_magic_function(exercise, "cell")
     kinds = namespace.get("__annotations__", {})
     # papermill sets what it is given in a cell of its own, which begins with this comment.
     given = [cell for cell in namespace.get("In", []) if cell.startswith("# Parameters\n")][-1:]
@@ -41,6 +47,14 @@ def start_page(namespace: Mapping[str, Any], **allowed: float | Sequence | None)
             raise ValueError(f"{name} must be at least {limit}, got {value!r}")
         if isinstance(limit, Sequence):
             check(name, value, choices=limit)
+
+
+def exercise(name: str, cell: str) -> None:
+    """The cell magic ``%%exercise``: run a cell once its reader has put something for every ``...`` in it."""
+    if any(getattr(node, "value", None) is ... for node in ast.walk(ast.parse(cell))):
+        print(f"Exercise {name} is open: put your own for each ... in this cell, and run it again.")
+    else:
+        exec(compile(cell, f"exercise {name}", "exec"), get_ipython().user_ns)
 
 
 def read_list(text: str, what: str, kind: type = str, *, least: int = 1) -> list:

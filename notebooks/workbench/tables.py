@@ -131,7 +131,8 @@ def results_table(
 
 def for_print(table: pd.DataFrame) -> pd.DataFrame:
     """The columns of `results_table` that a reader compares, each recall with its interval in one cell."""
-    table = table.assign(method=table["method"] + (", " + table["backbone"]).fillna(""))
+    backbone = (", " + table["backbone"].astype("string")).fillna("")
+    table = table.assign(method=table["method"] + backbone)
     recalls = {}
     for k in (1, 5, 10):
         ends = " [" + table[f"R@{k} 95 %"].astype("string").str.replace("-", ", ") + "]"
