@@ -202,10 +202,9 @@ class Difference:
     k: int
 
     def __str__(self):
-        p = f"p {'<' if self.p < 0.001 else '='} {max(self.p, 0.001):.2g}"
-        interval = f"[{self.low:+.1f}, {self.high:+.1f}], {p}"
-        changed = f"({self.gained} gained, {self.lost} lost of {self.n_queries})"
-        return f"{self.points:+.1f} points at R@{self.k} {interval} {changed}"
+        p = "p < 0.001" if self.p < 0.001 else f"p = {self.p:.2g}"
+        changed = f"{p} ({self.gained} gained, {self.lost} lost of {self.n_queries})"
+        return f"{self.points:+.1f} points at R@{self.k} [{self.low:+.1f}, {self.high:+.1f}], {changed}"
 
 
 def paired_bootstrap(a: Recall, b: Recall, k=1, seed=0, *, groups=None, draws: int = 10_000) -> Difference:
