@@ -29,7 +29,17 @@ from sagelib.describe import (
 from sagelib.images import load_image
 from sagelib.model import build_model
 from sagelib.places import BENCHMARKS, Places, TestSet, available, open_set
-from sagelib.retrieval import KS, PCA, Difference, Recall, paired_bootstrap, recall, search, write_rankings
+from sagelib.retrieval import (
+    KS,
+    PCA,
+    Difference,
+    Recall,
+    open_index,
+    paired_bootstrap,
+    recall,
+    search,
+    write_rankings,
+)
 from sagelib.train import load_trained
 from sagelib.weights import load_authors_checkpoint
 
@@ -100,6 +110,7 @@ def evaluate(
     context: str | Context = "none",
     anchors: np.ndarray | None = None,
     pca: PCA | None = None,
+    index: str | None = None,
     ks: Sequence[int] = KS,
     dtype: str = "float16",
     device: str | torch.device = "auto",
@@ -107,7 +118,7 @@ def evaluate(
     on_error: str = "raise",
     **options,
 ) -> Evaluation:
-    """Describe a test set, search it exactly, count recall, and keep all of it in a run directory.
+    """Describe a test set, search it, count recall, and keep all of it in a run directory.
 
     ``root/evaluate/<name>/`` gets result.json, ranks.npy (of each query's first positive), rankings.csv and a
     manifest; descriptors lie in ``root/descriptors/``, where other contexts find them. The same call again
@@ -130,6 +141,8 @@ def evaluate(
         ``sorted`` without a number takes the authors' batch size for the set.
     pca : PCA, optional
         Applied to the descriptors before the search.
+    index : str, optional
+        For large maps, such as ``IVF1024,PQ64``, see `sagelib.retrieval.open_index`; default: exact search.
     ks : sequence of int
         Recall is counted at these ranks.
 
@@ -160,6 +173,7 @@ def evaluate(
         "on_error": on_error,
         "ks": [runs.check("k", k, 1, whole=True) for k in ks],
     }
+    config |= {"index": index} if index else {}
     data = data_fingerprint(test_set)
     seed_of_context = seed if context.kind == "shuffled" else None
     if name is None:  # another preprocess, seed or model of the same name is another run, not a conflict
@@ -184,7 +198,9 @@ def evaluate(
 
     began = time.perf_counter()
     values = [d.values if pca is None else pca.transform(d) for d in (references, queries)]
-    indices, distances = search(*values, max(ks))
+    key = {"descriptors": references.manifest, "pca": config["pca"]}
+    built = open_index(index, values[0], references.path, key) if index else None
+    indices, distances = search(*values, max(ks), index=built)
     counted = recall(indices, positives, ks, n_references=len(references))
     facts = {"dim": values[0].shape[1], "search_s": time.perf_counter() - began}
     return _save(run, test_set, references, queries, indices, distances, positives, counted, **facts)
@@ -299,6 +315,7 @@ def locate(
     k: int = 5,
     *,
     preprocess: Callable | None = None,
+    index: str | None = None,
     device: str | torch.device = "auto",
 ) -> pd.DataFrame:
     """Find where a photograph was taken: the k nearest of a described folder.
@@ -310,6 +327,8 @@ def locate(
         In a context in which a descriptor depends on its image alone: none, solo or anchors.
     places, model, preprocess : Places, callable, callable
         What was described, and by what: others raise a ValueError.
+    index : str, optional
+        For large maps, such as ``IVF1024,PQ64``, see `sagelib.retrieval.open_index`; default: exact search.
 
     Returns
     -------
@@ -331,9 +350,15 @@ def locate(
         anchors = torch.from_numpy(np.load(descriptors.path / "anchors.npy")).to(device)
     image = preprocess(load_image(photo))[None].to(device)
     value = describe_batch(model, image, context, anchors=anchors).cpu().numpy()
-    indices, distances = search(descriptors.values, value, min(k, len(descriptors)))
-    rows = descriptors.rows[indices[0]]
-    columns = {"rank": np.arange(1, len(rows) + 1), "path": places.path[rows], "distance": distances[0]}
+    key = {"descriptors": descriptors.manifest, "pca": None}
+    built = open_index(index, descriptors.values, descriptors.path, key) if index else None
+    indices, distances = search(descriptors.values, value, min(k, len(descriptors)), index=built)
+    rows = descriptors.rows[indices[0][found := indices[0] >= 0]]
+    columns = {
+        "rank": np.arange(1, len(rows) + 1),
+        "path": places.path[rows],
+        "distance": distances[0][found],
+    }
     columns |= {n: getattr(places, n)[rows] for n in ("east_m", "north_m", "utm_zone", "heading_deg")}
     return pd.DataFrame({**columns, "row": rows})
 

@@ -11,7 +11,6 @@ graph of millions of images costs no more than their positions.
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import NamedTuple
@@ -24,7 +23,6 @@ from sagelib.places import heading_difference, same_grid
 from sagelib.runs import check
 
 SIGN = {"closest": 1.0, "farthest": -1.0, "random": 0.0}  # of the affinities that the greedy choice maximises
-RENAMED = {"affine": "closest", "hard": "farthest", "uniform": "random"}
 MOST_EDGES = 400_000_000  # listed at once
 SEARCH_STEPS = 20_000  # of one search for a clique; graphs of points within a radius need a few dozen
 
@@ -147,13 +145,6 @@ class GreedyStep(NamedTuple):
     chosen: int | None  # None: no candidate, and the next seed follows
 
 
-def check_prefer(prefer: str) -> str:
-    """`prefer`, if the greedy choice knows it; a ValueError otherwise."""
-    if prefer in RENAMED:
-        raise ValueError(f"prefer={prefer!r} is now called {RENAMED[prefer]!r}")
-    return check("prefer", prefer, choices=tuple(SIGN))
-
-
 def greedy_weighted_clique(
     weight: np.ndarray, k: int, *, prefer: str = "closest", steps: list | None = None
 ) -> np.ndarray | None:
@@ -185,7 +176,7 @@ def greedy_weighted_clique(
     >>> greedy_weighted_clique(weight, 4) is None
     True
     """
-    sign, k = SIGN[check_prefer(prefer)], check("k", k, 1, whole=True)
+    sign, k = SIGN[check("prefer", prefer, choices=tuple(SIGN))], check("k", k, 1, whole=True)
     edge = np.asarray(weight) > -np.inf
     np.fill_diagonal(edge, False)
     W = np.where(edge, sign * np.where(edge, weight, 0.0), -np.inf)
@@ -385,28 +376,6 @@ class GeoVisualGraph:
         graph = nx.empty_graph(len(self))
         graph.add_edges_from(self.edges().tolist())
         return graph
-
-    def statistics(self) -> dict:
-        """Counts of the graph, its first 100,000 maximal cliques at most, and means over edges and nodes."""
-        graph, values = self.to_networkx(), self.edge_values() | {"degree": self.degrees()}
-        cliques = [len(clique) for clique in itertools.islice(nx.find_cliques(graph), 100_000)]
-        components = [len(nodes) for nodes in nx.connected_components(graph)]
-        counts = {
-            "nodes": len(self),
-            "edges": self.n_edges,
-            "pruned_edges": len(self._pairs) - self.n_edges,
-            "components": len(components),
-            "largest_component": max(components, default=0),
-            "maximal_cliques": len(cliques),
-            "largest_clique": max(cliques, default=0),
-        }
-        return counts | {f"mean_{name}": float(value.mean()) for name, value in values.items() if len(value)}
-
-    def compare(self, previous: GeoVisualGraph) -> dict:
-        """Edges gained and lost since `previous`, a graph of the same images, and the Jaccard index."""
-        now, before = ({*map(tuple, graph.edges().tolist())} for graph in (self, previous))
-        counts = {"n_gained": len(now - before), "n_lost": len(before - now), "n_common": len(now & before)}
-        return counts | {"jaccard": len(now & before) / len(now | before) if now | before else 1.0}
 
 
 def check_finite(descriptors: np.ndarray, what: str, names=None) -> None:

@@ -1,8 +1,9 @@
-"""Exact search, recall with its uncertainty, the file of rankings, and PCA: arrays in, numbers out."""
+"""Search, exact or by an index, recall with its uncertainty, rankings, and PCA: arrays in, numbers out."""
 
 import json
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,26 +22,33 @@ KS = (1, 5, 10, 20)
 _BLOCK_BYTES = 256 * 2**20  # copies of the descriptors are never larger than this at once
 _MAX_TIED = 1024  # candidates per query that are compared in float64 before a tie is left as found
 _PCA_SAMPLES = 16_384  # as in the authors' evaluation
+_SHARD_ROWS = 2**20  # of one file of an index
+_TRAINED_ON = 65_536  # descriptors, or 64 for each list where these are more
+SHORTLIST = 128  # candidates of an index, whose distances are then computed exactly
 
 
 # ---------------------------------------------------------------------------------------------------- search
-def search(database_values, query_values, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Find the k nearest references of every query by Euclidean distance, exactly.
+def search(database_values, query_values, k: int, *, index=None, out=None) -> tuple[np.ndarray, np.ndarray]:
+    """Find the k nearest references of every query by Euclidean distance: exactly, or among a shortlist.
 
     faiss proposes candidates from float32 inner products. Their distances are computed again in float64 and
     sorted by (distance, row), over ever more candidates until float32 rounding cannot have hidden one: the
     result is that of a float64 brute force (where over 1,024 references tie, the last are in faiss's order).
+    An `index` proposes a shortlist, whose distances are as exact.
 
     Parameters
     ----------
     database_values, query_values : arrays (N, D) and (Q, D), float16 or float32, may be memmaps
         Finite and below 1e15; they are converted to float32 block by block, never as a whole.
     k : int
+    index : faiss index of `database_values`, optional, see `open_index`
+    out : two arrays (Q, k), int64 and float32, optional
+        Where the results go, such as memmaps.
 
     Returns
     -------
     indices, distances : arrays (Q, k), int64 and float32
-        Rows of `database_values`, nearest first, and Euclidean distances; -1 and inf where k exceeds N.
+        Rows of `database_values`, nearest first, and Euclidean distances; -1 and inf where fewer are found.
     """
     shapes = np.shape(database_values), np.shape(query_values)
     if any(len(shape) != 2 or 0 in shape for shape in shapes) or shapes[0][1] != shapes[1][1]:
@@ -48,24 +56,92 @@ def search(database_values, query_values, k: int) -> tuple[np.ndarray, np.ndarra
     (n, width), (n_queries, _) = shapes
     depth = min(runs.check("k", k, 1, whole=True), n)
     rows = max(1, _BLOCK_BYTES // (4 * width))
-    indices = np.full((n_queries, k), -1, np.int64)
-    distances = np.full((n_queries, k), np.inf, np.float32)
+    indices, distances = out or (np.empty((n_queries, k), kind) for kind in (np.int64, np.float32))
+    indices[:], distances[:] = -1, np.inf
     for start in range(0, n_queries, rows):
         queries = _float32(query_values[start : start + rows], "query", start)
         unsure, count = np.arange(len(queries)), min(n, 2 * depth + 16)
         while len(unsure):
-            candidates, least = _candidates(database_values, queries[unsure], count, rows)
+            if index is None:
+                candidates, least = _candidates(database_values, queries[unsure], count, rows)
+            else:
+                candidates = index.search(queries, min(n, max(4 * depth, SHORTLIST)))[1]
+                least = np.full(len(queries), np.inf)
             hidden = np.zeros(len(unsure), bool)
             for i, query in enumerate(unsure):
-                difference = np.asarray(database_values[candidates[i]], np.float64) - queries[query]
+                found = candidates[i][candidates[i] >= 0]
+                difference = np.asarray(database_values[found], np.float64) - queries[query]
                 squared = np.einsum("ij,ij->i", difference, difference)
-                order = np.lexsort((candidates[i], squared))[:depth]
-                indices[start + query, :depth] = candidates[i][order]
-                distances[start + query, :depth] = np.sqrt(squared[order])
-                hidden[i] = least[i] <= squared[order[-1]]
+                order = np.lexsort((found, squared))[:depth]
+                indices[start + query, : len(order)] = found[order]
+                distances[start + query, : len(order)] = np.sqrt(squared[order])
+                hidden[i] = least[i] <= squared[order].max(initial=-np.inf)
             unsure = unsure[hidden] if count < min(n, _MAX_TIED) else unsure[:0]
             count = min(n, 4 * count, max(_MAX_TIED, 2 * depth + 16))
     return indices, distances
+
+
+def open_index(spec: str, values, folder, key: Mapping) -> faiss.IndexShards:
+    """The index that faiss builds of stored descriptors by a factory string; found again where it was built.
+
+    Trained on a random sample and filled block by block: a memory-mapped file for every 2**20 rows, each of
+    which another process may build. ``faiss.IndexShards`` searches them as one.
+
+    Parameters
+    ----------
+    spec : str
+        ``Flat``, ``SQfp16``, ``HNSW32``, ``IVF1024,PQ64``, ...; after a semicolon settings of the search, as
+        in ``IVF1024,PQ64;nprobe=32``. Of n lists, by default sqrt(n) are searched.
+    values : array (N, D), may be a memmap
+    folder, key : path, mapping
+        Where the files lie, and all that `values` depend on: the index of others is not found.
+    """
+    factory, _, settings = spec.partition(";")
+    shards = faiss.IndexShards(values.shape[1], False, True)  # one after the other; rows are numbered on
+    starts = range(0, len(values), _SHARD_ROWS)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    opened = {}
+    for start in dict.fromkeys([*starts[rank::world], *starts]):  # this process's share, then the others
+        part = values[start : start + _SHARD_ROWS]
+        facts = {"factory": factory, "first_row": start, "shape": part.shape, "of": key}
+        path = Path(folder) / f"index-{runs.fingerprint(facts)}"
+        path.mkdir(parents=True, exist_ok=True)
+        try:
+            with runs.alone(path):
+                if not (path / "manifest.json").exists():
+                    with runs.atomic_path(path / "rows.faiss") as temporary:
+                        faiss.write_index(_build(factory, part, start), str(temporary))
+                    facts["bytes"] = (path / "rows.faiss").stat().st_size
+                    runs.write_json(path / "manifest.json", facts)
+            how = getattr(faiss, "IO_FLAG_MMAP_IFC", faiss.IO_FLAG_MMAP)
+            index = faiss.read_index(str(path / "rows.faiss"), how)
+            if lists := faiss.try_extract_index_ivf(index):
+                lists.nprobe = math.isqrt(lists.nlist)
+            faiss.ParameterSpace().set_index_parameters(index, settings)
+        except RuntimeError as error:
+            (n, width), reason = part.shape, str(error).rpartition(": ")[2]
+            raise ValueError(
+                f"no index {spec!r} of {n} rows of {width} numbers: faiss says {reason}"
+            ) from None
+        opened[start] = index
+    for start in starts:
+        shards.add_shard(opened[start])
+    return shards
+
+
+def _build(factory: str, values, first_row: int):
+    """An index of the rows of `values`, trained on some of them."""
+    index = faiss.index_factory(values.shape[1], factory)
+    lists, rows = faiss.try_extract_index_ivf(index), max(1, _BLOCK_BYTES // (4 * values.shape[1]))
+    n = min(len(values), max(_TRAINED_ON, 64 * lists.nlist if lists is not None else 0))
+    quantiser = faiss.downcast_index(lists or index)
+    if hasattr(quantiser, "do_polysemous_training"):
+        quantiser.do_polysemous_training = False  # takes minutes, for a search that is not made here
+    sample = np.sort(runs.rng(0, "index").choice(len(values), n, replace=False))
+    index.train(np.ascontiguousarray(values[sample], np.float32))
+    for start in range(0, len(values), rows):
+        index.add(_float32(values[start : start + rows], "reference", first_row + start))
+    return index
 
 
 def _candidates(database_values, queries, count, rows):

@@ -64,7 +64,7 @@ class SamplerConfig(GraphRules):
             check(name, getattr(self, name), low, whole=True)
         check("batches_per_epoch", self.batches_per_epoch, 1, whole=True, none=True)
         check("fallback", self.fallback, choices=("draw",), none=True)
-        geo.check_prefer(self.prefer)
+        check("prefer", self.prefer, choices=tuple(geo.SIGN))
         check("node_descriptor", self.node_descriptor, choices=("image", "cluster"))
         check("schedule", self.schedule, choices=("online", "static", "none", "city"))
         check("remove", self.remove, choices=("chosen", "clique"))
@@ -466,35 +466,3 @@ class PlaceSampler(_BatchSampler):
         stream = rng(seed, "places", epoch, "batch", i)
         places = self._order[at * size : (at + 1) * size]
         return np.stack([stream.choice(self._members[place], k, replace=False) for place in places])
-
-
-def batch_statistics(batches, descriptors, east_m, north_m, *, images_per_place: int = 4) -> dict:
-    """How hard the batches of a sampler are, to compare samplers.
-
-    Parameters
-    ----------
-    batches : iterable of (P * K,) int
-        Images, place by place; `images_per_place` is K.
-    descriptors, east_m, north_m : (n, D) and (n,) float
-
-    Returns
-    -------
-    dict of arrays
-        Per image of the batches ``hardest_negative``, the greatest cosine to an image of another place; per
-        pair of images of one place ``positive_similarity`` (cosine) and ``positive_distance_m``.
-    """
-    values = []
-    for batch in map(np.asarray, batches):
-        if len(batch) % images_per_place:
-            raise ValueError(f"a batch of {len(batch)} images is not made of places of {images_per_place}")
-        rows = np.asarray(descriptors[batch], dtype=np.float32)
-        rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-        cosine = rows @ rows.T
-        place = np.arange(len(batch)) // images_per_place
-        same = place[:, None] == place
-        i, j = np.nonzero(np.triu(same, 1))
-        metres = np.hypot(*(x[batch[i]] - x[batch[j]] for x in (east_m, north_m)))
-        hardest = np.where(same, np.nan if same.all() else -np.inf, cosine).max(axis=1)
-        values.append((hardest, cosine[i, j], metres))
-    names = ("hardest_negative", "positive_similarity", "positive_distance_m")
-    return dict(zip(names, map(np.concatenate, zip(*values, strict=True)), strict=True))

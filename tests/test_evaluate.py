@@ -207,6 +207,20 @@ def test_components_in_evaluation(data, tmp_path):
         evaluate(model, test_set, tmp_path, pca=other, name="other", progress=False)
 
 
+def test_evaluation_by_an_index(data, tmp_path):
+    test_set = open_set(data, "aligned")
+    exact = evaluate(Noisy(), test_set, tmp_path, progress=False)
+    flat = evaluate(Noisy(), test_set, tmp_path, index="Flat", progress=False)
+    assert flat.path != exact.path and flat.rankings().equals(exact.rankings())
+    few = evaluate(Noisy(), test_set, tmp_path, index="IVF24,Flat;nprobe=1", progress=False)
+    assert (few.rankings().groupby("query").size() < 20).any(), "one list of 24 holds fewer than 20"
+    assert 0 < few.hits[20] < exact.hits[20]
+    reduced = PCA.fit(np.load(exact.path / exact.descriptors["database"] / "rows.npy"), 8)
+    assert evaluate(Noisy(), test_set, tmp_path, index="Flat", pca=reduced, progress=False).dim == 8
+    with pytest.raises(ValueError, match="no index 'Flut' of 96 rows of 128 numbers"):
+        evaluate(Noisy(), test_set, tmp_path, index="Flut", progress=False)
+
+
 def test_skipped_pictures_are_counted(tmp_path):
     write_set(tmp_path, "broken", n=30, noise=20)
     first = sorted((tmp_path / "broken/images/test/database").rglob("*.png"))[0]
@@ -256,6 +270,7 @@ def test_locate_a_photograph(data, tmp_path, context):
     assert found.loc[0, "path"] == database.path[17] and found.loc[0, "row"] == 17
     assert found.loc[0, "distance"] < 1e-3 < found.loc[1, "distance"]
     assert found.loc[0, "east_m"] == 17000.0
+    assert locate(database.path[17], described, database, model, index="Flat").equals(found)
     opened = locate(Image.open(database.path[17]), described, database, model, k=500)
     assert len(opened) == PLACES and opened.loc[0, "row"] == 17
 

@@ -8,7 +8,16 @@ import pytest
 from sklearn.decomposition import PCA as SklearnPCA
 
 from sagelib import retrieval
-from sagelib.retrieval import PCA, Recall, paired_bootstrap, recall, search, wilson_interval, write_rankings
+from sagelib.retrieval import (
+    PCA,
+    Recall,
+    open_index,
+    paired_bootstrap,
+    recall,
+    search,
+    wilson_interval,
+    write_rankings,
+)
 
 
 def brute_force(database, queries, k):
@@ -72,6 +81,87 @@ def test_search_refuses_what_it_cannot_search():
     ):
         with pytest.raises(ValueError, match=sentence):
             search(database, queries, k)
+
+
+# ----------------------------------------------------------------------------------------------------- index
+def clustered(n=3000, queries=60, width=32, dtype=np.float16):
+    """Rows around 150 centres, and queries around the same."""
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(150, width))
+    rows, asked = (
+        (centres[rng.integers(0, 150, m)] + 0.3 * rng.normal(size=(m, width))) for m in (n, queries)
+    )
+    return rows.astype(dtype), asked.astype(dtype)
+
+
+@pytest.mark.parametrize("shard_rows", [2**20, 1300])  # one file, and three
+@pytest.mark.parametrize(
+    ("spec", "least"), [("Flat", 1.0), ("SQfp16", 1.0), ("HNSW32", 0.95), ("IVF16,PQ8;nprobe=12", 0.8)]
+)
+def test_an_index_proposes_and_exact_distances_decide(spec, least, shard_rows, monkeypatch, tmp_path):
+    monkeypatch.setattr(retrieval, "_SHARD_ROWS", shard_rows)
+    monkeypatch.setattr(retrieval, "_BLOCK_BYTES", 4 * 32 * 700)  # several blocks of rows and one of queries
+    rows, queries = clustered()
+    exact, _ = search(rows, queries, 10)
+    index = open_index(spec, rows, tmp_path, {"of": "these"})
+    assert index.ntotal == len(rows) and index.count() == -(-len(rows) // shard_rows)
+    indices, distances = search(rows, queries, 10, index=index)
+    assert np.mean([np.isin(a, b).mean() for a, b in zip(exact, indices, strict=True)]) >= least
+    by_hand = np.linalg.norm(rows[indices].astype(np.float64) - queries[:, None].astype(np.float64), axis=2)
+    np.testing.assert_allclose(distances, by_hand, rtol=1e-6)
+    assert (np.diff(distances, axis=1) >= 0).all()
+
+
+def test_an_index_is_found_again_and_never_answers_for_others(tmp_path, monkeypatch):
+    rows, queries = clustered(600)
+    made, build = [], retrieval._build
+    monkeypatch.setattr(retrieval, "_build", lambda *given: made.append(1) or build(*given))
+
+    def first(values=rows, spec="IVF4,Flat;nprobe=4", **key):
+        return search(values, queries, 1, index=open_index(spec, values, tmp_path, key))[0]
+
+    assert np.array_equal(first(a=1), search(rows, queries, 1)[0]) and np.array_equal(first(a=1), first(a=1))
+    assert len(made) == 1
+    first(spec="IVF4,Flat;nprobe=1", a=1)
+    assert len(made) == 1, "settings of the search build nothing"
+    assert np.array_equal(first(rows[::-1].copy(), a=2), search(rows[::-1], queries, 1)[0])
+    first(rows[:500], a=2), first(spec="IVF8,Flat", a=1)
+    assert len(made) == 4 and not list(tmp_path.glob("*/.tmp*"))
+
+
+def test_a_killed_index_is_built_anew(tmp_path, monkeypatch):
+    rows, queries = clustered(600)
+    with monkeypatch.context() as patch:
+        patch.setattr(retrieval.runs, "write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            open_index("IVF4,Flat;nprobe=4", rows, tmp_path, {})
+    next(tmp_path.glob("index-*/rows.faiss")).write_bytes(b"half")
+    index = open_index("IVF4,Flat;nprobe=4", rows, tmp_path, {})
+    assert np.array_equal(search(rows, queries, 5, index=index)[0], search(rows, queries, 5)[0])
+
+
+def test_results_of_a_search_may_go_to_files(tmp_path):
+    rows, queries = clustered(300)
+    kinds = {"rows.npy": np.int64, "distances.npy": np.float32}
+    out = [
+        np.lib.format.open_memmap(tmp_path / n, mode="w+", dtype=k, shape=(60, 4)) for n, k in kinds.items()
+    ]
+    search(rows, queries, 4, out=out)
+    for name, expected in zip(kinds, search(rows, queries, 4), strict=True):
+        assert np.array_equal(np.load(tmp_path / name), expected)
+
+
+def test_few_lists_may_find_fewer_than_asked(tmp_path):
+    rows, queries = clustered(200)
+    index = open_index("IVF50,Flat;nprobe=1", rows, tmp_path, {})
+    indices, distances = search(rows, queries, 100, index=index)
+    assert (indices == -1).any() and np.array_equal(indices == -1, np.isinf(distances))
+
+
+@pytest.mark.parametrize("spec", ["FOO", "IVF4,PQ7", "IVF700,Flat", "IVF4,Flat;nprob=2", "IVF4,Flat;nprobe"])
+def test_an_index_that_faiss_cannot_make_is_one_sentence(spec, tmp_path):
+    with pytest.raises(ValueError, match=f"no index '{spec}' of 600 rows of 32 numbers: faiss says "):
+        open_index(spec, clustered(600)[0], tmp_path, {})
 
 
 # ---------------------------------------------------------------------------------------------------- recall

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from sagelib import sampler as sampler_module
 from sagelib.graph import GeoVisualGraph
 from sagelib.places import Places
-from sagelib.sampler import CliqueSampler, PlaceSampler, SamplerConfig, batch_statistics, harvest
+from sagelib.sampler import CliqueSampler, PlaceSampler, SamplerConfig, harvest
+from workbench.analysis import batch_statistics
 
 RADIUS = 25.0
 NODES = ("city", "place", "utm_zone", "heading_deg")
@@ -392,7 +393,7 @@ def test_values_out_of_range_are_refused(name, value):
 
 
 def test_renamed_values_and_graphs_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="prefer='affine' is now called 'closest'"):
+    with pytest.raises(ValueError, match="prefer must be one of closest, farthest, random, got 'affine'"):
         make_sampler(prefer="affine")
     with pytest.raises(ValueError, match="graph and sampler differ: .*'radius_m': 20.0"):
         CliqueSampler(GeoVisualGraph([0.0], [0.0], radius_m=20.0), SamplerConfig(**SMALL))

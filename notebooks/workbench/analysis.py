@@ -1,12 +1,15 @@
-"""Numbers for figures: t-SNE maps, distances within places, heatmaps, costs of the graph, failures."""
+"""Numbers for figures: t-SNE maps, distances within places, heatmaps, graphs and batches, failures."""
 
+import itertools
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Mapping
 
+import networkx as nx
 import numpy as np
 import pandas as pd
 from scipy.spatial.distance import cdist, pdist
 
+from sagelib.graph import GeoVisualGraph
 from sagelib.places import Places, heading_difference
 from sagelib.runs import check, rng
 from workbench.tables import bootstrap_mean
@@ -227,7 +230,63 @@ def score_contributions(aggregator, cls, patches, grid: tuple[int, int], other) 
     return (total * way).sum(dim=-1).double().cpu().numpy()
 
 
-# ---------- what the graph costs
+# ---------- graphs and batches
+def graph_statistics(graph: GeoVisualGraph) -> dict:
+    """Counts of a graph, its first 100,000 maximal cliques at most, and means over edges and nodes."""
+    nodes, values = graph.to_networkx(), graph.edge_values() | {"degree": graph.degrees()}
+    cliques = [len(clique) for clique in itertools.islice(nx.find_cliques(nodes), 100_000)]
+    components = [len(part) for part in nx.connected_components(nodes)]
+    counts = {
+        "nodes": len(graph),
+        "edges": graph.n_edges,
+        "pruned_edges": len(graph._pairs) - graph.n_edges,
+        "components": len(components),
+        "largest_component": max(components, default=0),
+        "maximal_cliques": len(cliques),
+        "largest_clique": max(cliques, default=0),
+    }
+    return counts | {f"mean_{name}": float(value.mean()) for name, value in values.items() if len(value)}
+
+
+def graph_change(graph: GeoVisualGraph, previous: GeoVisualGraph) -> dict:
+    """Edges gained and lost since `previous`, a graph of the same images, and the Jaccard index."""
+    now, before = ({*map(tuple, g.edges().tolist())} for g in (graph, previous))
+    counts = {"n_gained": len(now - before), "n_lost": len(before - now), "n_common": len(now & before)}
+    return counts | {"jaccard": len(now & before) / len(now | before) if now | before else 1.0}
+
+
+def batch_statistics(batches, descriptors, east_m, north_m, *, images_per_place: int = 4) -> dict:
+    """How hard the batches of a sampler are, to compare samplers.
+
+    Parameters
+    ----------
+    batches : iterable of (P * K,) int
+        Images, place by place; `images_per_place` is K.
+    descriptors, east_m, north_m : (n, D) and (n,) float
+
+    Returns
+    -------
+    dict of arrays
+        Per image of the batches ``hardest_negative``, the greatest cosine to an image of another place; per
+        pair of images of one place ``positive_similarity`` (cosine) and ``positive_distance_m``.
+    """
+    values = []
+    for batch in map(np.asarray, batches):
+        if len(batch) % images_per_place:
+            raise ValueError(f"a batch of {len(batch)} images is not made of places of {images_per_place}")
+        rows = np.asarray(descriptors[batch], dtype=np.float32)
+        rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+        cosine = rows @ rows.T
+        place = np.arange(len(batch)) // images_per_place
+        same = place[:, None] == place
+        i, j = np.nonzero(np.triu(same, 1))
+        metres = np.hypot(*(x[batch[i]] - x[batch[j]] for x in (east_m, north_m)))
+        hardest = np.where(same, np.nan if same.all() else -np.inf, cosine).max(axis=1)
+        values.append((hardest, cosine[i, j], metres))
+    names = ("hardest_negative", "positive_similarity", "positive_distance_m")
+    return dict(zip(names, map(np.concatenate, zip(*values, strict=True)), strict=True))
+
+
 def graph_cost_table(logs: Mapping[str, Iterable[Mapping]], published: pd.DataFrame) -> pd.DataFrame:
     """What the graph cost, online and offline: measured in finished trainings, and as published.
 

@@ -187,7 +187,7 @@ def graph_view(east_m, north_m, descriptors, *, radius_m, tau, top_k, images_per
     means = pd.DataFrame(pairs, columns=names, dtype=float).mean()
     weight = graph.edge_values()["weight"]
     figure = figures.graph_map(east_m, north_m, graph.edges(), weight, cliques=chosen, radius_m=radius_m)
-    return figure, graph.statistics() | {"places": len(chosen)} | means.to_dict()
+    return figure, analysis.graph_statistics(graph) | {"places": len(chosen)} | means.to_dict()
 
 
 def graph_explorer(east_m, north_m, descriptors, *, images_per_place: int, seed: int):
