@@ -1,7 +1,6 @@
 """Search, exact or by an index, recall with its uncertainty, rankings, and PCA: arrays in, numbers out."""
 
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -91,7 +90,7 @@ def open_index(spec: str, values, folder, key: Mapping) -> faiss.IndexShards:
     ----------
     spec : str
         ``Flat``, ``SQfp16``, ``HNSW32``, ``IVF1024,PQ64``, ...; after a semicolon settings of the search, as
-        in ``IVF1024,PQ64;nprobe=32``. Of n lists, by default sqrt(n) are searched.
+        in ``IVF1024,PQ64;nprobe=32``. By default an eighth of the lists is searched.
     values : array (N, D), may be a memmap
     folder, key : path, mapping
         Where the files lie, and all that `values` depend on: the index of others is not found.
@@ -116,7 +115,7 @@ def open_index(spec: str, values, folder, key: Mapping) -> faiss.IndexShards:
             how = getattr(faiss, "IO_FLAG_MMAP_IFC", faiss.IO_FLAG_MMAP)
             index = faiss.read_index(str(path / "rows.faiss"), how)
             if lists := faiss.try_extract_index_ivf(index):
-                lists.nprobe = math.isqrt(lists.nlist)
+                lists.nprobe = -(-lists.nlist // 8)
             faiss.ParameterSpace().set_index_parameters(index, settings)
         except RuntimeError as error:
             (n, width), reason = part.shape, str(error).rpartition(": ")[2]
