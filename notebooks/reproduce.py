@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pandas
 import papermill
-import yaml
 
 from sagelib.runs import runs_root
+from sagelib.train import read_parameters
 
 HERE = Path(__file__).resolve().parent
 
@@ -30,7 +30,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     if not options.parameters.is_file():
         parser.error(f"there is no file {options.parameters}; the shipped ones are in {HERE / 'params'}")
-    values = yaml.safe_load(options.parameters.read_text()) or {}
+    try:
+        values = read_parameters(options.parameters)
+    except ValueError as error:
+        parser.error(str(error))
     if options.data is not None:
         if not options.data.is_dir():
             parser.error(f"--data: there is no folder {options.data}")
@@ -45,9 +48,11 @@ def main(arguments: list[str] | None = None) -> int:
 
     os.environ.setdefault("MPLBACKEND", "Agg")
     options.out.mkdir(parents=True, exist_ok=True)
-    began = time.time()
+    pages = (HERE / runs_root(values.get("runs_folder", ""))).resolve() / "notebooks"
+    before = {path: path.stat().st_mtime_ns for path in pages.glob("*/*")}
+    began = time.monotonic()
     for i, number in enumerate(chosen, 1):
-        notebook, start = notebooks[number], time.time()
+        notebook, start = notebooks[number], time.monotonic()
         print(f"[{i}/{len(chosen)}] {notebook.name} ...", flush=True)
         try:
             papermill.execute_notebook(
@@ -65,14 +70,17 @@ def main(arguments: list[str] | None = None) -> int:
                 file=sys.stderr,
             )
             return 1
-        print(f"    done in {time.time() - start:.0f} s", flush=True)
+        except OSError as error:  # of a full disk
+            print(f"{notebook.name}: {error}", file=sys.stderr)
+            return 1
+        print(f"    done in {time.monotonic() - start:.0f} s", flush=True)
 
-    print(f"\nAll {len(chosen)} notebooks ran in {(time.time() - began) / 60:.1f} min.")
+    print(f"\nAll {len(chosen)} notebooks ran in {(time.monotonic() - began) / 60:.1f} min.")
     print(f"executed notebooks  {options.out.resolve()}")
-    pages = runs_root(values.get("runs_folder", "")).resolve() / "notebooks"
-    for folder in sorted(pages.glob("*/figures"), key=os.path.getmtime)[-len(chosen) :]:
+    made = [path for path in sorted(pages.glob("*/*")) if path.stat().st_mtime_ns != before.get(path)]
+    for folder in (path for path in made if path.name == "figures"):
         print(f"figures             {folder}")
-    for path in sorted(pages.glob("*/recall_table.csv"), key=os.path.getmtime)[-1:]:
+    for path in (path for path in made if path.name == "recall_table.csv"):
         print(f"recall table        {path.with_suffix('.md')}\n")
         table = pandas.read_csv(path).dropna(subset=["queries"]).astype({"queries": int})
         columns = ["dataset", "method", "context", "R@1", "R@1 95 %", "R@5", "R@10", "queries"]
