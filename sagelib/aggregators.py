@@ -270,11 +270,9 @@ class MixVPR(nn.Module):
 
     def forward(self, cls: Tensor, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         if tuple(grid) != self.grid:
-            wanted, got = (f"{side[0]} x {side[1]}" for side in (self.grid, grid))
-            words = f"a grid of {wanted} patches and got {got}"
-            raise ValueError(
-                f"this MixVPR was built for {words}: give images of the size it was trained with"
-            )
+            wanted, got = (f"{rows} x {columns}" for rows, columns in (self.grid, grid))
+            words = f"this MixVPR was built for a grid of {wanted} patches and got {got}"
+            raise ValueError(f"{words}: give images of the size it was trained with")
         maps = patches.transpose(1, 2)  # (B, M, N)
         for mixer in self.mixers:
             maps = maps + mixer(maps)
@@ -349,18 +347,13 @@ class _QueryLayer(nn.Module):
         return patches, answers
 
 
-_CLASSES = {kind.__name__.lower(): kind for kind in (CLS, Mean, GeM, NetVLAD, SALAD, MixVPR, BoQ)}
-_CLASSES |= {"softp": SoftProbing, "cfp": SoftProbing}
-
-
-def aggregator_names() -> tuple[str, ...]:
-    """Names that `build_aggregator` knows; "cfp" is Soft Probing with its weighting off (EMVP's)."""
-    return tuple(_CLASSES)
+AGGREGATORS = {kind.__name__.lower(): kind for kind in (CLS, Mean, GeM, NetVLAD, SALAD, MixVPR, BoQ)}
+AGGREGATORS |= {"softp": SoftProbing, "cfp": SoftProbing}  # cfp: with its weighting off (EMVP's)
 
 
 def build_aggregator(name: str, width: int, **options) -> nn.Module:
-    """The aggregator of a name in `aggregator_names`, for a backbone's width, with options of its class."""
-    make = _CLASSES[check("aggregator", name, choices=_CLASSES)]
+    """The aggregator of a name in `AGGREGATORS`, for a backbone's width, with options of its class."""
+    make = AGGREGATORS[check("aggregator", name, choices=AGGREGATORS)]
     known = {k: p for k, p in inspect.signature(make).parameters.items() if k != "width"}
     for option, value in options.items():
         if option in known and known[option].annotation in (int, int | None):

@@ -22,6 +22,7 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, resample_abs_pos_embed
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -33,6 +34,7 @@ EMBEDDED = "tf_efficientnet_lite2"  # its weights come with a package that is in
 EMBEDDED_FILE = "efficientnet-lite2-9656183e.pth"
 EMBEDDED_SHA256 = "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"
 PLAIN_DINOV2 = tuple(f"vit_{size}_patch14_dinov2" for size in ("small", "base", "large", "giant"))
+TRANSFORMERS = (VisionTransformer, Eva)  # DINOv2's kind, and DINOv3's with rotary positions
 ADAPTERS = ("dpn", "none", "lora", "dora", "unfreeze")
 IMAGENET = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
@@ -164,8 +166,8 @@ def _inject_tuner(network: nn.Module, adapter: str, blocks: dict[str, nn.Module]
 
     inner = [pair for block in blocks.values() for pair in block.named_modules()]
     layers = {n for n, m in inner if isinstance(m, nn.Linear) or getattr(m, "kernel_size", 0) == (1, 1)}
-    default = ("qkv", "proj") if isinstance(network, VisionTransformer) else layers
-    targets, chosen = options.pop("target_modules", default), set()
+    attention = {name for name in layers if ".attn." in f".{name}"}  # of a transformer
+    targets, chosen = options.pop("target_modules", attention or layers), set()
     for target in [targets] if isinstance(targets, str) else targets:
         if not (matches := {n for n in layers if f".{n}".endswith(f".{target}")}):
             raise ValueError(f"target_modules {target!r} matches none of {', '.join(sorted(layers))}")
@@ -182,6 +184,7 @@ def _inject_tuner(network: nn.Module, adapter: str, blocks: dict[str, nn.Module]
 class ViTBackbone(Backbone):
     """A vision transformer of timm, of ``depth`` = L blocks, ``prefix_blocks`` of them in :meth:`prefix`.
 
+    It is a ``VisionTransformer``, as DINOv2, or an ``Eva``, as DINOv3, whose blocks turn by rotary positions.
     These are L - n + 1 of L where the trained part follows the block (``dpn``), L - n where it lies inside, L
     where none trains. ``position`` is how position embeddings are resampled: "dinov2" for the four original
     models (bicubic, scale factor (side + 0.1) / trained side), else "timm" (bicubic, antialiasing).
@@ -214,19 +217,32 @@ class ViTBackbone(Backbone):
             tokens, position = tokens + position, 0
         prefix = [t.expand(batch, -1, -1) for t in (vit.cls_token, vit.reg_token) if t is not None]
         tokens = vit.norm_pre(vit.pos_drop(torch.cat([*prefix, tokens], dim=1) + position))
-        for block in vit.blocks[: self.prefix_blocks]:
-            tokens = block(tokens)
+        for i, rotary in enumerate(self._rotary(grid)[: self.prefix_blocks]):
+            tokens = vit.blocks[i](tokens, **rotary)
         return tokens
 
     def suffix(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """What is left after :meth:`prefix`: adapter, last blocks, final LayerNorm; (B, T, M) to the same."""
+        """What is left after :meth:`prefix`: adapter, last blocks, final LayerNorm; (B, T, M) to the same.
+
+        Only rotary positions need the grid.
+        """
         if self.adapter == "dpn":
             tokens = self.dpn[0](tokens)
-        for i in range(self.prefix_blocks, self.depth):
-            tokens = self.vit.blocks[i](tokens)
+        for i, rotary in enumerate(self._rotary(grid)[self.prefix_blocks :], self.prefix_blocks):
+            tokens = self.vit.blocks[i](tokens, **rotary)
             if self.adapter == "dpn":
                 tokens = self.dpn[i - self.prefix_blocks + 1](tokens)
         return self.vit.norm(tokens)
+
+    def _rotary(self, grid: tuple[int, int] | None) -> list[dict[str, Tensor]]:
+        """For each block its rotary position embedding, if there is one, without timm's random shifts."""
+        if getattr(self.vit, "rope", None) is None:
+            return [{}] * self.depth
+        embedding = self.vit.rope.eval().get_embed(shape=grid)
+        return [
+            {"rope": embedding[i] if getattr(self.vit, "rope_mixed", False) else embedding}
+            for i in range(self.depth)
+        ]
 
     def split(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """The CLS token (B, M), or the mean of the patches without one, and the patches (B, N, M)."""
@@ -412,7 +428,7 @@ def _fold_sequence(network: nn.Module, name: str) -> dict[str, tuple[Tensor, Ten
     except Exception:  # a network of another kind altogether
         same = False
     if not same:
-        kinds = "a VisionTransformer, or a convolutional network of timm whose stages run one after another"
+        kinds = "a VisionTransformer or Eva of timm, or its convolutional network of stages run in order"
         raise ValueError(f"{name} is a {type(network).__name__}: a backbone is {kinds}")
     return statistics
 
@@ -451,7 +467,7 @@ def build_backbone(name: str, *, pretrained=True, weights: str | Path | None = N
         network = embedded_network(num_classes=0)
     else:
         network = _from_hub(name)
-    kind = ViTBackbone if isinstance(network, VisionTransformer) else ConvBackbone
+    kind = ViTBackbone if isinstance(network, TRANSFORMERS) else ConvBackbone
     return kind(network, name, **options)
 
 

@@ -10,7 +10,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -37,6 +37,8 @@ CONTEXTS = "it is none, solo, anchors, or with at least 1 image a batch sorted-n
 @dataclass(frozen=True)
 class Context:
     """Which images share a batch of the InteractHead, and so what a descriptor depends on.
+
+    Of a network without ``embed``, somebody else's, they share a batch of the network itself.
 
     ``none``: the head is off. ``solo``: each image alone. ``sorted-n``: batches of n images in the order of
     their file names; so the authors of SAGE evaluate, and where queries and references sort alike it puts
@@ -117,12 +119,23 @@ def in_context(model, descriptors: Tensor, context, anchors: Tensor | None = Non
     For ``sorted-n`` and ``shuffled-n`` the batch is the context. `anchors` (m, D): by default the model's.
     """
     context = Context.parse(context)
-    if context.kind == "none":
+    if context.kind == "none" or (len(descriptors) == 1 and not hasattr(model, "embed")):
         return descriptors
     _check_head(model, context, anchors)
     anchors = model.anchors if context.kind == "anchors" and anchors is None else anchors
     anchors = None if context.batched else descriptors[:0] if context.kind == "solo" else anchors
     return model.interact(descriptors, anchors=anchors)
+
+
+def mixes_images(model, image: Tensor) -> bool:
+    """Whether the descriptor of an image (3, H, W) depends on the others of its batch.
+
+    It does if it moves by more than 1 % of its length when the image's negative and the image upside down
+    come beside it: rounding moves it a hundred times less, attention across images much more.
+    """
+    beside = torch.stack([image, -image, image.flip(-2) + 1])
+    alone, beside = (describe_batch(model, batch)[0] for batch in (image[None].clone(), beside))
+    return bool((alone - beside).norm() > 0.01 * alone.norm())
 
 
 def _check_head(model, context, anchors):
@@ -200,11 +213,11 @@ class RowStore:
 
 
 class _Batches(Dataset):
-    """Batches of pictures: rows, images or None, and {row: sentence} of those that do not decode."""
+    """Batches of pictures: rows, their images by shape, and {row: sentence} of those that do not decode."""
 
-    def __init__(self, paths, preprocess, start, size):
+    def __init__(self, paths, preprocess, order, size):
         self.paths, self.preprocess = paths, preprocess
-        self.rows = [range(i, min(i + size, len(paths))) for i in range(start, len(paths), size)]
+        self.rows = [order[i : i + size].tolist() for i in range(0, len(order), size)]
 
     def __len__(self):
         return len(self.rows)
@@ -219,20 +232,34 @@ class _Batches(Dataset):
                 failures[row] = str(error)
             else:
                 images[row] = self.preprocess(picture, *more)
-        if len(shapes := {tuple(image.shape) for image in images.values()}) > 1:
-            raise ValueError(f"preprocess gave several shapes, {sorted(shapes)}: it must give one size")
-        return list(images), torch.stack(list(images.values())) if images else None, failures
+        shapes = [image.shape for image in images.values()]
+        alike = [[i for i, other in enumerate(shapes) if other == shape] for shape in dict.fromkeys(shapes)]
+        images = list(images.items())
+        stacks = [(at, torch.stack([images[i][1] for i in at])) for at in alike]
+        return [row for row, _ in images], stacks, failures
 
 
-def _of_pictures(paths, preprocess, compute, dtype, advice, size, workers, on_error, start, n_skipped):
-    """Blocks of a `RowStore`: what `compute` makes of batches of `size` pictures."""
-    batches, own = _Batches(paths, preprocess, start, size), torch.Generator()  # not torch's global one
-    for rows, images, failures in DataLoader(batches, None, num_workers=workers, generator=own):
-        if failures and on_error == "raise":
+def _of_pictures(
+    paths, preprocess, compute, dtype, advice, size, workers, on_error, start, n_skipped, order=None
+):
+    """Blocks of a `RowStore`: what `compute` makes of batches of `size` pictures, one shape at a time.
+
+    With an `order` of the rows, a batch is what a descriptor depends on, and is given as it is.
+    """
+    whole, order = order is not None, np.arange(len(paths)) if order is None else order
+    batches, own = _Batches(paths, preprocess, order[start:], size), torch.Generator()  # not torch's global
+    for rows, stacks, failures in DataLoader(batches, None, num_workers=workers, generator=own):
+        if failures and (whole or on_error == "raise"):
             raise ValueError(failures[min(failures)])
-        positions, values = np.arange(len(rows)) + start - n_skipped, None
+        if whole and len(stacks) > 1:
+            raise ValueError(f"{paths[rows[0]]} and others of its batch differ in shape: use resize='square'")
+        positions, values = order[start - n_skipped :][: len(rows)], None
+        while stacks:
+            at, images = stacks.pop()
+            some, images = compute(images), None
+            values = some.new_empty(len(rows), *some.shape[1:]) if values is None else values
+            values[at] = some
         if rows:
-            values, images = compute(images), None
             values = _stored(values, dtype, [paths[row] for row in rows], advice)
         yield positions, values, [{"row": r, "path": paths[r], "reason": s} for r, s in failures.items()]
         start, n_skipped = start + len(rows) + len(failures), n_skipped + len(failures)
@@ -267,6 +294,24 @@ class Descriptors(RowStore):
         return places[self.rows].replace(left_out=(*places.left_out, *reasons)) if reasons else places
 
 
+def _computing(model, device, context: Context, whole: bool) -> Callable:
+    """What describes a batch of images; the first one shows whether the model has such a context."""
+    unknown = not hasattr(model, "embed")
+
+    def compute(images):
+        nonlocal unknown
+        images = images.to(device)
+        values = describe_batch(model, images)
+        if unknown and mixes_images(model, images[0]) != whole:
+            blind = "has no InteractHead and does not look at the other images of a batch: take none"
+            looks = "looks at the other images of a batch: take solo, sorted-n or shuffled-n"
+            raise ValueError(f"context is {context}, but this model {blind if whole else looks}")
+        unknown = False
+        return values
+
+    return compute
+
+
 def describe(
     model: Callable,
     places,
@@ -290,11 +335,13 @@ def describe(
     Parameters
     ----------
     model : SAGE, or callable from images (B, 3, H, W) to descriptors (B, D)
-        Moved to `device`, see `pick_device`.
+        Moved to `device`, see `pick_device`. What has no method ``embed`` may look at its whole batch: its
+        contexts are none if it does not, else solo, sorted-n and shuffled-n; see `mixes_images`.
     places, folder : Places, path
         Pictures of one loader, references or queries. In `folder`, every model, set and context has its own.
     preprocess : callable, optional
-        From a PIL picture to a tensor, equal in shape for all; default: the model's, see `preprocess_of`.
+        From a PIL picture to a tensor; default: the model's, see `preprocess_of`. In a batch, images of each
+        shape are described together.
     context, anchors, seed, loader : str or Context, array (m, D), int, str
         See `Context`, `choose_anchors` (default: the model's own) and `Context.batches`.
     batch_size, workers : int
@@ -311,26 +358,33 @@ def describe(
     runs.check("on_error", on_error, choices=("raise", "skip"))
     runs.check("batch_size", batch_size, 1, whole=True)
     runs.check("workers", workers, 0, whole=True)
-    _check_head(model, context, anchors)
+    if not (whole := context.kind in ("solo", "sorted", "shuffled") and not hasattr(model, "embed")):
+        _check_head(model, context, anchors)
     if len(places) == 0:
         raise ValueError("there is no picture to describe: places is empty")
     fingerprint, device = fingerprint or model_fingerprint(model), move_to(model, device)
     paths = [str(path) for path in places.path]
     advice = "try dtype='float32'" if dtype == "float16" else "the model gives NaN or infinity"
-    how = (paths, preprocess, lambda images: describe_batch(model, images.to(device)))
-    how += (dtype, advice, batch_size, workers, on_error)
     key = {"model": fingerprint.embedding, "preprocess": describe_callable(preprocess), "context": "none"}
     key["data"] = runs.fingerprint([places.fingerprint(), pictures_fingerprint(places)])
     key |= {"dtype": dtype, "n_given": len(places)}
+    drawn, order = {"seed": seed, "loader": loader} if context.kind == "shuffled" else {}, None
+    if whole:
+        key |= {"context": str(context), **drawn}
+        batches = context.batches(names_in_order(places), seed=seed, loader=loader)
+        order, batch_size = np.concatenate(batches), context.n or 1
+    how = (paths, preprocess, _computing(model, device, context, whole))
+    how += (dtype, advice, batch_size, workers, on_error)
+    blocks = partial(_of_pictures, *how, order=order)
     lack = f"not enough memory to describe {batch_size} pictures at a time on {device}: lower batch_size"
     with runs.memory_errors(lack + f", or the {context.n} of context {context}" * bool(context.n)):
-        base = Descriptors.make(folder, "none", key, len(paths), partial(_of_pictures, *how), bar=progress)
+        base = Descriptors.make(folder, key["context"], key, len(paths), blocks, bar=progress)
         if base.manifest["skipped"] and on_error == "raise":
             raise ValueError(f"{base.manifest['skipped'][0]['reason']} (on_error='skip' leaves it out)")
-        if context.kind == "none":
+        if whole or context.kind == "none":
             return base
         key |= {"model": fingerprint.whole, "context": str(context), "skipped": base.manifest["skipped"]}
-        key |= {"seed": seed, "loader": loader} if context.kind == "shuffled" else {}
+        key |= drawn
         if context.kind == "anchors":
             anchors = np.asarray(own_anchors(model) if anchors is None else anchors, np.float32)
             key |= {"anchors": runs.fingerprint(anchors)}
@@ -506,13 +560,20 @@ def describe_callable(preprocess) -> str:
 
 
 def preprocess_of(model, preprocess: Callable | None = None) -> Callable:
-    """`preprocess`, or the model's ``preprocess``, or that of the dict ``preprocessing`` saved with it."""
-    preprocess = preprocess or getattr(model, "preprocess", None)
-    if preprocess is None and getattr(model, "preprocessing", None):
-        return Preprocess(**model.preprocessing)
-    if preprocess is None:
+    """`preprocess`, or the model's ``preprocess``, or that of the dict ``preprocessing`` saved with it.
+
+    In a `Preprocess`, what the dict ``asked`` says (of a model's name) goes first, and pictures that keep
+    their aspect get sides that are multiples of the backbone's patch.
+    """
+    preprocess, own = preprocess or getattr(model, "preprocess", None), getattr(model, "preprocessing", None)
+    if preprocess is None and not own:
         raise ValueError("this model names no preprocess: give one, as in preprocess=Preprocess(322)")
-    return preprocess
+    preprocess = Preprocess(**own) if preprocess is None else preprocess
+    if not isinstance(preprocess, Preprocess):
+        return preprocess
+    preprocess = replace(preprocess, **getattr(model, "asked", {}))
+    cut = preprocess.resize != "square" and preprocess.multiple is None and hasattr(model, "backbone")
+    return replace(preprocess, multiple=model.backbone.patch) if cut else preprocess
 
 
 def pictures_fingerprint(places) -> str:

@@ -1,15 +1,17 @@
 """A model on a test set under a context: counts, in a run directory; one photograph; models by name."""
 
+import importlib.util
 import os
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+import yaml
 
 from sagelib import runs
 from sagelib.describe import (
@@ -26,8 +28,8 @@ from sagelib.describe import (
     pictures_fingerprint,
     preprocess_of,
 )
-from sagelib.images import load_image
-from sagelib.model import build_model
+from sagelib.images import Preprocess, load_image
+from sagelib.model import build_model, load_foreign
 from sagelib.places import BENCHMARKS, Places, TestSet, available, open_set
 from sagelib.retrieval import (
     KS,
@@ -214,7 +216,7 @@ def _save(
     parts = {name: d.kept(getattr(test_set, name)) for name, d in described.items()}
     write_rankings(run.path("rankings.csv"), indices, distances, *parts.values(), positives)
     runs.save_array(run.path("ranks.npy"), counted.per_query_rank)
-    head_s = sum(d.manifest["seconds"] for d in described.values() if d.context != "none")
+    head_s = sum(d.manifest["seconds"] for d in described.values() if "embedding_seconds" in d.manifest)
     embed_s = sum(d.manifest.get("embedding_seconds", d.manifest["seconds"]) for d in described.values())
     n_inside = _in_database(*parts.values(), indices, distances)
     inside = f"{n_inside} of {len(queries)} queries lie in the data base" if n_inside else ""
@@ -364,6 +366,7 @@ def locate(
 
 
 # ------------------------------------------------------------------------------------------- models by name
+ARGUMENT = r":(?=\w+=)"  # begins an argument of a name
 POOLINGS = {"gem": {}, "gem2x2": {"grid": 2}, "mean": {}, "cls": {}}
 
 
@@ -375,7 +378,10 @@ def open_model(spec: str, roots: Iterable = ()) -> Callable:
     spec : str
         ``pixels``; ``POOLING:BACKBONE``, with gem, gem2x2, mean or cls, for a frozen backbone with pooling,
         ``POOLING:BACKBONE:FILE`` to read its weights from a file, ``POOLING:BACKBONE:random`` for none; a
-        training run or its folder; a folder written by ``save_pretrained``; a released checkpoint's file.
+        training run or its folder; a folder written by ``save_pretrained``; a released checkpoint's file;
+        or somebody else's network, whose code is run, see `load_foreign`: ``hub:OWNER/REPO:ENTRY``,
+        ``hub:FOLDER:ENTRY`` or ``module:function``. Fields of `Preprocess` and arguments of the entry may
+        follow, in YAML: ``hub:gmberton/CosPlace:get_trained_model:backbone=ResNet50:image_size=512``.
     roots : iterable of path
         Folders of runs in which the name of a training run is looked for.
     """
@@ -396,11 +402,19 @@ def open_model(spec: str, roots: Iterable = ()) -> Callable:
         return load_trained(runs.load_run(folder)) if run else build_model(folder).eval()
     if Path(spec).is_file():
         return load_authors_checkpoint(spec)
+    name, *pairs = re.split(ARGUMENT, spec)
+    module = re.fullmatch(r"([A-Za-z_]\w*)[\w.]*:[A-Za-z_]\w*", name)
+    if name.startswith("hub:") or (module and importlib.util.find_spec(module[1]) is not None):
+        values = {key: yaml.safe_load(text) for key, _, text in (pair.partition("=") for pair in pairs)}
+        asked = {f.name: values.pop(f.name) for f in fields(Preprocess) if f.name in values}
+        Preprocess(**asked)  # wrong values end here
+        return load_foreign(name, values, **asked)
     searched = [Path(root).absolute() / "train" for root in roots]
     names = sorted({path.parent.name for folder in searched for path in folder.glob("*/manifest.json")})
     raise ValueError(
         f"there is no model {spec!r}: give pixels, gem:BACKBONE, gem:BACKBONE:FILE (or gem2x2, mean, cls), a "
-        "training run, a folder written by save_pretrained, or a released checkpoint's file. Runs found: "
+        "training run, a folder written by save_pretrained, a released checkpoint's file, "
+        "hub:OWNER/REPO:ENTRY, hub:FOLDER:ENTRY or module:function. Runs found: "
         f"{', '.join(names) or 'none'}; searched: {', '.join(map(str, (Path.cwd(), *searched)))}"
     )
 
@@ -422,7 +436,9 @@ def open_models(specs: Iterable[str], roots: Iterable = ()) -> dict[str, Callabl
     """Models (see `open_model`) by their short names: of a path its last part, which two may not share."""
     roots, opened = list(roots), {}
     for spec in specs:
-        name = spec if spec.partition(":")[0] in POOLINGS else Path(spec).name or spec
+        head = re.split(ARGUMENT, spec)[0]
+        short = (Path(head).name or head) + spec[len(head) :]
+        name = spec if spec.partition(":")[0] in POOLINGS else short
         if name in opened:
             raise ValueError(f"two models are called {name}: rename one of the files or folders")
         opened[name] = open_model(spec, roots)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -76,7 +76,7 @@ def _upright_rgb(picture: Image.Image) -> Image.Image:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """A picture as a float32 tensor (3, H, W): to [0, 1], ImageNet normalisation, then bilinear resize.
+    """A picture as a float32 tensor (3, H, W): to [0, 1], ``(x - mean) / std``, then bilinear resize.
 
     Parameters
     ----------
@@ -88,26 +88,62 @@ class Preprocess:
         ``"antialias"``: the same with antialias, the better practice where pictures shrink.
         ``"autocontrast"``: before that, each colour channel is stretched to 0..255, so a colour cast goes
         too; meant for dark photographs.
+    resize : {"square", "short", "long"}
+        ``"square"`` (the paper's): the picture is stretched to both sides. Else it keeps its aspect, and
+        `image_size`, one number, is its short side or its long one.
+    multiple : int or None
+        With the aspect kept, sides are rounded to multiples of so many pixels; None: of the model's patch.
+    mean, std : float or (float, float, float)
+        Of red, green and blue in [0, 1]; those of ImageNet, which every model of this package expects.
 
     Examples
     --------
     >>> Preprocess(28)(Image.new("RGB", (40, 30))).shape
     torch.Size([3, 28, 28])
+    >>> Preprocess(28, resize="short", multiple=14)(Image.new("RGB", (40, 30))).shape
+    torch.Size([3, 28, 42])
     """
 
     image_size: int | tuple[int, int] = 322
     mode: str = "paper"
+    resize: str = "square"
+    multiple: int | None = None
+    mean: float | tuple[float, float, float] = IMAGENET_MEAN
+    std: float | tuple[float, float, float] = IMAGENET_STD
 
     def __post_init__(self) -> None:
-        _sides(self.image_size)
         check("mode", self.mode, choices=MODES)
+        check("resize", self.resize, choices=("square", "short", "long"))
+        check("multiple", self.multiple, 1, whole=True, none=True)
+        if len(set(_sides(self.image_size))) > 1 and self.resize != "square":
+            raise ValueError(f"resize {self.resize!r} needs one side as image_size, got {self.image_size}")
+        if not isinstance(self.image_size, int):
+            object.__setattr__(self, "image_size", tuple(self.image_size))
+        for name, least in (("mean", None), ("std", 0)):
+            values = getattr(self, name)
+            values = values if isinstance(values, list | tuple) else [values] * 3
+            check(f"the number of values of {name}", len(values), choices=(3,))
+            values = tuple(float(check(name, value, above=least)) for value in values)
+            object.__setattr__(self, name, values)
+
+    def __repr__(self) -> str:
+        """Size, mode and what is not as usual: descriptors are found by it."""
+        shown = ((f.name, getattr(self, f.name), f.default) for f in fields(self))
+        words = (f"{n}={v!r}" for n, v, usual in shown if v != usual or n in ("image_size", "mode"))
+        return f"Preprocess({', '.join(words)})"
 
     def __call__(self, picture: Image.Image) -> torch.Tensor:
         from torchvision.transforms.v2 import functional as F
 
         if self.mode == "autocontrast":
             picture = ImageOps.autocontrast(picture)
-        return F.resize(_normalised(picture), _sides(self.image_size), antialias=self.mode != "paper")
+        sides = _sides(self.image_size)
+        if self.resize != "square":
+            edge = min(picture.size) if self.resize == "short" else max(picture.size)
+            unit = self.multiple or 1
+            scaled = (side * sides[0] / edge / unit for side in (picture.height, picture.width))
+            sides = [max(1, round(side)) * unit for side in scaled]
+        return F.resize(_normalised(picture, self.mean, self.std), sides, antialias=self.mode != "paper")
 
 
 @dataclass(frozen=True)
@@ -223,15 +259,15 @@ def loader(
     )
 
 
-def _normalised(picture: Image.Image) -> torch.Tensor:
+def _normalised(picture: Image.Image, mean=IMAGENET_MEAN, std=IMAGENET_STD) -> torch.Tensor:
     from torchvision.transforms.v2 import functional as F
 
     pixels = F.to_dtype(F.pil_to_tensor(picture), torch.float32, scale=True)
-    return F.normalize(pixels, IMAGENET_MEAN, IMAGENET_STD)
+    return F.normalize(pixels, mean, std)
 
 
 def _sides(image_size: int | tuple[int, int]) -> list[int]:
     sides = [image_size] * 2 if isinstance(image_size, int) else list(image_size)
-    if len(sides) != 2 or min(sides) < 1:
+    if len(sides) != 2 or not all(isinstance(side, int) and side >= 1 for side in sides):
         raise ValueError(f"image_size must be a side or (height, width) of at least 1 pixel, got {sides}")
     return sides

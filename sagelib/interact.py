@@ -5,18 +5,10 @@ here, never a consequence of how a loader happened to cut its batches.
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-
-class AnchorStates(NamedTuple):
-    """Keys and values of the anchors in each layer; each (segments, heads, m, segment_width / heads)."""
-
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
 
 
 class InteractHead(nn.Module):
@@ -60,22 +52,15 @@ class InteractHead(nn.Module):
         super().__init__()
         if segment_width < 1 or width % segment_width:
             fits = [d for d in range(16, width + 1) if width % d == 0 and d % heads == 0]
-            near = sorted(sorted(fits, key=lambda d: abs(d - segment_width))[:3])
-            raise ValueError(
-                f"descriptors of width {width} cannot be cut into segments of {segment_width}: {width} = "
-                f"{width // max(segment_width, 1)} x {segment_width} + {width % max(segment_width, 1)}"
-                + (f"; segment_width could be {', '.join(map(str, near))}" if near else "")
-                + "; or set interact: false"
-            )
+            near = ", ".join(map(str, sorted(sorted(fits, key=lambda d: abs(d - segment_width))[:3])))
+            words = f"descriptors of width {width} cannot be cut into segments of {segment_width}"
+            advice = (f"; segment_width could be {near}" if near else "") + "; or set interact: false"
+            raise ValueError(f"{words}: {_division(width, segment_width)}{advice}")
         if heads < 1 or segment_width % heads:
-            raise ValueError(
-                f"a segment of {segment_width} cannot be shared by {heads} heads: {segment_width} = "
-                f"{segment_width // max(heads, 1)} x {heads} + {segment_width % max(heads, 1)}"
-            )
+            words = f"a segment of {segment_width} cannot be shared by {heads} heads"
+            raise ValueError(f"{words}: {_division(segment_width, heads)}")
         if learned_anchors and stored_anchors:
-            raise ValueError(
-                "anchors are either learned or stored: give one of learned_anchors, stored_anchors"
-            )
+            raise ValueError("anchors are learned or stored: give one of learned_anchors, stored_anchors")
         self.width, self.segment_width, self.heads = width, segment_width, heads
         self.segments = width // segment_width
         self.normalise = normalise
@@ -107,56 +92,44 @@ class InteractHead(nn.Module):
         like = next(self.parameters())
         self.stored = descriptors.detach().clone().to(like.device, like.dtype)
 
-    def forward(self, descriptors: Tensor, anchors: "Tensor | AnchorStates | None" = None) -> Tensor:
+    def forward(self, descriptors: Tensor, anchors: Tensor | None = None) -> Tensor:
         """Descriptors (B, width) in their context, (B, width).
 
         Parameters
         ----------
         descriptors : Tensor (B, width)
             As they are before the head.
-        anchors : Tensor (m, width) or AnchorStates, optional
+        anchors : Tensor (m, width), optional
             ``None``: the context is the batch, each image attends over all B. Otherwise each image attends
             over itself and the m anchors only, so that its output depends on no other image; m = 0 is the
             context of an image alone.
         """
-        self._check(descriptors, "descriptors")
-        x = self._cut(descriptors)
-        if anchors is not None and not isinstance(anchors, AnchorStates):
-            anchors = self.encode_anchors(anchors)
-        for i, layer in enumerate(self.layers):
-            q, k, v = self._project(layer, x)
-            if anchors is None:
-                mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=self._attention_dropout(layer))
-            else:
-                mixed = self._attend_to_self_and(layer, q, k, v, anchors.keys[i], anchors.values[i])
+        x = self._cut(descriptors, "descriptors")
+        states = [None] * len(self.layers) if anchors is None else self._keys_and_values(anchors)
+        for layer, state in zip(self.layers, states, strict=True):
+            qkv = self._project(layer, x)
+            mixed = self._attend(layer, *qkv) if state is None else self._to_self_and(*state, layer, *qkv)
             x = self._finish(layer, x, mixed)
         out = x.transpose(0, 1).flatten(1)
         return F.normalize(out, dim=-1) if self.normalise else out
 
-    def encode_anchors(self, anchors: Tensor) -> AnchorStates:
-        """The anchors' keys and values, to be computed once for many images.
+    def _keys_and_values(self, anchors: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """For each layer the anchors' keys and values, (segments, heads, m, segment_width / heads).
 
-        The anchors, (m, width), attend among themselves only: what images read from them in each layer is
-        then the same for every image.
+        The anchors, (m, width), attend among themselves only: images all read the same from them.
         """
-        self._check(anchors, "anchors")
-        x = self._cut(anchors)
-        keys, values = [], []
-        for i, layer in enumerate(self.layers):
+        x, states = self._cut(anchors, "anchors"), []
+        for layer in self.layers:
             q, k, v = self._project(layer, x)
-            keys.append(k)
-            values.append(v)
-            if i + 1 < len(self.layers) and len(anchors):
-                mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=self._attention_dropout(layer))
-                x = self._finish(layer, x, mixed)
-        return AnchorStates(tuple(keys), tuple(values))
+            states.append((k, v))
+            if len(states) < len(self.layers) and len(anchors):
+                x = self._finish(layer, x, self._attend(layer, q, k, v))
+        return states
 
-    def _check(self, descriptors: Tensor, what: str) -> None:
+    def _cut(self, descriptors: Tensor, what: str) -> Tensor:
+        """(n, width) to (segments, n, segment_width)."""
         if descriptors.ndim != 2 or descriptors.shape[1] != self.width:
             raise ValueError(f"{what} must have shape (n, {self.width}); got {tuple(descriptors.shape)}")
-
-    def _cut(self, descriptors: Tensor) -> Tensor:
-        """(n, width) to (segments, n, segment_width)."""
         return descriptors.unflatten(1, (self.segments, self.segment_width)).transpose(0, 1)
 
     def _project(self, layer: nn.TransformerEncoderLayer, x: Tensor) -> tuple[Tensor, ...]:
@@ -168,7 +141,10 @@ class InteractHead(nn.Module):
     def _attention_dropout(self, layer: nn.TransformerEncoderLayer) -> float:
         return layer.self_attn.dropout if self.training else 0.0
 
-    def _attend_to_self_and(self, layer, q, k, v, anchor_k, anchor_v) -> Tensor:
+    def _attend(self, layer, q, k, v) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=self._attention_dropout(layer))
+
+    def _to_self_and(self, anchor_k, anchor_v, layer, q, k, v) -> Tensor:
         own = (q * k).sum(-1, keepdim=True)
         scores = torch.cat([own, q @ anchor_k.transpose(-2, -1)], dim=-1) / math.sqrt(q.shape[-1])
         weights = F.dropout(scores.softmax(dim=-1), self._attention_dropout(layer))
@@ -180,3 +156,7 @@ class InteractHead(nn.Module):
         x = layer.norm1(x + layer.dropout1(mixed))
         hidden = layer.linear2(layer.dropout(F.gelu(layer.linear1(x))))
         return layer.norm2(x + layer.dropout2(hidden))
+
+
+def _division(whole: int, part: int) -> str:
+    return f"{whole} = {whole // max(part, 1)} x {part} + {whole % max(part, 1)}"

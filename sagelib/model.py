@@ -1,7 +1,14 @@
-"""SAGE: backbone, aggregator and, if wanted, the cross-image head, in one module."""
+"""SAGE: backbone, aggregator and, if wanted, the cross-image head, in one module; others' networks."""
 
+import importlib
+import inspect
+import re
+import secrets
+import sys
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
+from urllib.error import URLError
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin, snapshot_download
@@ -12,8 +19,8 @@ from torch import Tensor, nn
 from sagelib import backbone as backbones
 from sagelib.aggregators import NetVLAD, build_aggregator
 from sagelib.backbone import check_state, read_checkpoint
-from sagelib.interact import AnchorStates, InteractHead
-from sagelib.runs import atomic_path, write_json
+from sagelib.interact import InteractHead
+from sagelib.runs import atomic_path, fingerprint, write_json
 from sagelib.softp import SoftProbing
 
 WEIGHTS, TRAINABLE, CONFIG = "model.safetensors", "trainable.safetensors", "config.json"
@@ -78,10 +85,7 @@ class SAGE(
     width = property(lambda self: self.aggregator.out_dim, doc="Width D of a descriptor.")
     has_head = property(lambda self: self.head is not None, doc="Whether there is a cross-image head.")
 
-    @property
-    def anchors(self) -> Tensor | None:
-        """The head's own anchors (m, D), learned or stored; ``None`` where it has none."""
-        return self.head.anchors if self.has_head else None
+    anchors = property(lambda self: self.head and self.head.anchors, doc="Its head's own (m, D), if any.")
 
     @property
     def config(self) -> dict:
@@ -111,7 +115,7 @@ class SAGE(
         """What the aggregator is given: CLS (B, M), patches (B, N, M) and the grid (rows, columns)."""
         return *self.backbone.split(self.backbone(images)), self.backbone.grid(images)
 
-    def interact(self, descriptors: Tensor, anchors: "Tensor | AnchorStates | None" = None) -> Tensor:
+    def interact(self, descriptors: Tensor, anchors: Tensor | None = None) -> Tensor:
         """The head on descriptors (B, D): over the batch, or over each image and ``anchors`` (m, D) only."""
         self._needs_head()
         return self.head(descriptors, anchors)
@@ -256,6 +260,89 @@ def build_model(name_or_path: str | Path, **options) -> SAGE:
     if options.get("aggregator") in PLAIN_POOLING:
         options = {"adapter": "none", "train_norm": False, "interact": False, **options}
     return SAGE(str(name_or_path), **options)
+
+
+class ForeignModel(nn.Module):
+    """Somebody else's network, images (B, 3, H, W) to descriptors (B, D); see :func:`load_foreign`.
+
+    Of several outputs the first counts. ``asked`` has the fields of :class:`sagelib.images.Preprocess` that
+    are its own; where nothing else is said, it gets squares of 322 px, with antialias.
+    """
+
+    def __init__(self, network: nn.Module, name: str, code: str, asked: Mapping):
+        super().__init__()
+        # DataParallel would deal a batch out to several GPUs, and each would see a part of it.
+        self.network = network.module if isinstance(network, nn.DataParallel) else network
+        self.name, self.fingerprint, self.asked = name, code, dict(asked)
+        self.preprocessing = {"image_size": 322, "mode": "antialias", **asked}
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Descriptors (B, D); what the network raises becomes a ValueError with the shape of the images."""
+        try:
+            out = self.network(images)
+        except Exception as error:
+            if "memory" in str(error):
+                raise
+            words = f"{self.name} fails on images of the shape {tuple(images.shape)}"
+            raise ValueError(f"{words} ({type(error).__name__}: {error})") from error
+        return out[0] if isinstance(out, tuple | list) else out
+
+    def parameter_report(self) -> ParameterReport:
+        """The parameters that its code leaves open to training."""
+        return ParameterReport({"trained, head off": (_count(self, trained=True), None)})
+
+
+def load_foreign(name: str, arguments: Mapping, **asked) -> ForeignModel:
+    """The network that an entry of a torch.hub folder, or a function of a module, makes of ``arguments``.
+
+    ``name`` is ``hub:FOLDER:ENTRY`` where there is such a folder, ``hub:OWNER/REPO:ENTRY`` at GitHub (also
+    ``OWNER/REPO:REF``), or ``module:function``. Their code is run, and what it wants is fetched: name only
+    what you trust. Random weights are the same each time. ``asked`` are fields of ``Preprocess``.
+
+    Its fingerprint is of entry, arguments and all Python files in the hub's folder, or beside those that
+    define the function and the network's classes; weights count besides. Code of no file is new each time.
+    What cannot be fetched is an OSError, and all else that gives no ``torch.nn.Module`` a ValueError.
+    """
+    source, _, entry = name.removeprefix("hub:").rpartition(":")
+    folder, is_hub, paths, before = (
+        Path(source).expanduser().resolve(),
+        name.startswith("hub:"),
+        [*sys.path],
+        {*sys.modules},
+    )
+    local = is_hub and folder.is_dir()
+    if is_hub and not local and not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w./-]+)?", source):
+        raise FileNotFoundError(f"{name}: there is no folder {folder}, nor is it OWNER/REPO at GitHub")
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            if is_hub:
+                how = {"source": "local"} if local else {"trust_repo": True, "verbose": False}
+                make = partial(torch.hub.load, str(folder) if local else source, entry, **how)
+            else:
+                make = getattr(importlib.import_module(source), entry)
+            network = make(**arguments)
+    except Exception as error:
+        words = f"({type(error).__name__}: {error})"
+        if isinstance(error, URLError | TimeoutError) or "internet connection" in str(error):
+            advice = f"clone the repository, and give hub:FOLDER:{entry}"
+            raise OSError(f"{name}: what it needs cannot be fetched {words}: {advice}") from error
+        raise ValueError(f"{name} gives no model {words}") from error
+    finally:  # the modules of the next folder may have the same names
+        sys.path[:] = paths
+        root = str(folder) if local else torch.hub.get_dir()
+        for key in {*sys.modules} - before if is_hub else ():
+            if any(root in str(getattr(sys.modules[key], at, "")) for at in ("__file__", "__path__")):
+                del sys.modules[key]
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"{name} gives no torch.nn.Module (of the type {type(network).__name__})")
+    functions = [f for part in network.modules() for f in (type(part).__init__, type(part).forward)]
+    codes = (getattr(inspect.unwrap(f), "__code__", None) for f in [make, *functions])
+    files = {Path(code.co_filename) for code in codes if code}
+    sources = {*(folder.rglob("*.py") if local else ()), *(s for f in files for s in f.parent.glob("*.py"))}
+    code = fingerprint([entry, arguments, sorted(source.read_bytes() for source in sources)])
+    code = code if all(file.is_file() for file in files) else secrets.token_hex(8)
+    return ForeignModel(network, name, code, asked).eval()
 
 
 def _count(module: nn.Module | None, *, trained: bool = False) -> int:

@@ -11,12 +11,15 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 from timm.models import register_model
+from timm.models.eva import Eva
 from timm.models.vision_transformer import SwiGLUPacked, VisionTransformer
 
 from sagelib import backbone as module
 from sagelib.backbone import ADAPTERS, EMBEDDED, PLAIN_DINOV2, build_backbone, read_checkpoint
 
 WIDTH, DEPTH, HEADS, SIDE = 12, 3, 2, 5
+# Before DINOv3, timm had no Eva of its kind.
+EVAS = ["eva_for_tests", "eva_mixed_for_tests"] if timm.list_models("*dinov3*") else []
 
 
 @register_model
@@ -34,6 +37,25 @@ def vit_reg_for_tests(pretrained=False, **options):
     """The same with two registers and the gated layers of the largest DINOv2."""
     options |= {"reg_tokens": 2, "no_embed_class": True, "mlp_layer": SwiGLUPacked}
     return vit_for_tests(act_layer=torch.nn.SiLU, **options)
+
+
+@register_model
+def eva_for_tests(pretrained=False, **options):
+    """Of DINOv3's kind: rotary positions that timm shifts at random in training, and four registers."""
+    fixed = {"patch_size": 14, "embed_dim": 16, "depth": DEPTH, "num_heads": HEADS, "num_reg_tokens": 4}
+    fixed |= {"use_abs_pos_emb": False, "use_rot_pos_emb": True, "rope_type": "dinov3", "init_values": 1.0}
+    fixed |= {"rope_rotate_half": True, "rope_rescale_coords": 2.0, "use_fc_norm": False, "img_size": 70}
+    for name in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
+        options.pop(name, None)
+    return Eva(**{**fixed, **options})
+
+
+@register_model
+def eva_mixed_for_tests(pretrained=False, **options):
+    """Rotary positions of its own in each block, and position embeddings beside them."""
+    kind = {"rope_type": "mixed", "use_abs_pos_emb": True, "num_reg_tokens": 0}
+    kind |= {"rope_rotate_half": False, "rope_rescale_coords": None}
+    return eva_for_tests(**kind, **options)
 
 
 def build(name="vit_for_tests", seed=0, position="timm", **options):
@@ -69,20 +91,22 @@ def test_equals_the_equations_in_float64():
     torch.testing.assert_close(model(x), torch.tensor(np.array(expected)), rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("name", ["vit_for_tests", *EVAS])
 @pytest.mark.parametrize("size", [(70, 70), (56, 98), (322, 322)])
-def test_without_adapter_it_is_timms_own_model(size):
-    model, x = build(adapter="none"), images(*size)
+def test_without_adapter_it_is_timms_own_model(size, name):
+    model, x = build(name, adapter="none"), images(*size)
     torch.testing.assert_close(model(x), model.vit.forward_features(x), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["vit_for_tests", *EVAS])
 @pytest.mark.parametrize("adapter", ADAPTERS)
-def test_prefix_then_suffix_is_forward_and_prefix_builds_no_graph(adapter):
-    model = build(adapter=adapter).train()
+def test_prefix_then_suffix_is_forward_and_prefix_builds_no_graph(adapter, name):
+    model = build(name, adapter=adapter).train()
     for m in model.modules():
         if isinstance(m, torch.nn.Dropout):
             m.p = 0.0
     tokens = model.prefix(images())
-    out = model.suffix(tokens)
+    out = model.suffix(tokens, model.grid(images()))
     assert out.requires_grad and not tokens.requires_grad
     torch.testing.assert_close(out, model(images()), rtol=0, atol=0)
     # One of three blocks is left to the suffix, or two, or none.
@@ -181,7 +205,7 @@ def test_target_modules_may_be_any_linear_of_the_blocks():
         ({"name": "test_resnet", "stages": ["layer9"]}, "a stage of test_resnet must be .*layer1.*'layer9'"),
         ({"name": "vit_of_nobody"}, "timm has no model named 'vit_of_nobody'"),
         ({"name": "swin_tiny_patch4_window7_224"}, "is a SwinTransformer: a backbone is a VisionTransf.* or"),
-        ({"name": "hrnet_w18_small"}, "is a HighResolutionNet: a backbone is a VisionTransformer, or"),
+        ({"name": "hrnet_w18_small"}, "is a HighResolutionNet: a backbone is a VisionTransformer or Eva"),
     ],
 )
 def test_wrong_options_are_refused_in_a_sentence(options, words):
@@ -241,6 +265,24 @@ def test_the_original_names_are_read(tmp_path):
         torch.save({k: v for k, v in original.items() if k not in left_out}, tmp_path / "w.pth")
         again = build_backbone("vit_reg_for_tests", weights=tmp_path / "w.pth", adapter="none").eval()
         torch.testing.assert_close(again(images()), model(images()), rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(not EVAS, reason="this timm has no DINOv3")
+def test_dinov3s_original_names_are_read(tmp_path):
+    model = build("eva_for_tests", adapter="none", train_norm=False)
+    ours = {"reg_token": "storage_tokens", "gamma_1": "ls1.gamma", "gamma_2": "ls2.gamma"}
+    original = {"mask_token": torch.zeros(1, 16), "rope_embed.periods": torch.ones(2)}
+    for name, value in model.vit.state_dict().items():
+        for new, old in ours.items():
+            name = name.replace(new, old)
+        if not name.endswith("_bias"):  # q_bias and v_bias; the original keeps them in one
+            original[name] = value
+    for i, block in enumerate(model.vit.blocks):
+        parts = (block.attn.q_bias, torch.zeros(16), block.attn.v_bias)
+        original[f"blocks.{i}.attn.qkv.bias"] = torch.cat(parts)
+    torch.save(original, tmp_path / "w.pth")
+    again = build_backbone("eva_for_tests", weights=tmp_path / "w.pth", adapter="none").eval()
+    torch.testing.assert_close(again(images()), model(images()), rtol=0, atol=1e-5)
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path):

@@ -9,6 +9,7 @@ import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -253,7 +254,7 @@ SLOW = """
     class Slow(torch.nn.Module):
         preprocess = Preprocess(14)
         fingerprint = "slow"
-        def forward(self, images):
+        def embed(self, images):
             with open(log, "a") as stream:
                 stream.write(f"{len(images)}\\n")
             time.sleep(float(pause))
@@ -406,7 +407,6 @@ def test_models_that_give_no_descriptors(places, tmp_path, output, dtype, senten
         ({"on_error": "ignore"}, "on_error must be one of raise, skip, got 'ignore'"),
         ({"device": "tpu"}, "device must be one of auto, cpu, cuda, mps, got 'tpu'"),
         ({"device": "cuda:99"}, "'cuda:99', but PyTorch .* sees"),
-        ({"preprocess": lambda p: torch.zeros(3, *p.size)}, "preprocess gave several shapes"),
         ({"context": "anchors"}, "none are given and the model has none"),
         (
             {"context": "anchors", "anchors": np.zeros((3, 8))},
@@ -439,6 +439,82 @@ def test_the_preprocess_is_the_one_given_or_the_models_own():
     assert preprocess_of(Model()) == Preprocess(28, "antialias")
     assert preprocess_of(Headed()) == Preprocess(14)
     assert preprocess_of(Headed(), Preprocess(70)) == Preprocess(70)
+
+
+def test_what_a_name_asks_for_goes_first_and_the_patch_cuts_pictures_that_keep_their_aspect():
+    class Model:
+        preprocessing = {"image_size": 512}
+        asked = {"image_size": 512}
+
+    assert preprocess_of(Model()) == Preprocess(512)
+    assert preprocess_of(Model(), Preprocess(70, "antialias")) == Preprocess(512, "antialias")
+    cut = SimpleNamespace(backbone=SimpleNamespace(patch=14))
+    assert preprocess_of(cut, Preprocess(70)) == Preprocess(70)
+    assert preprocess_of(cut, Preprocess(70, resize="long")) == Preprocess(70, resize="long", multiple=14)
+    given = Preprocess(70, resize="short", multiple=28)
+    assert preprocess_of(cut, given) == given
+
+
+def pooled(images):
+    """Any size of picture to a descriptor of 12 numbers."""
+    return torch.nn.functional.adaptive_avg_pool2d(images, 2).flatten(1)
+
+
+pooled.fingerprint = "pooled"
+
+
+def test_pictures_of_several_shapes_share_a_store_in_order(tmp_path):
+    """Upright and lying ones, mixed, in batches of either kind, equal one picture at a time."""
+    folder, rng = tmp_path / "pictures", np.random.default_rng(0)
+    folder.mkdir()
+    paths = [folder / f"@{i * 1000}@0@{i:02d}.png" for i in range(9)]
+    for path, size in zip(paths, [(20, 30), (30, 20), (24, 24)] * 3, strict=True):
+        Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(path)
+    places = Places.build(paths, east_m=np.arange(9) * 1000.0, north_m=np.zeros(9))
+    prepare = Preprocess(20, "antialias", resize="short")
+    made = [
+        describe(pooled, places, tmp_path / f"{size}", preprocess=prepare, batch_size=size, **QUIET).values
+        for size in (1, 4, 9)
+    ]
+    expected = torch.cat([pooled(prepare(Image.open(path))[None]) for path in paths])
+    for values in made:
+        np.testing.assert_allclose(values, expected.numpy(), rtol=0, atol=2e-3)
+    with pytest.raises(ValueError, match="of its batch differ in shape: use resize"):
+        describe(mixing, places, tmp_path / "d", preprocess=prepare, context="sorted-4", **QUIET)
+
+
+def mixing(images):
+    """A network that looks at its whole batch: less the batch's mean."""
+    return pooled(images) - 0.5 * pooled(images).mean(dim=0)
+
+
+mixing.fingerprint = "mixing"
+
+
+def test_a_network_that_looks_at_its_batch_is_described_in_a_context_or_not_at_all(places, tmp_path):
+    how = dict(preprocess=Preprocess(14), dtype="float32", **QUIET)
+    with pytest.raises(ValueError, match="none, but this model looks at the other images of a batch: take"):
+        describe(mixing, places, tmp_path, **how)
+    with pytest.raises(
+        ValueError, match="sorted-4, but .* does not look at the other images of a batch: take"
+    ):
+        describe(pooled, places, tmp_path, context="sorted-4", **how)
+    images = torch.stack([Preprocess(14)(Image.open(path)) for path in places.path])
+    names = names_in_order(places)
+    for context in ("solo", "sorted-4", "shuffled-4"):
+        made = describe(mixing, places, tmp_path, context=context, seed=3, loader="queries", **how)
+        batches = Context.parse(context).batches(names, seed=3, loader="queries")
+        batches = [[i] for i in range(N)] if context == "solo" else batches
+        assert made.context == context
+        for rows in batches:
+            np.testing.assert_allclose(made.values[rows], mixing(images[rows]), rtol=0, atol=1e-5)
+        again = describe(mixing, places, tmp_path, context=context, seed=3, loader="queries", **how)
+        assert again.path == made.path
+    other = describe(mixing, places, tmp_path, context="shuffled-4", seed=4, loader="queries", **how)
+    assert other.path != made.path
+    open(places.path[1], "wb").close()
+    with pytest.raises(ValueError, match="does not decode"):
+        describe(mixing, places, tmp_path, context="sorted-4", on_error="skip", **how)
 
 
 def test_pick_device():

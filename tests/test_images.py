@@ -31,6 +31,36 @@ def test_the_papers_preprocessing(size):
     torch.testing.assert_close(got.double(), source[0], atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(
+    ("how", "width", "height"),
+    [
+        ({"resize": "short"}, 57, 40),  # of 61 x 43
+        ({"resize": "long"}, 40, 28),
+        ({"resize": "short", "multiple": 14}, 56, 42),
+        ({"resize": "long", "multiple": 15}, 45, 30),
+        ({"resize": "long", "multiple": 100}, 100, 100),
+    ],
+)
+def test_the_aspect_is_kept(how, width, height, turned):
+    source = picture().transpose(Image.Transpose.ROTATE_90) if turned else picture()
+    sides = (width, height) if turned else (height, width)
+    got = Preprocess(40, "antialias", **how)(source)
+    torch.testing.assert_close(got, Preprocess(sides, "antialias")(source), atol=0, rtol=0)
+
+
+def test_colours_are_normalised_as_asked_and_the_repr_says_what_is_not_as_usual():
+    usual = Preprocess(28)
+    other = Preprocess(28, mean=0.5, std=[0.5, 0.25, 1])
+    pixels = usual(picture()) * torch.tensor(IMAGENET_STD)[:, None, None]
+    pixels += torch.tensor(IMAGENET_MEAN)[:, None, None]
+    expected = (pixels - 0.5) / torch.tensor([0.5, 0.25, 1.0])[:, None, None]
+    torch.testing.assert_close(other(picture()), expected, atol=1e-5, rtol=0)
+    assert repr(usual) == "Preprocess(image_size=28, mode='paper')"
+    for made in (other, Preprocess([28, 42]), Preprocess(40, "antialias", resize="long", multiple=14)):
+        assert eval(repr(made)) == made and len({made, usual}) == 2
+
+
 def test_antialias_averages_what_shrinks():
     # Antialiased bilinear is a triangle filter: the mean stays the picture's, the spread shrinks.
     source = picture(size=(112, 112))
@@ -57,6 +87,12 @@ def test_autocontrast_stretches_each_channel():
     ("made", "wrong"),
     [
         (Preprocess, {"mode": "papers"}),
+        (Preprocess, {"resize": "crop"}),
+        (Preprocess, {"image_size": "224"}),
+        (Preprocess, {"image_size": (224, 322), "resize": "short"}),
+        (Preprocess, {"multiple": 0}),
+        (Preprocess, {"mean": (0.5, 0.5)}),
+        (Preprocess, {"std": 0}),
         *(
             (made, {"image_size": size})
             for made in (Preprocess, TrainTransform)

@@ -92,11 +92,10 @@ def test_no_anchors_at_all_is_an_image_alone():
     torch.testing.assert_close(head(x, x.new_zeros(0, WIDTH)), alone, rtol=0, atol=1e-12)
 
 
-def test_anchors_matter_and_their_states_can_be_kept():
+def test_anchors_matter_and_their_order_does_not():
     head, x, anchors = small(), rows(4), rows(5, seed=2)
     out = head(x, anchors)
     assert (out - head(x, rows(5, seed=3))).abs().max() > 1e-3
-    torch.testing.assert_close(head(x, head.encode_anchors(anchors)), out, rtol=0, atol=0)
     order = torch.tensor([4, 2, 0, 1, 3])
     torch.testing.assert_close(head(x, anchors[order]), out, rtol=0, atol=1e-12)
 

@@ -7,7 +7,7 @@ from types import MappingProxyType
 import pytest
 import torch
 
-from sagelib.aggregators import aggregator_names
+from sagelib.aggregators import AGGREGATORS
 from sagelib.backbone import EMBEDDED
 from sagelib.model import SAGE, build_model
 
@@ -131,7 +131,7 @@ def test_bfloat16_stays_close_to_float32(off):
     assert torch.nn.functional.cosine_similarity(off(x), half).min() > 0.999
 
 
-@pytest.mark.parametrize("name", aggregator_names())
+@pytest.mark.parametrize("name", AGGREGATORS)
 def test_any_aggregator_takes_its_place(name):
     options = {"grid": [16, 16]} if name == "mixvpr" else None
     model = tiny(aggregator=name, aggregator_options=options, interact=False)

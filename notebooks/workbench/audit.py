@@ -1,13 +1,15 @@
 """The audit of contexts: the same weights and pictures under every choice of which images share a batch.
 
-With the InteractHead a descriptor depends on its neighbours in the batch. Where the order of the files puts
-images of one place side by side, sorted batches find more than shuffled ones: an ordering leak.
+With the InteractHead, or in somebody else's network across images, a descriptor depends on its neighbours in
+the batch. Where the order of the files puts images of one place side by side, sorted batches find more than
+shuffled ones: an ordering leak.
 
     python -m workbench.audit --models random-head:gem2x2:tf_efficientnet_lite2 MY-RUN --sets data/town
 """
 
 import argparse
 import math
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +85,8 @@ def audit_contexts(
 
     Parameters
     ----------
-    model : SAGE with an InteractHead
+    model : SAGE with an InteractHead, or a network without ``embed``
+        Through such a network the pictures go once for each context and shuffle, and it has no context none.
     test_set : TestSet
     root : path
         A folder of runs; the audit is written to ``root/audit/<name>/``, and found there again.
@@ -96,13 +99,15 @@ def audit_contexts(
     Raises
     ------
     ValueError
-        For contexts that are unknown or twice there, and for a model without a head.
+        For contexts that are unknown or twice there, and for a model that no other image matters to.
     """
     contexts = [Context.parse(context) for context in contexts]
     if len(set(contexts)) < len(contexts):
         raise ValueError(f"contexts must be different, got {', '.join(map(str, contexts))}")
     runs.check("shuffles", shuffles, 1, whole=True)
-    plain = evaluate(model, test_set, root, **options)  # also checks and describes the set
+    whole = not hasattr(model, "embed")  # it composes its own batches
+    first = dict(context=contexts[0] if whole else "none", seed=seed)
+    plain = evaluate(model, test_set, root, **first, **options)  # also checks and describes the set
     anchors = own_anchors(model) if Context("anchors") in contexts else None
     config = {key: getattr(plain, key) for key in ("model", "dataset", "preprocess")}
     config["model_fingerprint"] = describe.model_fingerprint(model).whole  # with its head
@@ -120,11 +125,15 @@ def audit_contexts(
     quiet = not options.get("progress", True)
     for context, shuffle in tqdm(jobs, desc=f"audit {test_set.name}", unit="context", disable=quiet):
         how = dict(anchors=anchors, seed=seed + shuffle, device=options.get("device", "auto"))
-        composed = [
-            describe.compose(model, values, names[part], context, np.empty_like(values), loader=part, **how)
-            for part, values in stored.items()
-        ]
-        counted = recall(search(*composed, max(KS))[0], positives, KS, n_references=len(test_set.database))
+        if whole:
+            counted = evaluate(model, test_set, root, context=context, **{**options, **how}).recall
+        else:
+            composed = [
+                describe.compose(model, v, names[part], context, np.empty_like(v), loader=part, **how)
+                for part, v in stored.items()
+            ]
+            found = search(*composed, max(KS))[0]
+            counted = recall(found, positives, KS, n_references=len(test_set.database))
         ranks[f"{context}#{shuffle}" if context.kind == "shuffled" else str(context)] = counted.per_query_rank
         row = {"context": str(context), "kind": context.kind, "n": context.n or 0, "shuffle": shuffle}
         row |= {"n_queries": counted.n_queries, **{f"hits@{k}": counted.hits[k] for k in KS}}
@@ -151,7 +160,7 @@ def load_audit(path) -> Audit:
 
 
 def open_audited(spec: str, root, seed: int = 0):
-    """A model with an InteractHead by its name for `open_model`, and its training run, or None.
+    """A model by its name for `open_model`, with an InteractHead or in one piece; its training run, or None.
 
     Behind ``random-head:``, that model with a head of random weights from `seed`: what such a head does to
     recall is the context's doing alone. Raises a ValueError if there is no such model, or it has no head.
@@ -165,7 +174,7 @@ def open_audited(spec: str, root, seed: int = 0):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(runs.torch_seed(seed, "random head"))
             model.head = InteractHead(model.width, segment_width=math.gcd(model.width, 768)).eval()
-    elif not getattr(model, "has_head", False):
+    elif hasattr(model, "embed") and not model.has_head:
         raise ValueError(
             f"{spec} has no InteractHead to be audited; random-head:{spec} gives it one of random weights"
         )
@@ -175,8 +184,9 @@ def open_audited(spec: str, root, seed: int = 0):
 def main(arguments: list[str] | None = None) -> int:
     """The command ``python -m workbench.audit``."""
     parser = argparse.ArgumentParser(prog="python -m workbench.audit", description=__doc__.splitlines()[0])
-    add, look = parser.add_argument, "(default: of a model's training, else {})"
-    models = "a training run with a head, a released checkpoint's file, or random-head: before any name"
+    add, look = parser.add_argument, "(default: the model's own, else {})"
+    models = "a training run with a head, a released checkpoint's file, random-head: before any name, or a "
+    models += "network across images: hub:OWNER/REPO:ENTRY, hub:FOLDER:ENTRY, module:function (runs its code)"
     add("--models", nargs="+", required=True, metavar="[LABEL=]NAME", help=models)
     add("--sets", type=Path, nargs="+", required=True, help="sets whose test part is measured")
     add("--runs", type=Path, default=Path("data/runs"), help="folder of runs")
@@ -191,15 +201,17 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         test_sets = [open_set(folder.parent, folder.name) for folder in options.sets]
         for text in options.models:
-            label, mark, spec = text.partition("=")
-            label, spec = (label, spec) if mark else (Path(text).name.replace(":", "-"), text)
+            match = re.fullmatch(r"([\w.-]+)=(.+)", text)
+            label, spec = match.groups() if match else (Path(text).name.replace(":", "-"), text)
             model, run = open_audited(spec, options.runs, options.seed)
             trained = {} if run is None else run.config
-            size = options.size or trained.get("validation_size", 224)
-            preprocess = Preprocess(size, options.preprocess or trained.get("preprocess", "antialias"))
-            own = () if own_anchors(model) is None else ("anchors",)
+            saved = {"image_size": 224, "mode": "antialias"} | (getattr(model, "preprocessing", None) or {})
+            size = options.size or trained.get("validation_size", saved["image_size"])
+            preprocess = Preprocess(size, options.preprocess or trained.get("preprocess", saved["mode"]))
+            contexts = CONTEXTS if hasattr(model, "embed") else CONTEXTS[1:]  # without none
+            contexts += () if own_anchors(model) is None else ("anchors",)
             how = dict(model_name=label, preprocess=preprocess, device=options.device, seed=options.seed)
-            how |= dict(contexts=(*CONTEXTS, *own), shuffles=options.shuffles)
+            how |= dict(contexts=contexts, shuffles=options.shuffles)
             audits += [audit_contexts(model, test_set, options.runs, **how) for test_set in test_sets]
         if options.export is not None:
             keep([audit.path for audit in audits], options.export / STAGE)

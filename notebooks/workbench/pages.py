@@ -58,9 +58,9 @@ def exercise(name: str, cell: str) -> None:
 
 
 def read_list(text: str, what: str, kind: type = str, *, least: int = 1) -> list:
-    """The values of the parameter `what`, separated by commas; at least so many of them, none twice."""
+    """The values of the parameter `what`, separated by commas outside [brackets]; enough, none twice."""
     try:
-        values = [kind(part) for part in map(str.strip, text.split(",")) if part]
+        values = [kind(part) for part in map(str.strip, re.split(r",(?![^[]*\])", text)) if part]
     except ValueError:
         raise ValueError(f"{what} is {text!r}: give whole numbers separated by commas") from None
     if len(values) < least:

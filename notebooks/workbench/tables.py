@@ -10,7 +10,7 @@ import pandas as pd
 from scipy import optimize, stats
 
 from sagelib import runs
-from sagelib.describe import Context, describe_callable
+from sagelib.describe import Context, describe_callable, preprocess_of
 from sagelib.evaluate import POOLINGS, STAGE, Evaluation, context_of, published, training_run
 from sagelib.places import Places
 from sagelib.retrieval import resampled_means
@@ -20,12 +20,16 @@ from sagelib.retrieval import resampled_means
 def read_evaluations(
     root, datasets: Iterable[str], models: Iterable[str], *, context: str | Context, preprocess: Callable
 ) -> list[Evaluation]:
-    """The finished evaluations in a folder of runs, of two alike the last, by model and then by dataset."""
+    """The finished evaluations in a folder of runs, of two alike the last, by model and then by dataset.
+
+    Of models by name, as `open_models` gives them, what one's name says of its pictures goes first.
+    """
     latest = sorted(runs.find_runs(root, STAGE), key=lambda run: run.manifest["finished"])
     evaluations = [Evaluation.load(run.dir) for run in latest]
     by_key = {(e.model, e.dataset, e.context, e.preprocess): e for e in evaluations}
-    how = describe_callable(preprocess)
-    keys = [(model, d, str(context_of(context, d)), how) for model in models for d in datasets]
+    models = models if isinstance(models, Mapping) else dict.fromkeys(models)
+    looks = {name: describe_callable(preprocess_of(model, preprocess)) for name, model in models.items()}
+    keys = [(name, d, str(context_of(context, d)), look) for name, look in looks.items() for d in datasets]
     return [by_key[key] for key in keys if key in by_key]
 
 
