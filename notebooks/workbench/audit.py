@@ -126,7 +126,8 @@ def audit_contexts(
     for context, shuffle in tqdm(jobs, desc=f"audit {test_set.name}", unit="context", disable=quiet):
         how = dict(anchors=anchors, seed=seed + shuffle, device=options.get("device", "auto"))
         if whole:
-            counted = evaluate(model, test_set, root, context=context, **{**options, **how}).recall
+            one = {**options, **how, "context": context, "progress": False}
+            counted = evaluate(model, test_set, root, **one).recall
         else:
             composed = [
                 describe.compose(model, v, names[part], context, np.empty_like(v), loader=part, **how)
