@@ -222,10 +222,7 @@ class ViTBackbone(Backbone):
         return tokens
 
     def suffix(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """What is left after :meth:`prefix`: adapter, last blocks, final LayerNorm; (B, T, M) to the same.
-
-        Only rotary positions need the grid.
-        """
+        """What is left: adapter, last blocks, final LayerNorm; (B, T, M) to the same (``grid``: for Eva)."""
         if self.adapter == "dpn":
             tokens = self.dpn[0](tokens)
         for i, rotary in enumerate(self._rotary(grid)[self.prefix_blocks :], self.prefix_blocks):
@@ -478,11 +475,9 @@ def _from_hub(name: str) -> nn.Module:
         overlay = {"file": file} if file.is_file() else None
         return _create(name, pretrained=True, pretrained_cfg_overlay=overlay)
     except Exception as error:
-        raise OSError(
-            f"the weights of {name} could not be had from the hub ({type(error).__name__}): give "
-            f"weights=<local file>, or pretrained=False for random ones; as the name of a model, "
-            f"gem:{name}:FILE or gem:{name}:random"
-        ) from error
+        words = f"the weights of {name} could not be had from the hub ({type(error).__name__}): give "
+        words += "weights=<local file>, or pretrained=False for random ones; as the name of a model, "
+        raise OSError(f"{words}gem:{name}:FILE or gem:{name}:random") from error
 
 
 def _create(name: str, *, img_size: int | None = None, **options) -> nn.Module:

@@ -26,8 +26,6 @@ class InteractHead(nn.Module):
         Attention heads, a divisor of ``segment_width``, and encoder layers.
     ffn, dropout : int, float
         Hidden width of the feed-forward part (GELU), and the dropout everywhere.
-    normalise : bool
-        Bring the output to unit length; not in the paper.
     learned_anchors : int
         Not in the paper: so many anchors, (m, width), are parameters that train with the head.
     stored_anchors : int
@@ -45,7 +43,6 @@ class InteractHead(nn.Module):
         layers: int = 2,
         ffn: int = 1024,
         dropout: float = 0.1,
-        normalise: bool = False,
         learned_anchors: int = 0,
         stored_anchors: int = 0,
     ):
@@ -63,7 +60,6 @@ class InteractHead(nn.Module):
             raise ValueError("anchors are learned or stored: give one of learned_anchors, stored_anchors")
         self.width, self.segment_width, self.heads = width, segment_width, heads
         self.segments = width // segment_width
-        self.normalise = normalise
         # Only the parameters and their names are torch's; the arithmetic is written out below: a query
         # may look at other rows than those it stands in.
         self.layers = nn.ModuleList(
@@ -87,8 +83,7 @@ class InteractHead(nn.Module):
         """Store reference descriptors (m, width), as they are before the head, as the head's anchors."""
         if self.learned is not None:
             raise ValueError("this head learns its anchors; build it with stored_anchors to set them")
-        if descriptors.ndim != 2 or descriptors.shape[1] != self.width:
-            raise ValueError(f"anchors must have shape (m, {self.width}); got {tuple(descriptors.shape)}")
+        self._cut(descriptors, "anchors")  # of this shape
         like = next(self.parameters())
         self.stored = descriptors.detach().clone().to(like.device, like.dtype)
 
@@ -110,8 +105,7 @@ class InteractHead(nn.Module):
             qkv = self._project(layer, x)
             mixed = self._attend(layer, *qkv) if state is None else self._to_self_and(*state, layer, *qkv)
             x = self._finish(layer, x, mixed)
-        out = x.transpose(0, 1).flatten(1)
-        return F.normalize(out, dim=-1) if self.normalise else out
+        return x.transpose(0, 1).flatten(1)
 
     def _keys_and_values(self, anchors: Tensor) -> list[tuple[Tensor, Tensor]]:
         """For each layer the anchors' keys and values, (segments, heads, m, segment_width / heads).

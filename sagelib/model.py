@@ -287,10 +287,6 @@ class ForeignModel(nn.Module):
             raise ValueError(f"{words} ({type(error).__name__}: {error})") from error
         return out[0] if isinstance(out, tuple | list) else out
 
-    def parameter_report(self) -> ParameterReport:
-        """The parameters that its code leaves open to training."""
-        return ParameterReport({"trained, head off": (_count(self, trained=True), None)})
-
 
 def load_foreign(name: str, arguments: Mapping, **asked) -> ForeignModel:
     """The network that an entry of a torch.hub folder, or a function of a module, makes of ``arguments``.

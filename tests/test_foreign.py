@@ -13,6 +13,7 @@ from sagelib.evaluate import evaluate, evaluate_many, open_model, open_models
 from sagelib.images import Preprocess
 from sagelib.places import open_set
 from workbench.audit import audit_contexts
+from workbench.tables import trained_parameters
 
 HUBCONF = """
 import os
@@ -84,7 +85,7 @@ def test_a_folder_of_torch_hub_gives_a_model_and_leaves_nothing_behind(hub, tmp_
     assert preprocess_of(plain) == Preprocess(322, "antialias")
     names = open_models([f"hub:{hub}:tiny", f"hub:{hub}:tiny:width=6", "torchvision.ops:Permute:dims=[0]"])
     assert list(names) == ["hub:tiny", "hub:tiny:width=6", "torchvision.ops:Permute:dims=[0]"]
-    assert plain.parameter_report()["trained, head off"] == (8 * (588 + 1), None)
+    assert trained_parameters(f"hub:{hub}:tiny", [], plain) == 8 * (588 + 1)
 
 
 def test_weights_code_and_arguments_are_what_its_descriptors_are_found_by(hub):

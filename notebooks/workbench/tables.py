@@ -45,13 +45,16 @@ def recall_arrays(evaluations: Iterable[Evaluation], models: Sequence[str], data
 def trained_parameters(spec: str, roots: Iterable, model: Callable) -> int:
     """How many parameters were trained for a model of this name: 0 for a frozen one.
 
-    Of a training run what its manifest says; of others those that work, with a head if there is one.
+    Of a training run what its manifest says; of others those that work, with a head if there is one; of
+    somebody else's network what its code leaves open to training.
     """
     if spec == "pixels" or spec.partition(":")[0] in POOLINGS:
         return 0
     run = training_run(spec, roots)
     if run is not None:
         return int(run.metrics["trained_parameters"])
+    if not hasattr(model, "parameter_report"):
+        return sum(p.numel() for p in model.parameters() if p.requires_grad)
     live = {name: row[0] for name, row in model.parameter_report().items()}
     return live["trained, head off"] + live.get("InteractHead", 0)
 
