@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 import yaml
 
-from sagelib import runs
+from sagelib import retrieval, runs
 from sagelib.describe import (
     Context,
     Descriptors,
@@ -30,18 +30,8 @@ from sagelib.describe import (
 )
 from sagelib.images import Preprocess, load_image
 from sagelib.model import build_model, load_foreign
-from sagelib.places import BENCHMARKS, Places, TestSet, available, open_set
-from sagelib.retrieval import (
-    KS,
-    PCA,
-    Difference,
-    Recall,
-    open_index,
-    paired_bootstrap,
-    recall,
-    search,
-    write_rankings,
-)
+from sagelib.places import BENCHMARKS, Places, TestSet
+from sagelib.retrieval import KS, PCA, Difference, Recall, paired_bootstrap, recall, search
 from sagelib.train import load_trained
 from sagelib.weights import load_authors_checkpoint
 
@@ -56,6 +46,7 @@ class Evaluation:
     model: str
     dataset: str
     split: str
+    positives: str  # the rule or the file that says which references answer a query
     context: str
     preprocess: str
     dim: int  # of the descriptors that were searched
@@ -74,6 +65,7 @@ class Evaluation:
     warning: str  # where the set is not the published one, or queries lie in the data base
     per_query_rank: np.ndarray = field(repr=False)  # (n_queries,) of the first positive; 0: beyond the ranks
     path: Path  # the run directory
+    folder: str = ""  # of its queries, where it is a part: see `workbench.tables.by_folder`
 
     @classmethod
     def load(cls, path) -> "Evaluation":
@@ -84,6 +76,7 @@ class Evaluation:
             raise FileNotFoundError(f"{path} holds no finished evaluation")
         facts = runs.read_json(path / "result.json")
         facts |= {"hits": {int(k): n for k, n in facts["hits"].items()}, "left_out": tuple(facts["left_out"])}
+        facts["positives"] = run.config["rule"]
         del facts["recall"]
         return cls(**facts, per_query_rank=np.load(path / "ranks.npy"), path=path)
 
@@ -94,7 +87,8 @@ class Evaluation:
 
     def rankings(self) -> pd.DataFrame:
         """What every query found, a row each query and rank; see `sagelib.retrieval.write_rankings`."""
-        return pd.read_csv(self.path / "rankings.csv")
+        table = pd.read_csv(self.path / "rankings.csv")
+        return table[table["query_path"].str.startswith(self.folder)]
 
     def __str__(self):
         inside = f"; {self.n_in_database} queries lie in the data base" if self.n_in_database else ""
@@ -125,35 +119,23 @@ def evaluate(
     ``root/evaluate/<name>/`` gets result.json, ranks.npy (of each query's first positive), rankings.csv and a
     manifest; descriptors lie in ``root/descriptors/``, where other contexts find them. The same call again
     returns the finished result, and one that was killed goes on, if model and preprocess are of this package
-    or have an attribute ``fingerprint``.
+    or have an attribute ``fingerprint``. A `name` of other settings raises a `RunConflict`.
 
     Parameters
     ----------
     model, preprocess, anchors, dtype, device, seed, on_error, **options
         As for `describe`.
-    test_set : TestSet
-        From `sagelib.places.open_set`.
-    root : path
-        A folder of runs.
-    name : str, optional
-        Of the run; default: model, data set, context, and a hash of the settings.
-    model_name : str, optional
-        How tables call the model; default: its ``name``, or that of its class.
+    test_set, root : TestSet, path
+        From `sagelib.places.open_set`, and a folder of runs.
+    name, model_name : str, optional
+        Of the run (default: model, data set, context, and a hash of the settings), and of the model in tables
+        (default: its ``name``, or that of its class).
     context : str or Context
         ``sorted`` without a number takes the authors' batch size for the set.
-    pca : PCA, optional
-        Applied to the descriptors before the search.
+    pca, ks : PCA, sequence of int
+        Applied to the descriptors before the search, and the ranks at which recall is counted.
     index : str, optional
         For large maps, such as ``IVF1024,PQ64``, see `sagelib.retrieval.open_index`; default: exact search.
-    ks : sequence of int
-        Recall is counted at these ranks.
-
-    Raises
-    ------
-    RunConflict
-        If `name` is a run of other settings.
-    ValueError
-        For settings that do not fit, unknown positions, and what `describe` refuses.
     """
     context, preprocess = context_of(context, test_set.name), preprocess_of(model, preprocess)
     own_name = getattr(model, "name", None) or getattr(model, "__name__", None) or type(model).__name__
@@ -201,47 +183,44 @@ def evaluate(
     began = time.perf_counter()
     values = [d.values if pca is None else pca.transform(d) for d in (references, queries)]
     key = {"descriptors": references.manifest, "pca": config["pca"]}
-    built = open_index(index, values[0], references.path, key) if index else None
+    built = retrieval.open_index(index, values[0], references.path, key) if index else None
     indices, distances = search(*values, max(ks), index=built)
     counted = recall(indices, positives, ks, n_references=len(references))
     facts = {"dim": values[0].shape[1], "search_s": time.perf_counter() - began}
-    return _save(run, test_set, references, queries, indices, distances, positives, counted, **facts)
-
-
-def _save(
-    run, test_set, references, queries, indices, distances, positives, counted, *, dim, search_s
-) -> Evaluation:
-    """Write what was found into the run, and finish it."""
     described = {"database": references, "queries": queries}
+    return _save(run, test_set, described, indices, distances, positives, counted, **facts)
+
+
+def _save(run, test_set, described, indices, distances, positives, counted, *, dim, search_s) -> Evaluation:
+    """Write what was found into the run, and finish it."""
     parts = {name: d.kept(getattr(test_set, name)) for name, d in described.items()}
-    write_rankings(run.path("rankings.csv"), indices, distances, *parts.values(), positives)
+    retrieval.write_rankings(run.path("rankings.csv"), indices, distances, *parts.values(), positives)
     runs.save_array(run.path("ranks.npy"), counted.per_query_rank)
     head_s = sum(d.manifest["seconds"] for d in described.values() if "embedding_seconds" in d.manifest)
     embed_s = sum(d.manifest.get("embedding_seconds", d.manifest["seconds"]) for d in described.values())
     n_inside = _in_database(*parts.values(), indices, distances)
-    inside = f"{n_inside} of {len(queries)} queries lie in the data base" if n_inside else ""
+    inside = f"{n_inside} of {counted.n_queries} queries lie in the data base" if n_inside else ""
     kept = ("model", "dataset", "split", "context", "preprocess", "model_fingerprint")
     facts = {name: run.config[name] for name in kept} | {
-        "dim": dim,
-        "n_database": len(references),
         "n_queries": counted.n_queries,
+        "n_database": len(parts["database"]),
         "n_without_positive": counted.n_without_positive,
+        "images_per_s": round(sum(map(len, parts.values())) / max(embed_s, 1e-9), 2),
+        "dim": dim,
         "n_in_database": n_inside,
         "hits": counted.hits,
         "seconds": {"embed": round(embed_s, 3), "head": round(head_s, 3), "search": round(search_s, 3)},
-        "images_per_s": round((len(references) + len(queries)) / max(embed_s, 1e-9), 2),
         "seed": run.manifest["seed"],
         "data_fingerprint": run.manifest["data_fingerprint"],
         "descriptors": {n: Path(os.path.relpath(d.path, run.dir)).as_posix() for n, d in described.items()},
         "left_out": [sentence for part in parts.values() for sentence in part.left_out],
         "warning": "; ".join(filter(None, (test_set.warning, inside))),
     }
-    percents = {f"R@{k}": counted.percent(k) for k in counted.hits}
     # The recall is for readers without this package.
     shown = {f"R@{k}": {"percent": counted.percent(k), "interval": counted.interval(k)} for k in counted.hits}
     runs.write_json(run.path("result.json"), {**facts, "recall": shown})
     counts = ("n_queries", "n_database", "n_without_positive", "images_per_s")
-    run.finish({k: round(p, 4) for k, p in percents.items()} | {name: facts[name] for name in counts})
+    run.finish({k: round(r["percent"], 4) for k, r in shown.items()} | {name: facts[name] for name in counts})
     return Evaluation.load(run.dir)
 
 
@@ -263,34 +242,6 @@ def _in_database(database, queries, indices, distances) -> int:
     return count
 
 
-def evaluate_many(
-    model: Callable, data_root, names: Iterable[str] | str | None, root, **options
-) -> tuple[list[Evaluation], dict[str, str]]:
-    """Evaluate one model on several sets of a folder: benchmarks or folders, or None for all that are there.
-
-    Returns the evaluations, and of each set that is not there or cannot be read the sentence that says why.
-    Raises the last error where sets are there and none could be evaluated. Options are those of `evaluate`.
-    """
-    if names is None:
-        table = available(data_root)
-        names = list(table.loc[table["present"], "name"])
-    evaluations, missing, failed = [], {}, None
-    for name in [names] if isinstance(names, str) else names:
-        try:  # pictures that do not decode are found while describing
-            on_error = options.get("on_error", "raise")
-            test_set = open_set(data_root, name, on_error=on_error, check_pictures=False)
-        except (FileNotFoundError, ValueError) as error:
-            missing[name] = str(error)
-            continue
-        try:
-            evaluations.append(evaluate(model, test_set, root, **options))
-        except (OSError, ValueError, MemoryError) as error:
-            missing[name], failed = str(error), error
-    if failed is not None and not evaluations:
-        raise failed
-    return evaluations, missing
-
-
 def compare(a: Evaluation, b: Evaluation, k: int = 1, seed: int = 0, *, groups=None) -> Difference:
     """R@k of b less that of a over the same queries, by `paired_bootstrap`; other pictures are refused."""
     for what in ("dataset", "data_fingerprint"):
@@ -306,6 +257,20 @@ def context_of(context: str | Context, dataset: str) -> Context:
     if context == "sorted":
         context = f"sorted-{getattr(BENCHMARKS.get(dataset), 'sorted_batch', None) or 8}"
     return Context.parse(context)
+
+
+def predict(
+    model: Callable, database: Places, queries: Places, root, *, k: int = 20, **options
+) -> pd.DataFrame:
+    """Rank references for queries of which nothing need be known, a row for each query and rank.
+
+    Columns: see `sagelib.retrieval.rankings_table`. Descriptors lie in ``root/descriptors/``, as those of
+    `evaluate`; options are those of `describe`.
+    """
+    tables, store = {"database": database, "queries": queries}, Path(root) / "descriptors"
+    described = {n: describe(model, table, store, loader=n, **options) for n, table in tables.items()}
+    found = search(*(d.values for d in described.values()), k)
+    return retrieval.rankings_table(*found, *(d.kept(tables[n]) for n, d in described.items()))
 
 
 # ------------------------------------------------------------------------------------------- one photograph
@@ -325,12 +290,11 @@ def locate(
     Parameters
     ----------
     photo : path or PIL image
-    descriptors : Descriptors
-        In a context in which a descriptor depends on its image alone: none, solo or anchors.
-    places, model, preprocess : Places, callable, callable
-        What was described, and by what: others raise a ValueError.
+    descriptors, places, model, preprocess : Descriptors, Places, callable, callable
+        What was described and by what, or a ValueError; none, solo or anchors is the context, in which a
+        descriptor depends on its image alone.
     index : str, optional
-        For large maps, such as ``IVF1024,PQ64``, see `sagelib.retrieval.open_index`; default: exact search.
+        As for `evaluate`.
 
     Returns
     -------
@@ -353,7 +317,7 @@ def locate(
     image = preprocess(load_image(photo))[None].to(device)
     value = describe_batch(model, image, context, anchors=anchors).cpu().numpy()
     key = {"descriptors": descriptors.manifest, "pca": None}
-    built = open_index(index, descriptors.values, descriptors.path, key) if index else None
+    built = retrieval.open_index(index, descriptors.values, descriptors.path, key) if index else None
     indices, distances = search(descriptors.values, value, min(k, len(descriptors)), index=built)
     rows = descriptors.rows[indices[0][found := indices[0] >= 0]]
     columns = {

@@ -18,6 +18,7 @@ import io
 import itertools
 import os
 import re
+import zipfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -106,26 +107,24 @@ class Places:
         return labels
 
     def with_clusters(self, radius_m: float) -> Places:
-        """Group the photographs by geography: `place` becomes a label that is unique in the whole table.
+        """Group by geography: `place` becomes a label that is unique in the table, -1 without a position.
 
         Within each city and grid, in order of easting and northing, the first photograph without a group
-        leads one, and all others without a group within `radius_m` join it: a group spans at most twice the
-        radius, and leaders lie farther apart than it. -1 where the position is unknown.
+        leads one, and all others without a group within `radius_m` join it: leaders lie farther apart.
         """
         from scipy.spatial import cKDTree
 
         check("radius_m", radius_m, above=0)
-        place, label = np.full(len(self), -1, dtype=np.int64), 0
-        known, grid = np.isfinite(self.east_m) & np.isfinite(self.north_m), same_grid(self.utm_zone)
-        for group in sorted(set(zip(self.city[known], grid[known], strict=True))):
-            rows = np.flatnonzero(known & (self.city == group[0]) & (grid == group[1]))
-            xy = np.column_stack([self.east_m[rows], self.north_m[rows]])
-            tree = cKDTree(xy)
-            for i in np.lexsort((xy[:, 1], xy[:, 0])):
-                if place[rows[i]] < 0:
-                    near = rows[tree.query_ball_point(xy[i], radius_m + ROUNDING_M)]
-                    place[near[place[near] < 0]] = label
-                    label += 1
+        rows = np.flatnonzero(np.isfinite(self.east_m + self.north_m))
+        group = np.char.add(np.char.add(self.city, "\n"), same_grid(self.utm_zone))[rows]
+        apart = 1e9 * np.unique(group, return_inverse=True)[1]  # of two groups, nothing is near
+        xyz = np.column_stack([self.east_m[rows], self.north_m[rows], apart])
+        tree, place, label = cKDTree(xyz), np.full(len(self), -1, dtype=np.int64), 0
+        for i in np.lexsort(xyz.T[[1, 0, 2]]):
+            if place[rows[i]] < 0:
+                near = rows[tree.query_ball_point(xyz[i], radius_m + ROUNDING_M)]
+                place[near[place[near] < 0]] = label
+                label += 1
         return self.replace(place=place)
 
     def fingerprint(self) -> str:
@@ -133,8 +132,8 @@ class Places:
         paths = [Path(p).as_posix().split("/") for p in self.path]
         shared = min([len(os.path.commonprefix(paths)), *(len(parts) - 1 for parts in paths)])
         columns = {name: getattr(self, name).astype("int64") for name in ("place", "date", "frame")}
-        for name in ("east_m", "north_m", "heading_deg"):
-            columns[name] = np.nan_to_num(getattr(self, name), nan=1e99)
+        numbers = ("east_m", "north_m", "heading_deg")
+        columns |= {name: np.nan_to_num(getattr(self, name), nan=1e99) for name in numbers}
         columns |= {n: "\n".join(getattr(self, n)) for n in ("utm_zone", "city", "note", "key", "sequence")}
         columns["path"] = "\n".join("/".join(parts[max(0, shared - 2) :]) for parts in paths)
         return fingerprint(columns)
@@ -153,8 +152,7 @@ _ZONE = re.compile(rf"0?([1-9]|[1-5]\d|60)[\s@]*([{_BANDS}]?)@?")
 def latlon_to_utm(lat_deg, lon_deg, *, zone: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Latitude (-80..84) and longitude (-180..180), WGS 84, as (east_m, north_m, utm_zone), all (N,).
 
-    Each point has its own zone, with the exceptions for Norway (32V) and Svalbard (31X, 33X, 35X, 37X), or
-    all are projected into the given one.
+    Each in its own zone (with those of Norway, 32V, and Svalbard, 31X to 37X), or all in the given one.
     """
     from pyproj import Transformer
 
@@ -231,51 +229,66 @@ class PositiveRule:
 def positives(database: Places, queries: Places, rule: PositiveRule | None = None) -> list[np.ndarray]:
     """The rows of `database` that answer each query, ascending int64; by default those within 25 m.
 
-    Each grid is searched by itself. The radius is inclusive, to within a micrometre for the rounding of
-    decimal coordinates in binary numbers. Raises ValueError if a position is unknown, if queries lie in a
-    grid without references, or if the rule counts frames and the references are no equally spaced drive.
+    Each grid is searched by itself; the radius is inclusive. Raises a ValueError if a position is unknown, if
+    queries lie in a grid without references, or if frames count and references are not equally spaced.
     """
     from scipy.spatial import cKDTree
 
     rule = rule or PositiveRule()
     for kind, table in (("reference", database), ("query", queries)):
-        unknown = ~(np.isfinite(table.east_m) & np.isfinite(table.north_m))
-        if unknown.any():
-            path, count = table.path[unknown][0], unknown.sum()
-            raise ValueError(f"{path}: this {kind} has no position ({count} of {len(table)} have none)")
-    if rule.frames is not None:  # the same search, in frames instead of metres
-        database, queries = _in_frames(database, queries)
-    reach = rule.radius_m + ROUNDING_M if rule.frames is None else rule.frames + 0.25
-    database_grid, query_grid = same_grid(database.utm_zone), same_grid(queries.utm_zone)
-    answers = [np.empty(0, dtype=np.int64)] * len(queries)
-    for grid in np.unique(query_grid).tolist():
-        rows, query_rows = np.flatnonzero(database_grid == grid), np.flatnonzero(query_grid == grid)
-        if not len(rows):
-            zones = ", ".join(repr(g) if g else "unknown" for g in np.unique(database_grid).tolist())
-            raise ValueError(
-                f"{len(query_rows)} queries lie in UTM zone {grid or 'unknown'!r}, which holds no reference "
-                f"(zones of the references: {zones or 'none'}): distances are never taken across zones"
-            )
-        tree = cKDTree(np.column_stack([database.east_m[rows], database.north_m[rows]]))
-        xy = np.column_stack([queries.east_m[query_rows], queries.north_m[query_rows]])
-        for query, near in zip(query_rows, tree.query_ball_point(xy, reach), strict=True):
-            answers[query] = np.sort(rows[near])
-    return answers
+        if len(lost := table.path[~np.isfinite(table.east_m + table.north_m)]):
+            counted = f"({len(lost)} of {len(table)} have none)"
+            raise ValueError(f"{lost[0]}: this {kind} has no position {counted}")
+    reach = (rule.frames + 0.25) * _spacing_m(database) if rule.frames is not None else rule.radius_m
+    grids = [same_grid(table.utm_zone) for table in (database, queries)]
+    apart = 1e9 * np.unique(np.concatenate(grids), return_inverse=True)[1]  # of two grids, nothing is near
+    if len(lost := np.setdiff1d(grids[1], grids[0])):
+        names = [str(grid) or "unknown" for grid in (lost[0], *np.unique(grids[0]))]
+        count, known = (grids[1] == lost[0]).sum(), ", ".join(map(repr, names[1:])) or "none"
+        found = f"{count} queries lie in UTM zone {names[0]!r}, which holds no reference"
+        raise ValueError(f"{found} (those of the references: {known}): metres are never taken across zones")
+    there = np.column_stack([database.east_m, database.north_m, apart[: len(database)]])
+    here = np.column_stack([queries.east_m, queries.north_m, apart[len(database) :]])
+    near = cKDTree(there).query_ball_point(here, reach + ROUNDING_M, return_sorted=True)
+    return [np.array(rows, dtype=np.int64) for rows in near]
 
 
-def _in_frames(database: Places, queries: Places) -> list[Places]:
-    """Both tables with the frame number as easting, derived from the equal spacing of the references."""
-    east, north = database.east_m.min(), database.north_m.min()
-    span_m = np.hypot(np.ptp(database.east_m), np.ptp(database.north_m))
-    tables = []
-    for table in (database, queries):
-        along_m = np.hypot(table.east_m - east, table.north_m - north)
-        along_m[(table.east_m < east) | (table.north_m < north)] *= -1
-        frames = np.rint(along_m / (span_m / max(1, len(database) - 1) or 1.0))
-        tables.append(table.replace(east_m=frames, north_m=0.0))
-    if not np.array_equal(np.sort(tables[0].east_m), np.arange(len(database))):
+def _spacing_m(places: Places) -> float:
+    """How far apart the frames of an equally spaced straight drive are; a ValueError for any other."""
+    along_m = np.hypot(places.east_m - places.east_m.min(), places.north_m - places.north_m.min())
+    spacing_m = along_m.max() / max(1, len(places) - 1) or 1.0
+    if not np.array_equal(np.sort(np.rint(along_m / spacing_m)), np.arange(len(places))):
         raise ValueError("the rule counts frames, but the references are no equally spaced straight line")
-    return tables
+    return spacing_m
+
+
+def positive_rows(given, n_queries: int, n_references: int | None = None, found: int = 1) -> tuple[list, int]:
+    """The rows of references (ascending int64) for each of Q queries, and the number of references, R.
+
+    `given` is a mask (Q, R) of booleans or of 0 and 1, or row numbers for each query. Without `n_references`,
+    R is the mask's width, or as many as were `found`. Raises a ValueError for any other shape or row.
+    """
+    shape = np.shape(given) if isinstance(given, np.ndarray) else (len(given),)
+    if shape[0] != n_queries:
+        turned = f": transpose the matrix {shape}" if shape == (n_references, n_queries) else ""
+        raise ValueError(f"positives are given for {shape[0]} queries, but there are {n_queries}{turned}")
+    lists = [np.asarray(rows).ravel() for rows in given]
+    named = np.concatenate([rows for rows in lists if len(rows)] or [np.empty(0, np.int64)])
+    kind, widths = named.dtype.kind, {len(rows) for rows in lists}
+    # More than two 0 and 1 are no rows: they would name one twice.
+    if kind == "b" or (np.isin(named, (0, 1)).all() and (kind == "f" or max(widths) > 2)):
+        n_references = n_references or max(widths)
+        if widths != {n_references}:
+            raise ValueError(f"a mask of positives must have {n_references} columns, got {sorted(widths)}")
+        return [np.flatnonzero(rows) for rows in lists], n_references
+    if kind not in "iu":
+        raise ValueError(f"positives must be row numbers of references, or a mask of them, got {named.dtype}")
+    n = n_references or found
+    for query, rows in enumerate(lists):
+        for row in rows[(rows < 0) | (rows >= n)]:
+            more = "" if n_references or row < 0 else f"; were there more than {n}, give n_references"
+            raise ValueError(f"query {query} has the positive {row}, which is no row of {n} references{more}")
+    return [np.unique(rows).astype(np.int64) for rows in lists], n
 
 
 # -- Reading: rows, and what is wrong with them ---------------------------------------------------------
@@ -379,10 +392,9 @@ class _Csv:
     `columns` are needed, with ``|`` between choices. A table `beside` has the same rows, by their ``key``.
     """
 
-    _ALIASES = {
-        **{"lat": "latitude", "lon": "longitude lng", "east": "east_m easting", "north": "north_m northing"},
-        **{"zone": "utm_zone", "heading": "heading_deg", "file": "path image name"},
-    }
+    _ALIASES = dict(latitude="lat", longitude="lon", lng="lon", utm_zone="zone", heading_deg="heading")
+    _ALIASES |= dict(east_m="east", easting="east", north_m="north", northing="north")
+    _ALIASES |= dict.fromkeys(("path", "image", "name"), "file")
 
     def __init__(self, path: Path, problems: list, columns: str, beside: _Csv | None = None) -> None:
         self.path, self.problems = path, problems
@@ -403,10 +415,9 @@ class _Csv:
         names = [name.lower() for name in header]
         if twice := [name for name in header if name and names.count(name.lower()) > 1]:
             raise ValueError(f"{path}, line {line}: the columns {twice} have one name; keep one of them")
-        for name, others in self._ALIASES.items():
-            alias = [other for other in others.split() if other in names and other not in columns.split()]
-            if name not in names and alias:
-                names[names.index(alias[0])] = name
+        for other, name in self._ALIASES.items():
+            if other in names and other not in columns.split() and name not in names:
+                names[names.index(other)] = name
         lacking = [[name for name in choice.split() if name not in names] for choice in columns.split("|")]
         if all(lacking):
             raise ValueError(
@@ -485,7 +496,7 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 # -- The readers of each format -------------------------------------------------------------------------
-_SIDES = ("database", "queries")
+_SIDES, _FOLDERS = ("database", "queries"), ("database/", "queries*/")  # queries may have several folders
 _FIELDS = {  # name -> format of a number
     **{"east_m": "010.2f", "north_m": "010.2f", "zone_number": "02d", "zone_letter": "", "lat": "09.5f"},
     **{"lon": "010.5f", "pano_id": "", "tile": "02d", "heading_deg": "06.2f", "pitch": ".2f", "roll": ".2f"},
@@ -497,7 +508,6 @@ def folder_name(east_m, north_m, zone_number: int | None = None, zone_letter: st
     """The file name of the field, with everything that is known of a picture between ``@``.
 
     ``@UTM_east@UTM_north@zone@letter@lat@lon@pano_id@tile@heading_deg@pitch@roll@height@timestamp@note@.jpg``
-
     Numbers have a fixed width, so that names sort by easting; what is not given is empty. Raises ValueError
     for a number that is not finite and for a text with ``@`` or a slash.
 
@@ -505,8 +515,6 @@ def folder_name(east_m, north_m, zone_number: int | None = None, zone_letter: st
     --------
     >>> folder_name(547400.64, 4173402.98, 10, "S", note="day")
     '@0547400.64@4173402.98@10@S@@@@@@@@@@day@.jpg'
-    >>> parse_name(_)["utm_zone"]
-    '10S'
     """
     fields |= {"east_m": east_m, "north_m": north_m, "zone_number": zone_number, "zone_letter": zone_letter}
     texts = dict.fromkeys(_FIELDS, "")
@@ -522,9 +530,8 @@ def folder_name(east_m, north_m, zone_number: int | None = None, zone_letter: st
 def parse_name(name: str | os.PathLike) -> dict[str, Any]:
     """The fields of such a file name: ``east_m``, ``north_m``, ``heading_deg`` as float, ``utm_zone``, texts.
 
-    Only the two coordinates must be there. A third field that is no UTM zone is a note, and in a short name
-    all that follows it belongs to the note: ``@east@north@photo_001@.jpg``. Raises ValueError if there are no
-    two numbers between ``@``, or if zone, band or heading are none.
+    Only the coordinates must be there. A third field that is no UTM zone is a note, and in a short name all
+    that follows belongs to it: ``@east@north@photo_001@.jpg``. Raises a ValueError for what is no such name.
     """
     names, parts = list(_FIELDS), os.path.splitext(os.path.basename(name))[0].split("@")[1:]
     fields: dict[str, Any] = dict(zip(names, parts + [""] * len(names), strict=False)) | {"utm_zone": ""}
@@ -558,25 +565,26 @@ def _city_in(fields: dict) -> str | None:
     return converted[1] if converted and converted[1] in (*MSLS_TRAIN_CITIES, *MSLS_VAL_CITIES) else None
 
 
-def read_folder(part_folder, *, on_error: str = "raise", check_pictures: bool = True) -> Places:
+def read_folder(part_folder, *, positions=True, on_error="raise", check_pictures=True) -> Places:
     """Read one part of a set, such as ``<set>/images/test/database``, from its file names.
 
     All pictures below the folder count, sorted by path, also those in linked folders. The city is the name of
     the set's folder, but for rendered towns and converted Mapillary SLS, whose files name theirs. Refused are
-    a folder without pictures, names without two ``@`` numbers or not in UTF-8, a file that is there twice
-    (same name and content, in two folders), and pictures that do not decode.
+    names not in UTF-8 or without two ``@`` numbers (without `positions`, a name need not begin with ``@``), a
+    file that is there twice (same name and content, in two folders), and pictures that do not decode.
     """
     folder, reading = Path(part_folder), _Reading(on_error, check_pictures)
     parts = folder.absolute().parts
-    parts = parts[:-2] if parts[-1] in _SIDES else parts  # without <split>/<side>
+    parts = parts[:-2] if parts[-1].startswith(_SIDES) else parts  # without <split>/<side>
     set_name = parts[-2] if parts[-1] == "images" else parts[-1]
-    rows, first = {}, {}
+    rows, first, nowhere = {}, {}, {"east_m": np.nan, "north_m": np.nan}
     for path in reading.list_pictures(folder):
         twin = first.setdefault(os.path.basename(path), path)
         try:
             if twin != path and filecmp.cmp(path, twin, shallow=False):
                 raise ValueError(f"the same picture as {twin}; keep one of the two")
-            rows[path] = parse_name(path)
+            placed = positions or os.path.basename(path).startswith("@")
+            rows[path] = parse_name(path) if placed else parse_name("@0@0@") | nowhere
         except ValueError as error:
             reading.problems.append(f"{path}: {error}")
     fields = rows.values()
@@ -615,14 +623,20 @@ def _read_gsv_city(root: Path, city: str, reading: _Reading) -> None:
         as_text = f"{head}_{table.cells['lat'][row]}_{table.cells['lon'][row]}_{keys[row]}.jpg"
         as_number = f"{head}_{lat[row]}_{lon[row]}_{keys[row]}.jpg"
         names[row] = as_number if as_number in size and as_text not in size else as_text
-    paths = [os.path.join(folder, name) for name in names]
     table.refuse("panoid", [not size.get(name) for name in names], f"a picture in {folder}", names)
     good_names = {name for name, good in zip(names, table.good, strict=True) if good}
     reading.pass_over(folder, size.keys() - good_names, f"pictures without a good row in {table.path.name}")
     table.refuse_repeated("panoid", names)
+    columns = {
+        "heading_deg": heading % 360,
+        "place": place,
+        "key": keys,
+        "city": city,
+        "lat": lat,
+        "lon": lon,
+    }
     date = _dates(f"{y:04.0f}-{m:02.0f}" for y, m in zip(year, month, strict=True))
-    columns = {"heading_deg": heading % 360, "place": place, "date": date, "key": keys, "city": city}
-    reading.add(paths, table, lat=lat, lon=lon, **columns)
+    reading.add([os.path.join(folder, name) for name in names], table, date=date, **columns)
 
 
 MSLS_TRAIN_CITIES = (
@@ -632,17 +646,14 @@ MSLS_TRAIN_CITIES = (
 MSLS_VAL_CITIES = ("cph", "sf")
 
 
-def read_msls(
-    root, cities=None, *, part=None, chosen=False, on_error="raise", check_pictures=False
-) -> Places:
+def read_msls(root, cities=None, *, part=None, chosen=False, on_error="raise", check_pictures=False):
     """Read Mapillary Street-level Sequences as downloaded: ``train_val/<city>/{query,database}``.
 
     By default the training cities found, both parts. Copenhagen (``cph``) and San Francisco (``sf``), on
     which models are compared, are read only when named; `part` may be ``"query"`` or ``"database"``, and
-    `chosen` takes only the pictures of the benchmark, its sub-task ``all``. Panoramas are dropped, and so are
-    the empty files that the release holds, which are counted. Eastings and northings are the set's own; where
-    a city lies in two UTM zones, each photograph gets the zone in which its degrees give these metres.
-    `Places.place` is ``unique_cluster``, `Places.note` view direction and light (``"forward-night"``).
+    `chosen` takes only the benchmark's sub-task ``all``. Panoramas are dropped, and the release's empty files
+    counted. Each photograph gets the UTM zone in which its degrees give the set's own metres. `Places.place`
+    is ``unique_cluster``, `Places.note` view direction and light (``"forward-night"``).
     """
     root, reading = Path(root), _Reading(on_error, check_pictures)
     if cities is None:
@@ -665,16 +676,11 @@ def _read_msls_part(folder: Path, city: str, chosen: bool, reading: _Reading) ->
         tasks = _Csv(folder / "subtask_index.csv", reading.problems, "key all", beside=table)
         table.good &= tasks.flags("all")
     view, light = table.text("view_direction"), np.where(table.flags("night"), "night", "day")
-    columns = {
-        "east_m": table.numbers("easting"),
-        "north_m": table.numbers("northing"),
-        "place": table.numbers("unique_cluster", empty=-1),
-        "lat": raw.numbers("lat", -80, 84),
-        "lon": raw.numbers("lon", -180, 180),
-        "heading_deg": raw.numbers("ca", empty=np.nan) % 360,
-        "date": _dates(raw.text("captured_at")),
-        "note": [f"{v.lower()}-{n}" if v else str(n) for v, n in zip(view, light, strict=True)],
-    }
+    columns = {"east_m": table.numbers("easting"), "north_m": table.numbers("northing")}
+    columns |= {"lat": raw.numbers("lat", -80, 84), "lon": raw.numbers("lon", -180, 180)}
+    columns |= {"place": table.numbers("unique_cluster", empty=-1), "date": _dates(raw.text("captured_at"))}
+    columns["heading_deg"] = raw.numbers("ca", empty=np.nan) % 360
+    columns["note"] = [f"{v.lower()}-{n}" if v else str(n) for v, n in zip(view, light, strict=True)]
     if (folder / "seq_info.csv").exists():
         drive = _Csv(folder / "seq_info.csv", reading.problems, "key sequence_key frame_number", beside=table)
         columns |= {"sequence": drive.text("sequence_key"), "frame": drive.numbers("frame_number", empty=-1)}
@@ -694,12 +700,11 @@ def read_photos(folder, csv=None, *, on_error: str = "raise") -> Places:
 
     The CSV is named as it stands or relative to the folder; by default it is the folder's ``positions.csv``
     or ``photos.csv``. Columns (case does not matter): ``file`` (a path in the folder), and either ``lat`` and
-    ``lon`` (degrees, WGS 84) or ``east`` and ``north`` (metres) with, if known, ``zone`` (such as ``10S``);
-    if wanted ``heading`` (degrees), ``date`` (YYYY[-MM[-DD]]), ``place`` (integer), ``city``, ``note``, empty
-    where unknown. A column ``part`` tells `open_set` and `open_training_set` what a photograph is for:
-    ``train``, or ``database`` or ``queries``, with the split before it if it is not the test
-    (``val/queries``). Photographs with ``lat`` and ``lon`` lie in the UTM zone of their middle, or each in
-    its own if they spread over more than 6 degrees.
+    ``lon`` (degrees, WGS 84; in the UTM zone of their middle, or each in its own if they spread over more
+    than 6 degrees) or ``east``, ``north`` (metres) and, if known, ``zone`` (``10S``); if wanted ``heading``
+    (degrees), ``date`` (YYYY[-MM[-DD]]), ``place`` (integer), ``city``, ``note``, empty where unknown. For
+    `open_set` and `open_training_set`, ``part`` says what a photograph is for: ``train``, ``database`` or
+    ``queries``, with the split before these if it is not the test (``val/queries``).
     """
     path = _photos_csv(Path(folder), csv)
     if path is None:
@@ -729,13 +734,9 @@ def _read_photos(folder: Path, path: Path, reading: _Reading) -> tuple[Places, n
     table.refuse_repeated("file", whole)
     dates = _dates(table.text("date"))
     table.refuse("date", np.isnat(dates) & (table.text("date") != ""), "YYYY, YYYY-MM or YYYY-MM-DD")
-    columns = {
-        "heading_deg": table.numbers("heading", -360, 360, empty=np.nan) % 360,
-        "place": table.numbers("place", -1, 2**53, empty=-1),
-        "city": table.text("city", folder.absolute().name),
-        "note": table.text("note"),
-        "date": dates,
-    }
+    columns = {"city": table.text("city", folder.absolute().name), "note": table.text("note"), "date": dates}
+    columns["heading_deg"] = table.numbers("heading", -360, 360, empty=np.nan) % 360
+    columns["place"] = table.numbers("place", -1, 2**53, empty=-1)
     if "lat" in table.cells:
         columns |= {"lat": table.numbers("lat", -80, 84), "lon": table.numbers("lon", -180, 180)}
     else:
@@ -759,6 +760,63 @@ def read_unlabelled(folder: str | os.PathLike, *, on_error: str = "raise") -> Pl
     folder, reading = Path(folder), _Reading(on_error)
     reading.add(reading.list_pictures(folder), city=folder.absolute().name)
     return reading.places(folder)
+
+
+# -- Positives from a file ------------------------------------------------------------------------------
+_LISTS = (".csv", ".npy", ".npz")
+_CONVERT = (
+    "no array of numbers. Lists in an array of objects are a pickle, which may run any code and is never "
+    "opened. If you trust it, convert it once: a = np.load({0!r}, allow_pickle=True); "
+    "a = a[:, 1] if a.ndim == 2 else a; lists = [np.array(rows, int) for rows in a]; np.savez({1!r}, "
+    "indices=np.concatenate(lists), offsets=np.cumsum([0, *map(len, lists)]))"
+)
+
+
+def read_positives(path, database: Places, queries: Places) -> list[np.ndarray]:
+    """The rows of `database` that answer each of the Q `queries`, ascending int64, as a file lists them.
+
+    A ``.csv`` has a line for each pair, ``query`` and ``reference``: file names, behind as many of their
+    folders as tell them apart. A query without a line or a reference has no positive. Otherwise rows count
+    as in the tables: an ``.npy`` is a mask (Q, R), booleans or 0 and 1, or row numbers (Q,) or (Q, most),
+    filled up with -1; an ``.npz`` has all row numbers, ``indices``, parted by ``offsets`` (Q + 1,).
+    """
+    path = Path(path)
+    if check("a file of positives ends as", path.suffix.lower(), choices=_LISTS) == ".csv":
+        return _read_pairs(path, database, queries)
+    try:
+        given = np.load(path, allow_pickle=False)
+        if isinstance(given, np.lib.npyio.NpzFile):
+            if not {"indices", "offsets"} <= set(given):
+                raise ValueError(f"it holds {', '.join(given)}, where indices and offsets are needed")
+            rows, ends = given["indices"], given["offsets"]
+            given = np.split(rows, ends[1:-1])
+            if ends[0] != 0 or ends[-1] != len(rows) or (np.diff(ends) < 0).any():
+                raise ValueError(f"offsets must rise from 0 to {len(rows)}, got {ends}")
+        elif given.dtype.kind == "i" and (given == -1).any():
+            given = [rows[rows != -1] for rows in given.reshape(len(given), -1)]
+        return positive_rows(given, len(queries), len(database))[0]
+    except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        why = _CONVERT.format(path.name, f"{path.stem}.npz") if "pickle" in str(error) else error
+        raise ValueError(f"{path}: {why}") from None
+
+
+def _read_pairs(path: Path, database: Places, queries: Places) -> list[np.ndarray]:
+    pairs, problems = [], []
+    table = _Csv(path, problems, "query reference")
+    for column, places in (("query", queries), ("reference", database)):
+        names, rows = table.text(column), {}
+        for depth in {name.count("/") + 1 for name in names}:
+            for row, parts in enumerate(Path(p).parts for p in places.path):
+                name = "/".join(parts[-depth:])
+                rows[name] = -2 if name in rows else row
+        pairs.append(np.array([rows.get(name, -1) for name in names], dtype=np.int64))
+        unknown = (pairs[-1] == -1) & ((names != "") | (column == "query"))
+        table.refuse(column, unknown, f"the name of one of the {len(places)} files")
+        table.refuse(column, pairs[-1] == -2, "a name that only one file has: put its folder before it")
+    if problems:
+        raise ValueError("\n".join([*problems[:5], f"({len(problems)} in all)"]))
+    query, reference = np.unique(np.array(pairs)[:, pairs[1] >= 0], axis=1)
+    return np.split(reference, np.searchsorted(query, np.arange(1, len(queries))))
 
 
 # -- Benchmarks and sets --------------------------------------------------------------------------------
@@ -793,53 +851,61 @@ _USUAL_NAMES = BENCHMARKS["msls-val"].folders, "gsv-cities gsv_cities GSV-Cities
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class TestSet:
-    """References, queries and the rule that joins them, made by `open_set`; `spec` is None if unpublished."""
+    """References and queries, made by `open_set`, and the `rule` that joins them: the name of a file where
+    the positives of each query are `listed`; `spec` is None if unpublished.
+    """
 
     __test__ = False  # no test class, whatever pytest thinks of its name
 
     name: str
     database: Places
     queries: Places
-    rule: PositiveRule = PositiveRule()
+    rule: PositiveRule | str = PositiveRule()
+    listed: Sequence[np.ndarray] | None = None
     spec: Benchmark | None = None
     split: str = "test"
 
     @property
     def warning(self) -> str:
-        """A sentence if the counts are not those of the published evaluations, else the empty text."""
-        counts, spec = (len(self.database), len(self.queries)), self.spec
-        if not spec or not spec.n_queries or counts == (spec.n_database, spec.n_queries):
-            return ""
-        here = f"{self.name} has {counts[0]:,} references and {counts[1]:,} queries here"
-        published = f"{spec.n_database:,} and {spec.n_queries:,} in the published evaluations"
-        return f"{here}, but {published}: its recalls cannot be compared with published ones"
-
-    @property
-    def left_out(self) -> tuple[str, ...]:
-        """What reading left out, one sentence each."""
-        return self.database.left_out + self.queries.left_out
+        """A sentence if counts or rule are not those of the published evaluations, else the empty text."""
+        spec, counts, differ = self.spec, (len(self.database), len(self.queries)), []
+        if spec and spec.n_queries and counts != (spec.n_database, spec.n_queries):
+            here = "{:,} references and {:,} queries here".format(*counts)
+            differ.append(f"{here}, but {spec.n_database:,} and {spec.n_queries:,}")
+        if spec and str(self.rule) != str(spec.rule):
+            differ.append(f"the positives {self.rule} here, but {spec.rule}")
+        end = "in the published evaluations: its recalls cannot be compared with published ones"
+        return f"{self.name} has {' and '.join(differ)} {end}" if differ else ""
 
     def positives(self) -> list[np.ndarray]:
         """The references that answer each query; see `positives`."""
+        if self.listed is not None:
+            return list(self.listed)
         return positives(self.database, self.queries, self.rule)
 
     def fingerprint(self) -> str:
-        """A hash of both tables and of the rule."""
+        """A hash of both tables, and of the rule or the listed positives."""
         tables = self.database.fingerprint(), self.queries.fingerprint()
-        return fingerprint([*tables, dataclasses.asdict(self.rule)])
+        rule = dataclasses.asdict(self.rule) if self.listed is None else list(self.listed)
+        return fingerprint([*tables, rule])
 
 
-def open_set(root, name: str, split=None, *, on_error="raise", check_pictures: bool = True) -> TestSet:
+def open_set(root, name, split=None, *, positives=None, on_error="raise", check_pictures=True) -> TestSet:
     """Open a set in the folder `root`, by the name of a benchmark (see `BENCHMARKS`) or of a folder.
 
-    A folder may have ``images/<split>/{database,queries}``, be Mapillary SLS as downloaded, or photographs
-    with a ``positions.csv`` (see `read_photos`; without a column ``part``, every second row is a query); or
-    name a CSV: ``holiday/spring.csv``. Its positives lie within 25 m; its split is ``"test"`` by default.
+    A folder has ``images/<split>/{database,queries}``, or is Mapillary SLS as downloaded, or photographs with
+    a ``positions.csv`` (see `read_photos`; without a column ``part``, every second row is a query), or is a
+    CSV: ``holiday/spring.csv``. The split is ``"test"`` by default. Several folders of queries, such as
+    ``queries_day`` and ``queries_night`` beside ``database``, follow each other by name in one table.
+
+    `positives` is a `PositiveRule`, its text (``"10 m"``, ``"2 frames"``), or a file that lists them (see
+    `read_positives`), in the set's folder or by its whole path; file names need no positions then. By default
+    a benchmark that is named has its own, another set those that its file ``positives_<split>`` (.csv, .npy,
+    .npz) lists, or those within 25 m. Where they are listed by number, no picture can be left out.
 
     ``nordland-2760`` swaps the seasons of the full set (winter references, summer queries) and takes every
-    tenth frame as a query; a folder of that name is taken as it is. ``msls-val`` has 740 queries: those of
-    the sub-task ``all`` where the set is as downloaded, else those in its file ``query_keys.txt`` (one key or
-    picture path a line). ``msls-val-full`` takes all validation queries, and is another benchmark.
+    tenth frame as a query; a folder of that name is taken as it is. ``msls-val`` has 740 queries, those of
+    the sub-task ``all`` or of its file ``query_keys.txt`` (a key or path a line); ``msls-val-full`` has all.
     """
     spec, reading = BENCHMARKS.get(name), {"on_error": on_error, "check_pictures": check_pictures}
     if spec is None:
@@ -851,9 +917,12 @@ def open_set(root, name: str, split=None, *, on_error="raise", check_pictures: b
         if split not in (None, spec.split):
             raise ValueError(f"the benchmark {name} has the split {spec.split!r}, got {split!r}")
         if missing:
-            missing = f"{missing}; get it from {spec.where_to_get}"
-            raise FileNotFoundError(f"{name} is not complete in {root}: {missing}")
+            raise FileNotFoundError(f"{name} is not complete: {missing}; get it from {spec.where_to_get}")
         split = spec.split
+    rule = _find_rule(positives, folder.parent if folder.is_file() else folder, split, spec)
+    listed = isinstance(rule, Path)
+    if listed and rule.suffix.lower() != ".csv":
+        reading["on_error"] = "raise"
     sides, table = _side_folders(folder, split), _photos_csv(folder.absolute())
     validation = name == "msls-val" or not spec
     chosen = validation and not (folder / "query_keys.txt").exists()
@@ -864,20 +933,37 @@ def open_set(root, name: str, split=None, *, on_error="raise", check_pictures: b
         database, queries = (t[np.argsort(names_in_order(t), kind="stable")] for t in (database, queries))
     elif sides:
         swapped = name == "nordland-2760" and folder.name.lower() == "nordland"
-        database, queries = (read_folder(side[0], **reading) for side in sides[:: -1 if swapped else 1])
+        reading["positions"] = not listed
+        tables = [Places.concat(read_folder(part, **reading) for part in side) for side in sides]
+        database, queries = tables[::-1] if swapped else tables
         if swapped:
             queries = queries[np.argsort(queries.east_m + queries.north_m, kind="stable")[::10]]
     elif table:
         database, queries = _open_photos(table, split, reading)
     else:
-        raise FileNotFoundError(
-            f"{folder}: there is no images/{split} with database and queries in it, nor a positions.csv, and "
-            f"{name!r} is none of the benchmarks {', '.join(BENCHMARKS)}"
-        )
+        layouts = f"there is no images/{split} with database and queries in it, nor a positions.csv"
+        raise FileNotFoundError(f"{folder}: {layouts}, and {name!r} is no benchmark: {', '.join(BENCHMARKS)}")
     if spec and spec.name == "msls-val" and not (downloaded and chosen):
         queries = _select_keys(queries, folder)
-    rule = spec.rule if spec else PositiveRule()
-    return TestSet(name=name, database=database, queries=queries, rule=rule, spec=spec, split=split)
+    rows = read_positives(rule, database, queries) if listed else None
+    tables = {"database": database, "queries": queries, "listed": rows, "rule": rule.name if listed else rule}
+    return TestSet(name=name, **tables, spec=spec, split=split)
+
+
+def _find_rule(given, folder: Path, split: str, spec: Benchmark | None = None) -> PositiveRule | Path:
+    """The rule, or the file of positives, that `open_set` is given or finds."""
+    if isinstance(given, PositiveRule) or (spec and not given):
+        return given or spec.rule
+    if match := re.fullmatch(r"(\d+|\d+\.\d+) ?m|(?:\+-)?(\d+) ?frames?", str(given)):
+        return PositiveRule(radius_m=match[1] and float(match[1]), frames=match[2] and int(match[2]))
+    names = [f"positives_{split}{ending}" for ending in _LISTS] if not given else [given]
+    there = [path for path in (folder / name for name in names) if path.is_file()]
+    if len(there) > 1:
+        raise ValueError(f"{there[0]} and {there[1].name} are both there: keep one, or name it")
+    if given and not there:
+        known = f"metres (25 m), frames (2 frames) or a file ({', '.join(_LISTS)}) in {folder}"
+        raise FileNotFoundError(f"positives must be {known}, got {str(given)!r}")
+    return there[0] if there else PositiveRule()
 
 
 def _open_photos(csv: Path, split: str, reading: dict) -> list[Places]:
@@ -905,16 +991,16 @@ def names_in_order(places: Places) -> list[str]:
 def open_training_set(root, name: str, *, on_error: str = "raise") -> Places:
     """Open what a model may train on: the folder `name` in `root`, in any of the formats.
 
-    That is Mapillary SLS as downloaded (its validation cities stay out), GSV-Cities, a folder with
-    ``images/train/{database,queries}``, of which one is enough, or photographs with a CSV as for `open_set`
-    (whose ``part`` begins with ``train``, or all). With ``on_error="skip"`` every picture is looked into.
+    Those are Mapillary SLS (without its validation cities), GSV-Cities, ``images/train`` with references,
+    queries or both, and photographs with a CSV (those whose ``part`` begins with ``train``, or else all).
+    With ``on_error="skip"`` every picture is looked into.
     """
     folder = _set_folder(Path(root), name)
     for inside, reader in (("train_val", read_msls), ("Dataframes", read_gsv_cities)):
         if (folder / inside).is_dir():
             return reader(folder, on_error=on_error, check_pictures=on_error == "skip")
-    sides = [part / side for part in (folder / "images" / "train", folder / "train") for side in _SIDES]
-    if sides := [side for side in sides if side.is_dir()]:
+    parts = folder / "images" / "train", folder / "train"
+    if sides := [side for part in parts for kind in _FOLDERS for side in sorted(part.glob(kind))]:
         return Places.concat([read_folder(side, on_error=on_error) for side in sides])
     if csv := _photos_csv(folder.absolute()):
         places, part = _read_photos(csv.parent, csv, _Reading(on_error))
@@ -935,20 +1021,20 @@ def _side_folders(folder: Path, split: str) -> list[list[Path]] | None:
     """The folders of references and of queries in any layout of files; None where they are not all there."""
     cities = [folder / "train_val" / city for city in MSLS_VAL_CITIES if split == "val"]
     layouts = [[[city / side for city in cities] for side in ("database", "query")]]
-    layouts += [[[part / side] for side in _SIDES] for part in (folder / "images" / split, folder / split)]
-    there = (sides for sides in layouts if sides[0] and all(path.is_dir() for side in sides for path in side))
-    return next(there, None)
+    parts = folder / "images" / split, folder / split
+    layouts += [[sorted(part.glob(kind)) for kind in _FOLDERS] for part in parts]
+    whole = (sides for sides in layouts if all(sides) and all(path.is_dir() for path in sum(sides, [])))
+    return next(whole, None)
 
 
 def _find_benchmark(root: Path, spec: Benchmark) -> tuple[Path | None, str]:
     """The folder of a benchmark, and what is missing (the empty text if nothing is)."""
     there = [root / name for name in spec.folders if (root / name).is_dir()]
-    for folder in there:
-        if _side_folders(folder, spec.split):
-            return folder, ""
-    if there:
-        return None, f"{there[-1]} has no images/{spec.split} with database and queries in it"
-    return None, f"there is no folder {' or '.join(spec.folders)}"
+    if not there:
+        return None, f"there is no folder {' or '.join(spec.folders)} in {root}"
+    whole = [folder for folder in there if _side_folders(folder, spec.split)]
+    missing = "" if whole else f"{there[-1]} has no images/{spec.split} with database and queries in it"
+    return whole[0] if whole else None, missing
 
 
 def _query_keys(folder: Path) -> set[str]:
@@ -959,9 +1045,8 @@ def _query_keys(folder: Path) -> set[str]:
 
 def _select_keys(queries: Places, folder: Path) -> Places:
     if not (keys := _query_keys(folder)):
-        raise ValueError(
-            f"{folder}: write the keys of the 740 queries into query_keys.txt, or open msls-val-full"
-        )
+        advice = "write the keys of the 740 queries into query_keys.txt, or open msls-val-full"
+        raise ValueError(f"{folder}: {advice}")
     if absent := sorted(keys - set(queries.key.tolist())):
         raise ValueError(f"{folder}: {len(absent)} of {len(keys)} query keys have no picture: {absent[0]!r}")
     return queries[np.isin(queries.key, list(keys))]
@@ -970,9 +1055,8 @@ def _select_keys(queries: Places, folder: Path) -> Places:
 def available(root):
     """A `pandas.DataFrame` of the sets that are here, and where to get the others; counts files, reads none.
 
-    One row for each benchmark, then one for each other folder of the layout or with a ``positions.csv``:
-    ``name``, ``present``, ``references``, ``queries`` (files found; None where opening tells), ``expected``
-    (counts of the published evaluations), ``positives``, ``missing``, ``where_to_get``.
+    A row each benchmark, then each other folder of the layout or with a ``positions.csv``; ``references`` and
+    ``queries`` are files found (None where opening tells), ``expected`` the counts that are published.
     """
     import pandas
 
@@ -997,6 +1081,8 @@ def available(root):
     for folder in sorted(root.glob("[!.]*")):
         found = counts(folder, "test") or ([None, None] if (folder / "positions.csv").is_file() else [])
         if found and folder.name not in taken:
-            rows.append([folder.name, True, *found, "", PositiveRule(), "", "a folder of your own"])
+            rule = _find_rule(None, folder, "test")
+            rows.append([folder.name, True, *found, "", rule, "", "a folder of your own"])
     columns = "name present references queries expected positives missing where_to_get".split()
-    return pandas.DataFrame(rows, columns=columns).assign(positives=[str(row[5]) for row in rows])
+    rules = [getattr(row[5], "name", str(row[5])) for row in rows]
+    return pandas.DataFrame(rows, columns=columns).assign(positives=rules)

@@ -15,7 +15,7 @@ from scipy import stats
 
 from sagelib import runs
 from sagelib.backbone import read_checkpoint
-from sagelib.places import same_grid
+from sagelib.places import positive_rows, same_grid
 
 KS = (1, 5, 10, 20)
 _BLOCK_BYTES = 256 * 2**20  # copies of the descriptors are never larger than this at once
@@ -230,26 +230,9 @@ def recall(indices, positives, ks: Sequence[int] = KS, *, n_references: int | No
 
 def _hits(indices, positives, n_references=None):
     """Which references found are positives (Q, depth); the rank of the first, and their number (Q,)."""
-    lists = [np.asarray(rows).ravel() for rows in positives]
-    if len(lists) != len(indices):
-        raise ValueError(f"{len(indices)} queries were searched but positives are given for {len(lists)}")
-    named = np.concatenate([rows for rows in lists if len(rows)] or [np.empty(0, np.int64)])
-    kind, widths = named.dtype.kind, {len(rows) for rows in lists}
-    # More than two 0 and 1 are no rows: they would name one twice.
-    if np.isin(named, (0, 1)).all() and (kind in "bf" or max(widths) > 2):
-        n_references = n_references or max(widths)
-        if widths != {n_references}:
-            raise ValueError(f"a mask of positives must have {n_references} columns, got {sorted(widths)}")
-        lists = [np.flatnonzero(rows) for rows in lists]
-    elif kind not in "iu":
-        raise ValueError(f"positives must be row numbers of references, or a mask of them, got {named.dtype}")
-    n = n_references or 1 + int(indices.max())
+    lists, n = positive_rows(positives, len(indices), n_references, 1 + int(indices.max()))
     if indices.min() < -1 or indices.max() >= n:
         raise ValueError(f"indices are from {indices.min()} to {indices.max()}, but there are {n} references")
-    for query, rows in enumerate(lists):
-        for row in rows[(rows < 0) | (rows >= n)]:
-            more = "" if n_references or row < 0 else f"; were there more than {n}, give n_references"
-            raise ValueError(f"query {query} has the positive {row}, which is no row of a reference{more}")
     hit = np.stack([np.isin(row, rows) for row, rows in zip(indices, lists, strict=True)])
     first = np.where(hit.any(axis=1), hit.argmax(axis=1) + 1, 0)
     return hit, first, np.array([len(rows) for rows in lists])
@@ -259,6 +242,19 @@ def wilson_interval(hits: int, n: int) -> tuple[float, float]:
     """Wilson's score interval (95 %) of the proportion hits / n, in percent (Wilson 1927)."""
     low, high = stats.binomtest(hits, n).proportion_ci(0.95, method="wilson")
     return 100 * float(low), 100 * float(high)
+
+
+def precision_recall(distances, right, answerable) -> pd.DataFrame:
+    """Precision and recall where only queries whose nearest reference is within a threshold are answered.
+
+    Of Q queries each: the distance of that reference, whether it is a positive, and whether there is one at
+    all. To answer a query that has none is wrong, and recall is that of the queries that have one (Schubert
+    et al., Visual Place Recognition: A Tutorial, 2023). A row for each threshold, ascending.
+    """
+    answers = pd.DataFrame({"threshold": distances, "right": np.asarray(right, bool)}).groupby("threshold")
+    counts = answers["right"].agg(["sum", "count"]).cumsum()  # equal distances are answered together
+    recalls = counts["sum"] / max(1, np.count_nonzero(answerable))
+    return pd.DataFrame({"precision": counts["sum"] / counts["count"], "recall": recalls}).reset_index()
 
 
 # ----------------------------------------------------------------------------------------------- differences
@@ -317,13 +313,20 @@ def resampled_means(values, cells, rng, draws: int, groups=None) -> np.ndarray:
 
 
 # -------------------------------------------------------------------------------------------------- rankings
-def write_rankings(path, indices, distances, database, queries, positives) -> Path:
-    """Write what every query found to a CSV file that any tool opens, a line for each query and rank.
+def write_rankings(path, *found) -> Path:
+    """Write a `rankings_table` of what was `found` to a CSV file that any tool opens."""
+    with runs.atomic_path(path) as temporary:
+        rankings_table(*found).to_csv(temporary, index=False)
+    return Path(path)
 
-    ``distance`` is between descriptors, ``metres`` on the ground (empty across UTM zones, or if unknown),
+
+def rankings_table(indices, distances, database, queries, positives=None) -> pd.DataFrame:
+    """What every query found, a row for each query and rank.
+
+    ``distance`` is between descriptors, ``metres`` on the ground (NaN across UTM zones, or if unknown),
     ``first_positive_rank`` 0 where there is none. Paths begin below the folder that holds all pictures.
+    Without `positives`, nothing is said of them.
     """
-    hit, first, n_positives = _hits(indices, positives, len(database))
     root = os.path.commonpath({os.path.dirname(os.path.abspath(p)) for p in (*database.path, *queries.path)})
     query, rank = np.nonzero(indices >= 0)
     reference = indices[query, rank]
@@ -335,19 +338,16 @@ def write_rankings(path, indices, distances, database, queries, positives) -> Pa
 
     apart = [getattr(queries, a)[query] - getattr(database, a)[reference] for a in ("east_m", "north_m")]
     same_zone = same_grid(queries.utm_zone)[query] == same_grid(database.utm_zone)[reference]
-    table = {
-        **columns("query", queries, query),
-        "first_positive_rank": first[query],
-        "n_positives": n_positives[query],
-        "rank": rank + 1,
-        **columns("reference", database, reference),
-        "distance": distances[query, rank],
-        "metres": np.where(same_zone, np.hypot(*apart), np.nan).round(2),
-        "positive": hit[query, rank].astype(int),
-    }
-    with runs.atomic_path(path) as temporary:
-        pd.DataFrame(table).to_csv(temporary, index=False)
-    return Path(path)
+    table = columns("query", queries, query)
+    if positives is not None:
+        hit, first, n_positives = _hits(indices, positives, len(database))
+        table |= {"first_positive_rank": first[query], "n_positives": n_positives[query]}
+    table |= {"rank": rank + 1, **columns("reference", database, reference)}
+    table["distance"] = distances[query, rank]
+    table["metres"] = np.where(same_zone, np.hypot(*apart), np.nan).round(2)
+    if positives is not None:
+        table["positive"] = hit[query, rank].astype(int)
+    return pd.DataFrame(table)
 
 
 # ------------------------------------------------------------------------------------------------------- PCA

@@ -13,7 +13,6 @@ from sagelib.describe import GreyPixels, baseline_pixels, choose_anchors, descri
 from sagelib.evaluate import (
     Evaluation,
     evaluate,
-    evaluate_many,
     locate,
     open_model,
     open_models,
@@ -163,7 +162,9 @@ def test_unfinished_evaluations_do_not_look_finished(data, tmp_path, monkeypatch
     from sagelib import evaluate as module
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "write_rankings", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            module.retrieval, "write_rankings", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         with pytest.raises(KeyboardInterrupt):
             evaluate(Noisy(), open_set(data, "aligned"), tmp_path, progress=False)
     assert runs.find_runs(tmp_path, "evaluate") == []
@@ -240,22 +241,6 @@ def test_queries_that_lie_in_the_data_base_are_counted(tmp_path):
     shutil.copy(min((part / "database").rglob("*.png")), min((part / "queries").rglob("*.png")))
     result = evaluate(Noisy(), open_set(tmp_path, "s"), tmp_path / "runs", progress=False)
     assert result.n_in_database == 1 and "1 of 4 queries lie in the data base" in result.warning
-
-
-def test_what_is_missing_or_broken_does_not_stop_the_others(tmp_path):
-    for name in "abc":
-        write_set(tmp_path, name, n=3)
-    next((tmp_path / "b" / "images" / "test" / "database").rglob("*.png")).write_bytes(b"")
-    names, root = ["a", "b", "sped", "nowhere", "c"], tmp_path / "runs"
-    evaluations, missing = evaluate_many(Noisy(), tmp_path, names, root, progress=False)
-    assert [e.dataset for e in evaluations] == ["a", "c"] and list(missing) == ["b", "sped", "nowhere"]
-    assert "does not decode" in missing["b"] and "get it from" in missing["sped"]
-    evaluations, missing = evaluate_many(Noisy(), tmp_path, None, root, progress=False)
-    assert [e.dataset for e in evaluations] == ["a", "c"] and list(missing) == ["b"]
-    evaluations, missing = evaluate_many(Noisy(), tmp_path, "c", root, progress=False)
-    assert [e.dataset for e in evaluations] == ["c"] and not missing
-    with pytest.raises(ValueError, match="does not decode"):
-        evaluate_many(Noisy(), tmp_path, ["b"], root, progress=False)
 
 
 # ---------------------------------------------------------------------------------------------------- locate

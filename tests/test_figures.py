@@ -82,6 +82,9 @@ GALLERY = {
         RECALL + 4,
         published={"SAGE": [98, nan, 95]},
     ),
+    "precision_recall": call(
+        {"m": pd.DataFrame({"threshold": [0.1, 0.4], "precision": [1, 0.5], "recall": [0.3, 0.3]})}
+    ),
     "recall_vs_dim": call(
         {"m": [128, 512, 8448]}, {"m": [50, 60, 70]}, intervals={"m": ([45, 55, 65], [55, 65, 75])}, **BY_SIZE
     ),

@@ -662,6 +662,165 @@ def test_every_format_is_a_training_set(tmp_path):
     absent("no set with a training part", open_training_set, tmp_path, "nowhere")
 
 
+# -- Positives that a file lists ------------------------------------------------------------------------
+
+
+def write_lists(path, lists):
+    offsets = np.cumsum([0, *map(len, lists)])
+    np.savez(path, indices=np.concatenate([np.array(rows, int) for rows in lists]), offsets=offsets)
+
+
+TRUTH = [[0, 3], [], [11], [4, 5, 6], [1], [2]]  # of the 12 references of 6 queries
+
+
+def truth_mask(dtype=bool):
+    return np.array([[row in rows for row in range(12)] for rows in TRUTH], dtype)
+
+
+def test_every_form_of_listed_positives_says_the_same(tmp_path):
+    folder = make_sets.pitts_like(tmp_path)
+    by_radius, file = open_set(tmp_path, "pitts30k"), folder / "positives_test.npy"
+    prints = {by_radius.fingerprint()}
+    padded = np.array([rows + [-1] * (3 - len(rows)) for rows in TRUTH])
+    for array in (truth_mask(), truth_mask(np.uint8), truth_mask(float), padded, padded[:, ::-1]):
+        np.save(file, array)
+        opened = open_set(tmp_path, "pitts30k")
+        assert [rows.tolist() for rows in opened.positives()] == TRUTH and opened.rule == file.name
+        prints.add(opened.fingerprint())
+    file.unlink()
+    write_lists(folder / "lists.npz", TRUTH)
+    names = [[os.path.basename(path) for path in t.path] for t in (by_radius.queries, by_radius.database)]
+    pairs = [f"{names[0][q]},database/{names[1][r]}" for q, rows in enumerate(TRUTH) for r in rows[::-1]]
+    (folder / "pairs.csv").write_text("\n".join(["query,reference", *pairs, pairs[0], f"{names[0][1]},"]))
+    for how in ("lists.npz", "pairs.csv", folder.absolute() / "pairs.csv"):
+        opened = open_set(tmp_path, "pitts30k", positives=how)
+        assert [rows.tolist() for rows in opened.positives()] == TRUTH
+        prints.add(opened.fingerprint())
+    assert len(prints) == 2, "it is the positives that count, not the form of their file"
+    np.save(folder / "one.npy", np.arange(6))
+    one = open_set(tmp_path, "pitts30k", positives="one.npy")
+    assert [rows.tolist() for rows in one.positives()] == [[i] for i in range(6)]
+    assert one.fingerprint() not in prints
+
+
+def test_positives_are_named_found_or_a_benchmarks_own(tmp_path):
+    folder = make_sets.pitts_like(tmp_path)
+    for how, rule in (("10 m", "10 m"), ("7.5m", "7.5 m"), (PositiveRule(radius_m=3), "3 m")):
+        assert str(open_set(tmp_path, "pitts30k", positives=how).rule) == rule
+    assert open_set(tmp_path, "pitts30k", positives="+-2 frames").rule.frames == 2
+    np.save(folder / "positives_test.npy", truth_mask())
+    assert str(open_set(tmp_path, "pitts30k-test").rule) == "25 m", "the benchmark's own"
+    named = open_set(tmp_path, "pitts30k-test", positives="positives_test.npy")
+    assert "the positives positives_test.npy here, but 25 m in the published" in named.warning
+    assert [rows.tolist() for rows in named.positives()] == TRUTH
+    make_sets.pitts_like(tmp_path, "street")
+    np.save(tmp_path / "street" / "positives_test.npy", truth_mask())
+    table = available(tmp_path).set_index("name")
+    assert table.positives["street"] == "positives_test.npy" and table.positives["pitts30k-test"] == "25 m"
+    (folder / "positives_test.csv").write_text("query,reference\n")
+    refused(r"positives_test\.csv and positives_test\.npy are both there", open_set, tmp_path, "pitts30k")
+    none = open_set(tmp_path, "pitts30k", positives="positives_test.csv").positives()
+    assert [rows.tolist() for rows in none] == [[]] * 6
+    absent("must be metres .* got '10 miles'", open_set, tmp_path, "pitts30k", positives="10 miles")
+
+
+@pytest.mark.parametrize(
+    ("array", "sentence"),
+    [
+        (truth_mask().T, r"given for 12 queries, but there are 6: transpose the matrix \(12, 6\)"),
+        (truth_mask()[:5], "given for 5 queries, but there are 6"),
+        (truth_mask()[:, :11], r"must have 12 columns, got \[11\]"),
+        (truth_mask(int)[:, :11], r"must have 12 columns, got \[11\]"),
+        (np.full((6, 1), 12), "query 0 has the positive 12, which is no row of 12 references"),
+        (np.full((6, 1), -2), "the positive -2"),
+        (truth_mask() * 0.5, "row numbers of references, or a mask of them, got float64"),
+        (np.array([[1], [2, 3]] * 3, object), r"pickle.*a = np.load\('x.npy', allow_pickle=True\)"),
+        (b"", "No data left"),
+        (b"version https://git-lfs.github.com/spec/v1", "no array of numbers"),
+    ],
+)
+def test_listed_positives_that_do_not_fit_are_told(tmp_path, array, sentence):
+    folder = make_sets.pitts_like(tmp_path)
+    if isinstance(array, bytes):
+        (folder / "x.npy").write_bytes(array)
+    else:
+        np.save(folder / "x.npy", array, allow_pickle=True)
+    refused(rf"pitts30k/x\.npy: .*{sentence}", open_set, tmp_path, "pitts30k", positives="x.npy")
+
+
+def test_the_advice_on_pickles_converts_them(tmp_path, monkeypatch):
+    folder = make_sets.pitts_like(tmp_path)
+    monkeypatch.chdir(folder)
+    alone, paired = np.empty(6, object), np.empty((6, 2), object)
+    for query, rows in enumerate(TRUTH):
+        alone[query], paired[query] = rows, [query, rows]
+    for array in (alone, paired):
+        np.save("x.npy", array, allow_pickle=True)
+        with pytest.raises(ValueError, match="pickle") as error:
+            open_set(tmp_path, "pitts30k", positives="x.npy")
+        exec(str(error.value).partition("convert it once: ")[2], {"np": np})
+        opened = open_set(tmp_path, "pitts30k", positives="x.npz")
+        assert [rows.tolist() for rows in opened.positives()] == TRUTH
+
+
+def test_offsets_and_pairs_that_do_not_fit_are_told(tmp_path):
+    folder = make_sets.pitts_like(tmp_path)
+    for arrays, sentence in (
+        ({"GThard": truth_mask()}, "it holds GThard, where indices and offsets are needed"),
+        ({"indices": np.arange(3), "offsets": np.arange(4)}, "given for 3 queries, but there are 6"),
+        ({"indices": np.arange(3), "offsets": np.arange(7)}, r"rise from 0 to 3, got \[0 1 2 3 4 5 6\]"),
+        ({"indices": np.arange(6.0), "offsets": np.arange(7)}, "float64"),
+        ({"indices": np.arange(6), "offsets": np.arange(7.0)}, "integer"),
+    ):
+        np.savez(folder / "x.npz", **arrays)
+        refused(rf"x\.npz: .*{sentence}", open_set, tmp_path, "pitts30k", positives="x.npz")
+    here = open_set(tmp_path, "pitts30k")
+    query, reference = (os.path.basename(table.path[0]) for table in (here.queries, here.database))
+    make_sets.write_picture(folder / "images/test/database/a/@1@2@.jpg", 1)
+    make_sets.write_picture(folder / "images/test/database/b/@1@2@.jpg", 2)
+    lines = ["query,reference", f"{query},{reference}", f"{reference},{query}", f"{query},@1@2@.jpg"]
+    (folder / "x.csv").write_text("\n".join([*lines, f"{query},b/@1@2@.jpg", f",{reference}"]))
+    with pytest.raises(ValueError) as error:
+        open_set(tmp_path, "pitts30k", positives="x.csv")
+    found = re.findall(r"x\.csv, line (\d), column '(\w+)': expected ([^,]*)", str(error.value))
+    assert found == [
+        ("3", "query", "the name of one of the 6 files"),
+        ("6", "query", "the name of one of the 6 files"),
+        ("4", "reference", "a name that only one file has: put its folder before it"),
+    ]
+
+
+def test_listed_positives_need_no_positions_and_no_gap(tmp_path):
+    part = tmp_path / "plain" / "images" / "test"
+    for i in range(3):
+        make_sets.write_picture(part / "database" / f"{i}.jpg", i)
+        make_sets.write_picture(part / "queries" / f"{i}.jpg", 10 + i)
+    refused("must begin with two numbers", open_set, tmp_path, "plain")
+    np.save(tmp_path / "plain" / "positives_test.npy", np.arange(3))
+    plain = open_set(tmp_path, "plain")
+    assert np.isnan(plain.database.east_m).all() and plain.positives()[2].tolist() == [2]
+    (part / "database" / "0.jpg").write_bytes(b"broken")
+    refused("does not decode", open_set, tmp_path, "plain", on_error="skip")
+    (tmp_path / "plain" / "positives_test.npy").unlink()
+    (tmp_path / "plain" / "positives_test.csv").write_text("query,reference\n2.jpg,2.jpg")
+    skipped = open_set(tmp_path, "plain", on_error="skip")
+    assert [rows.tolist() for rows in skipped.positives()] == [[], [], [1]]
+
+
+def test_several_folders_of_queries_are_one_table(tmp_path):
+    folder = make_sets.pitts_like(tmp_path)
+    part, names = folder / "images" / "test", ("queries_day", "queries_night")
+    (part / "queries").rename(part / "queries_night")
+    make_sets.write_picture(part / "queries_day" / make_sets.at_name(585100, 4476400), 7)
+    opened = open_set(tmp_path, "pitts30k")
+    assert [os.path.basename(os.path.dirname(path)) for path in opened.queries.path] == [
+        names[0],
+        *[names[1]] * 6,
+    ]
+    assert set(opened.queries.city) == {"pitts30k"} and opened.positives()[0].tolist() == [2, 3]
+    assert available(tmp_path).set_index("name").queries["pitts30k-test"] == 7
+
+
 # -- Benchmarks -----------------------------------------------------------------------------------------
 
 

@@ -202,7 +202,7 @@ def test_impossible_positives_are_refused(positives, n_references):
 def test_recall_refuses_what_was_not_searched():
     for call, sentence in (
         (lambda: recall([[0, 1]], [[0]], ks=(1, 5)), "from 1 to the depth searched, 2"),
-        (lambda: recall([[0], [1]], [[0]], ks=(1,)), "2 queries were searched but positives are given for 1"),
+        (lambda: recall([[0], [1]], [[0]], ks=(1,)), "positives are given for 1 queries, but there are 2"),
         (lambda: recall([[0, 1]], [[0]], ks=(1, 2)).percent(3), "k must be one of 1, 2, got 3"),
         (lambda: recall([[0, 7]], [[0]], ks=(1,), n_references=5), "from 0 to 7, but there are 5 references"),
         (

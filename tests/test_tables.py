@@ -5,12 +5,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from make_sets import write_picture
 from test_evaluate import PLACES, Noisy, write_set
 
-from sagelib.evaluate import compare, evaluate_many, open_model, published, training_run
+from sagelib.describe import baseline_pixels
+from sagelib.evaluate import compare, open_model, predict, published, training_run
 from sagelib.images import Preprocess
 from sagelib.model import build_model
-from sagelib.places import Places
+from sagelib.places import Places, read_folder, read_unlabelled
 from sagelib.retrieval import Recall, paired_bootstrap
 from workbench import tables
 
@@ -23,9 +25,25 @@ def measured(tmp_path_factory):
     write_set(data, "unaligned", aligned=False, n=20)
     write_set(data, "sped", aligned=False, n=20)
     names = ["aligned", "unaligned", "sped", "tokyo247"]
-    evaluations, missing = evaluate_many(Noisy(), data, names, root, progress=False)
-    (under,), _ = evaluate_many(Noisy(), data, "aligned", root, context="sorted", progress=False)
+    evaluations, missing = tables.evaluate_many(Noisy(), data, names, root, progress=False)
+    (under,), _ = tables.evaluate_many(Noisy(), data, "aligned", root, context="sorted", progress=False)
     return root, evaluations, under, missing
+
+
+def test_what_is_missing_or_broken_does_not_stop_the_others(tmp_path):
+    for name in "abc":
+        write_set(tmp_path, name, n=3)
+    next((tmp_path / "b" / "images" / "test" / "database").rglob("*.png")).write_bytes(b"")
+    names, root = ["a", "b", "sped", "nowhere", "c"], tmp_path / "runs"
+    evaluations, missing = tables.evaluate_many(Noisy(), tmp_path, names, root, progress=False)
+    assert [e.dataset for e in evaluations] == ["a", "c"] and list(missing) == ["b", "sped", "nowhere"]
+    assert "does not decode" in missing["b"] and "get it from" in missing["sped"]
+    evaluations, missing = tables.evaluate_many(Noisy(), tmp_path, None, root, progress=False)
+    assert [e.dataset for e in evaluations] == ["a", "c"] and list(missing) == ["b"]
+    evaluations, missing = tables.evaluate_many(Noisy(), tmp_path, "c", root, progress=False)
+    assert [e.dataset for e in evaluations] == ["c"] and not missing
+    with pytest.raises(ValueError, match="does not decode"):
+        tables.evaluate_many(Noisy(), tmp_path, ["b"], root, progress=False)
 
 
 def test_tables_put_published_numbers_beside_evaluations(measured):
@@ -188,3 +206,110 @@ def test_a_verdict_says_how_much_or_what_would_go_unseen(difference, options, se
 def test_a_verdict_reads_a_difference_of_recalls():
     a, b = Recall.from_ranks([0] * 40, 0, (1,)), Recall.from_ranks([1] * 30 + [0] * 10, 0, (1,))
     assert tables.verdict(paired_bootstrap(a, b), "SAGE", "GeM").startswith("SAGE finds 75.0 points [6")
+
+
+# -- Ground truth of any form, and answers without one ---------------------------------------------------
+def test_folders_of_queries_have_their_own_rows_and_one_together(tmp_path):
+    write_set(tmp_path, "days", n=30)
+    part = tmp_path / "days" / "images" / "test"
+    (part / "queries").rename(part / "queries_night")
+    for folder in sorted((part / "queries_night").iterdir())[:10]:
+        (part / "queries_day").mkdir(exist_ok=True)
+        folder.rename(part / "queries_day" / folder.name)
+    ((whole,), _) = tables.evaluate_many(Noisy(), tmp_path, "days", tmp_path / "runs", progress=False)
+    _, day, night = tables.by_folder([whole])
+    assert [e.dataset for e in (day, night)] == ["days/queries_day", "days/queries_night"]
+    assert (day.n_queries, night.n_queries, whole.n_queries) == (10, 20, 30)
+    np.testing.assert_array_equal([*day.per_query_rank, *night.per_query_rank], whole.per_query_rank)
+    assert {k: day.hits[k] + night.hits[k] for k in whole.hits} == whole.hits
+    assert len(day.rankings()) == 10 * 20 and tables.by_folder([night]) == [night]
+    table = tables.results_table([whole])
+    assert table["dataset"].tolist() == [d for e in (whole, day, night) for d in 2 * [e.dataset]]
+    assert table["queries"].tolist() == [30, 30, 10, 10, 20, 20] and set(table["positives"]) == {"25 m"}
+
+
+def test_other_ground_truth_is_another_evaluation(tmp_path):
+    folder, root = tmp_path / "s", tmp_path / "runs"
+    write_set(tmp_path, "s", n=12, noise=1)
+    how = {"context": "none", "preprocess": Noisy.preprocess}
+
+    def hits(**options):
+        (found,), _ = tables.evaluate_many(Noisy(), tmp_path, "s", root, progress=False, **options)
+        return found, found.hits[1]
+
+    by_radius, n = hits()
+    assert n == 12
+    for shift, positives, expected in ((0, 12, 12), (1, 12, 0), (0, 6, 6)):  # one name, three ground truths
+        rows = np.roll(np.arange(12), shift)
+        np.save(folder / "positives_test.npy", np.where(np.arange(12) < positives, rows, -1))
+        listed, n = hits()
+        assert n == expected and listed.n_without_positive == 12 - positives
+        assert listed.positives == "positives_test.npy"
+    again, _ = hits(positives="25 m")
+    assert again.path == by_radius.path
+    with pytest.raises(ValueError, match="cannot be compared: data_fingerprint"):
+        compare(by_radius, listed)
+    for positives, expected in (("25 m", by_radius), ("positives_test.npy", listed)):
+        (found,) = tables.read_evaluations(root, ["s"], ["random"], **how, positives=positives)
+        assert found.path == expected.path
+    table = tables.results_table([by_radius, listed], beside=False)
+    assert table["R@10"].tolist()[:2] == [pytest.approx(1000 / 12), pytest.approx(500 / 12)], "chance"
+
+
+def test_a_threshold_tells_places_that_are_not_in_the_map(tmp_path):
+    test_set = write_set(tmp_path, "s", n=40, noise=70)
+    truth = np.where(np.arange(40) < 25, np.arange(40), -1)  # the last 15 queries have no positive
+    for path in test_set.database.path[25:]:
+        Path(path).unlink()
+    np.save(tmp_path / "s" / "positives_test.npy", truth)
+    ((found,), _) = tables.evaluate_many(Noisy(), tmp_path, "s", tmp_path / "runs", progress=False)
+    table, curves = tables.answer_or_refuse([found])
+    firsts = found.rankings().query("`rank` == 1")
+    distance, right = firsts["distance"].to_numpy(), firsts["reference"].to_numpy() == truth
+    slow = []
+    for threshold in sorted(set(distance)):
+        answered = distance <= threshold
+        slow.append((threshold, (answered & right).sum() / answered.sum(), (answered & right).sum() / 25))
+    curve = curves["random, s"]
+    np.testing.assert_allclose(curve.to_numpy(), slow)
+    precision, recalls = np.array(slow).T[1:]
+    sure = recalls[precision == 1].max(initial=0)
+    area = sum(
+        (b - a) * (p + q) / 2
+        for a, b, p, q in zip([0, *recalls], recalls, [1, *precision], precision, strict=False)
+    )
+    row = table.iloc[0]
+    assert (row["queries"], row["without positive"]) == (40, 15)
+    assert row["R@100P"] == pytest.approx(100 * sure) and row["AUC"] == pytest.approx(area)
+    assert 0 < sure < recalls[-1] < 1, "some answers are wrong, and a threshold matters"
+    assert right[distance <= row["up to"]].all()
+
+
+def test_predictions_need_no_ground_truth(tmp_path):
+    names = ("@0@0@@@@@k{}@@@@@@@@.jpg", "photo {}.jpg")
+    database, queries = (
+        read(write_pictures(tmp_path / side, name, n))
+        for read, side, name, n in (
+            (read_folder, "database", names[0], 4),
+            (read_unlabelled, "mine", names[1], 3),
+        )
+    )
+    table = predict(baseline_pixels, database, queries, tmp_path / "runs", k=2, progress=False)
+    assert table["reference"].tolist()[::2] == [0, 1, 2] and not {"positive", "n_positives"} & set(table)
+    tables.write_predictions(table, tmp_path / "p.csv")
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "p.csv"), table, check_dtype=False)
+    with pytest.raises(ValueError, match="photo 0.jpg: its key has a space"):
+        tables.write_predictions(table, tmp_path / "p.txt")
+    table["query_path"] = table["query_path"].str.replace(" ", "_")
+    tables.write_predictions(table.iloc[::-1], tmp_path / "p.txt")
+    lines = (tmp_path / "p.txt").read_text().splitlines()
+    assert sorted(line.split()[:2] for line in lines) == [[f"photo_{i}", f"k{i}"] for i in range(3)]
+    assert {len(line.split(" ")) for line in lines} == {3}
+    with pytest.raises(ValueError, match="the ending must be one of .csv, .txt, got '.json'"):
+        tables.write_predictions(table, tmp_path / "p.json")
+
+
+def write_pictures(folder, name, n):
+    for i in range(n):
+        write_picture(folder / name.format(i), i)
+    return folder

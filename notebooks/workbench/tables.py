@@ -1,5 +1,6 @@
 """Evaluations that are there, tables of them beside published numbers, and what a difference is worth."""
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
@@ -11,26 +12,105 @@ from scipy import optimize, stats
 
 from sagelib import runs
 from sagelib.describe import Context, describe_callable, preprocess_of
-from sagelib.evaluate import POOLINGS, STAGE, Evaluation, context_of, published, training_run
-from sagelib.places import Places
-from sagelib.retrieval import resampled_means
+from sagelib.evaluate import POOLINGS, STAGE, Evaluation, context_of, evaluate, published, training_run
+from sagelib.places import Places, available, open_set, parse_name
+from sagelib.retrieval import Recall, precision_recall, resampled_means
 
 
 # ---------- finished runs
+def evaluate_many(
+    model: Callable, data_root, names: Iterable[str] | str | None, root, *, positives=None, **options
+) -> tuple[list[Evaluation], dict[str, str]]:
+    """Evaluate one model on several sets of a folder: benchmarks or folders, or None for all that are there.
+
+    Returns the evaluations, and of each set that is not there or cannot be read the sentence that says why.
+    Raises the last error where sets are there and none could be evaluated. `positives` is that of `open_set`,
+    other options are those of `evaluate`.
+    """
+    if names is None:
+        table = available(data_root)
+        names = list(table.loc[table["present"], "name"])
+    evaluations, missing, failed = [], {}, None
+    for name in [names] if isinstance(names, str) else names:
+        try:  # pictures that do not decode are found while describing
+            how = {"positives": positives, "on_error": options.get("on_error", "raise")}
+            test_set = open_set(data_root, name, **how, check_pictures=False)
+        except (FileNotFoundError, ValueError) as error:
+            missing[name] = str(error)
+            continue
+        try:
+            evaluations.append(evaluate(model, test_set, root, **options))
+        except (OSError, ValueError, MemoryError) as error:
+            missing[name], failed = str(error), error
+    if failed is not None and not evaluations:
+        raise failed
+    return evaluations, missing
+
+
 def read_evaluations(
-    root, datasets: Iterable[str], models: Iterable[str], *, context: str | Context, preprocess: Callable
+    root,
+    datasets: Iterable[str],
+    models: Iterable[str],
+    *,
+    context: str | Context,
+    preprocess: Callable,
+    positives: str = "",
 ) -> list[Evaluation]:
     """The finished evaluations in a folder of runs, of two alike the last, by model and then by dataset.
 
     Of models by name, as `open_models` gives them, what one's name says of its pictures goes first.
+    With `positives`, the text of a rule or the name of a file, only those that counted by it.
     """
     latest = sorted(runs.find_runs(root, STAGE), key=lambda run: run.manifest["finished"])
-    evaluations = [Evaluation.load(run.dir) for run in latest]
+    evaluations = [e for e in (Evaluation.load(run.dir) for run in latest) if positives in ("", e.positives)]
     by_key = {(e.model, e.dataset, e.context, e.preprocess): e for e in evaluations}
     models = models if isinstance(models, Mapping) else dict.fromkeys(models)
     looks = {name: describe_callable(preprocess_of(model, preprocess)) for name, model in models.items()}
     keys = [(name, d, str(context_of(context, d)), look) for name, look in looks.items() for d in datasets]
     return [by_key[key] for key in keys if key in by_key]
+
+
+def by_folder(evaluations: Iterable[Evaluation]) -> list[Evaluation]:
+    """The evaluations, each followed by those of its folders of queries alone, where a set has several.
+
+    The dataset of such a part is called ``<set>/queries_night``; its run and other facts are the whole's.
+    """
+    parts = []
+    for whole in evaluations:
+        firsts = whole.rankings().drop_duplicates("query")
+        folders = firsts["query_path"].str.partition("/")[0]
+        several = folders.nunique() > 1 and folders.str.startswith("queries").all()
+        parts.append(whole)
+        for folder in sorted(set(folders)) if several else ():
+            rows = firsts[folders == folder]
+            counts = {"n_queries": len(rows), "n_without_positive": int((rows["n_positives"] == 0).sum())}
+            part = Recall.from_ranks(whole.per_query_rank[rows["query"]], ks=tuple(whole.hits))
+            counts |= {"hits": part.hits, "per_query_rank": part.per_query_rank}
+            counts |= {"dataset": f"{whole.dataset}/{folder}", "folder": f"{folder}/"}
+            parts.append(dataclasses.replace(whole, **counts))
+    return parts
+
+
+def answer_or_refuse(evaluations: Iterable[Evaluation]) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
+    """How well the distance of the first answer tells that a place is not in the map.
+
+    A row each evaluation: the area under its curve (AUC, by trapezoids from recall 0 and precision 1); the
+    highest recall without a wrong answer (R@100P, in percent), and the distance up to which that holds. And
+    each evaluation's `precision_recall`, by model and dataset.
+    """
+    from sklearn.metrics import auc  # not above: it draws from `random` when it is imported
+
+    rows, curves = [], {}
+    for e in evaluations:
+        firsts = e.rankings().drop_duplicates("query")
+        curve = precision_recall(firsts["distance"], firsts["positive"], firsts["n_positives"])
+        sure = curve[curve["precision"] == 1].tail(1)
+        area = auc(np.append(0, curve["recall"]), np.append(1, curve["precision"]))
+        row = {"dataset": e.dataset, "method": e.model, "context": e.context, "queries": e.n_queries}
+        row |= {"without positive": e.n_without_positive, "AUC": area, "R@100P": 100 * sure["recall"].sum()}
+        rows.append(row | {"up to": sure["threshold"].max()})
+        curves[f"{e.model}, {e.dataset}"] = curve
+    return pd.DataFrame(rows), curves
 
 
 def recall_arrays(evaluations: Iterable[Evaluation], models: Sequence[str], datasets: Sequence[str]) -> tuple:
@@ -104,19 +184,24 @@ def results_table(
 ) -> pd.DataFrame:
     """Each set's chance level, evaluations and, `beside` them, published numbers, each with its context.
 
-    A set that is `missing` has a row that says why. Columns: dataset, method, backbone, dim, context, R@k in
-    percent, its interval as text, hits@k, queries, references, without positive, preprocess, source.
+    A set with several folders of queries has rows for each of them, see `by_folder`; a set that is `missing`
+    has one that says why. Columns: dataset, method, backbone, dim, context, R@k in percent, its interval as
+    text, hits@k, queries, references, without positive, positives, preprocess, source.
     """
     rows, chance, ks = [], {}, (1, 5, 10)
     recalls, intervals, hits = ([form.format(k) for k in ks] for form in ("R@{}", "R@{} 95 %", "hits@{}"))
-    for e in evaluations:
-        counts = {"queries": e.n_queries, "references": e.n_database}
-        row = {"dataset": e.dataset, **counts, "without positive": e.n_without_positive}
-        if e.dataset not in chance:
+    for e in by_folder(evaluations):
+        counts = {
+            "queries": e.n_queries,
+            "references": e.n_database,
+            "without positive": e.n_without_positive,
+        }
+        row = {"dataset": e.dataset, **counts, "positives": e.positives}
+        if (e.dataset, e.data_fingerprint) not in chance:
             n_positives = e.rankings().groupby("query")["n_positives"].first()
             level = {f"R@{k}": chance_recall(e.n_database, n_positives, k) for k in ks}
             source = "what a random ranking reaches on average"
-            chance[e.dataset] = row | {"method": "chance", "source": source} | level
+            chance[e.dataset, e.data_fingerprint] = row | {"method": "chance", "source": source} | level
         source = f"run {e.path.name}" + (f"; {e.warning}" if e.warning else "")
         row |= {"method": e.model, "dim": e.dim, "context": e.context, "preprocess": e.preprocess}
         for k in ks:
@@ -132,7 +217,7 @@ def results_table(
     counted = ["queries", "references", "without positive"]
     columns = ["dataset", "method", "backbone", "dim", "context", *recalls, *intervals, *hits, *counted]
     types = dict.fromkeys(["dim", *hits, *counted], "Int64") | dict.fromkeys(recalls, float)
-    table = pd.DataFrame(rows, columns=[*columns, "preprocess", "source"]).astype(types)
+    table = pd.DataFrame(rows, columns=[*columns, "positives", "preprocess", "source"]).astype(types)
     return table.sort_values("dataset", key=lambda names: names.map(order), kind="stable", ignore_index=True)
 
 
@@ -181,6 +266,28 @@ def to_latex(table: pd.DataFrame, caption: str | None = None) -> str:
     )
     # Behind a line's end or a rule, a bracket would be read as its argument, and a star as its other form.
     return re.sub(r"^(?=[\[*])", "{}", latex, flags=re.M)
+
+
+def write_predictions(rankings: pd.DataFrame, path) -> None:
+    """Write what ``Evaluation.rankings()`` or `sagelib.evaluate.predict` gives: .csv, or keys alone as .txt.
+
+    That is the form of the Mapillary SLS challenge: a line for each query, its key and those of its ranked
+    references, with spaces between. A key is the picture's id in an ``@...@`` name, else the file's name
+    without its ending.
+    """
+    if runs.check("the ending", Path(path).suffix, choices=(".csv", ".txt")) == ".csv":
+        runs.write_text(path, rankings.to_csv(index=False, lineterminator="\n"))
+        return
+    keys = {}
+    for files in (rankings[f"{side}_path"].drop_duplicates() for side in ("query", "reference")):
+        names = files.map(Path)
+        key = names.map(lambda file: file.name[0] == "@" and parse_name(file)["pano_id"] or file.stem)
+        if len(wrong := files[key.duplicated(keep=False) | key.str.contains(r"\s")]):
+            raise ValueError(f"{wrong.iloc[0]}: its key has a space or is another's too: no line can name it")
+        keys |= dict(zip(files, key, strict=True))
+    ranked = rankings.sort_values("rank", kind="stable").groupby("query_path", sort=False)["reference_path"]
+    lines = (" ".join(keys[path] for path in (query, *found)) + "\n" for query, found in ranked)
+    runs.write_text(path, "".join(lines))
 
 
 def write_table(table: pd.DataFrame, path, caption: str | None = None) -> None:

@@ -26,7 +26,7 @@ from workbench.figures.pictures import (
 )
 from workbench.figures.results import (
     ablation_figure, aid_bars, context_audit, graph_cost, loss_curve, mass_bars, methods_compared,
-    recall_bars, recall_per_epoch, recall_vs_dim, recall_vs_parameters, training_rates,
+    precision_recall, recall_bars, recall_per_epoch, recall_vs_dim, recall_vs_parameters, training_rates,
 )
 from workbench.figures.style import PALETTE, RIGHT, STYLE, WRONG, to_png
 

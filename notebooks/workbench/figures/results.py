@@ -171,6 +171,20 @@ def recall_vs_parameters(names, parameters, recall, low=(), high=(), *, publishe
     return figure
 
 
+def precision_recall(curves: Mapping[str, pd.DataFrame]) -> Figure:
+    """Draw precision against recall over all thresholds: tables with these two columns, by name."""
+    figure, axis = style.panels(7.6, 4.6)
+    for i, (name, curve) in enumerate(curves.items()):
+        x, y = (
+            np.append(start, 100 * curve[column]) for start, column in ((0, "recall"), (100, "precision"))
+        )
+        axis.plot(x, y, label=name, **mark(i) | {"marker": ""})
+    axis.set(xlim=(0, 101), ylim=(0, 103), xlabel="recall of the queries that have a positive (%)")
+    axis.set(ylabel="precision of the answers (%)", title="Answer, or say that it is not in the map?")
+    axis.legend(**style.LEGEND_RIGHT)
+    return figure
+
+
 def aid_bars(names, aid, low, high, *, per_class) -> Figure:
     """Draw average intra-class distances (n,) with their intervals, and every class's own as a dot."""
     figure, axis = style.panels(7.6, 1.7 + 0.55 * len(names))
