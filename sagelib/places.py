@@ -917,7 +917,8 @@ def open_set(root, name, split=None, *, positives=None, on_error="raise", check_
         if split not in (None, spec.split):
             raise ValueError(f"the benchmark {name} has the split {spec.split!r}, got {split!r}")
         if missing:
-            raise FileNotFoundError(f"{name} is not complete: {missing}; get it from {spec.where_to_get}")
+            missing = f"{missing}; get it from {spec.where_to_get}"
+            raise FileNotFoundError(f"{name} is not complete in {root}: {missing}")
         split = spec.split
     rule = _find_rule(positives, folder.parent if folder.is_file() else folder, split, spec)
     listed = isinstance(rule, Path)
@@ -1031,7 +1032,7 @@ def _find_benchmark(root: Path, spec: Benchmark) -> tuple[Path | None, str]:
     """The folder of a benchmark, and what is missing (the empty text if nothing is)."""
     there = [root / name for name in spec.folders if (root / name).is_dir()]
     if not there:
-        return None, f"there is no folder {' or '.join(spec.folders)} in {root}"
+        return None, f"there is no folder {' or '.join(spec.folders)}"
     whole = [folder for folder in there if _side_folders(folder, spec.split)]
     missing = "" if whole else f"{there[-1]} has no images/{spec.split} with database and queries in it"
     return whole[0] if whole else None, missing
