@@ -92,14 +92,12 @@ class Preprocess:
         ``"square"`` (the paper's): the picture is stretched to both sides. Else it keeps its aspect, and
         `image_size`, one number, is its short side or its long one.
     multiple : int or None
-        With the aspect kept, sides are rounded to multiples of so many pixels; None: of the model's patch.
+        To which sides are rounded where the aspect is kept, in pixels; None: the model's patch.
     mean, std : float or (float, float, float)
         Of red, green and blue in [0, 1]; those of ImageNet, which every model of this package expects.
 
     Examples
     --------
-    >>> Preprocess(28)(Image.new("RGB", (40, 30))).shape
-    torch.Size([3, 28, 28])
     >>> Preprocess(28, resize="short", multiple=14)(Image.new("RGB", (40, 30))).shape
     torch.Size([3, 28, 42])
     """

@@ -66,11 +66,8 @@ class InteractHead(nn.Module):
             nn.TransformerEncoderLayer(segment_width, heads, ffn, dropout, activation="gelu")
             for _ in range(layers)
         )
-        self.learned = (
-            nn.Parameter(F.normalize(torch.randn(learned_anchors, width), dim=-1))
-            if learned_anchors
-            else None
-        )
+        learned = F.normalize(torch.randn(learned_anchors, width), dim=-1)
+        self.learned = nn.Parameter(learned) if learned_anchors else None
         self.register_buffer("stored", torch.zeros(stored_anchors, width) if stored_anchors else None)
 
     @property
@@ -132,16 +129,13 @@ class InteractHead(nn.Module):
         qkv = F.linear(x, attention.in_proj_weight, attention.in_proj_bias)
         return tuple(t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in qkv.chunk(3, dim=-1))
 
-    def _attention_dropout(self, layer: nn.TransformerEncoderLayer) -> float:
-        return layer.self_attn.dropout if self.training else 0.0
-
     def _attend(self, layer, q, k, v) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=self._attention_dropout(layer))
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=layer.self_attn.dropout * self.training)
 
     def _to_self_and(self, anchor_k, anchor_v, layer, q, k, v) -> Tensor:
         own = (q * k).sum(-1, keepdim=True)
         scores = torch.cat([own, q @ anchor_k.transpose(-2, -1)], dim=-1) / math.sqrt(q.shape[-1])
-        weights = F.dropout(scores.softmax(dim=-1), self._attention_dropout(layer))
+        weights = F.dropout(scores.softmax(dim=-1), layer.self_attn.dropout * self.training)
         return weights[..., :1] * v + weights[..., 1:].to(v.dtype) @ anchor_v
 
     def _finish(self, layer: nn.TransformerEncoderLayer, x: Tensor, mixed: Tensor) -> Tensor:

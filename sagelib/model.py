@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from urllib.error import URLError
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin, snapshot_download
@@ -297,7 +296,7 @@ def load_foreign(name: str, arguments: Mapping, **asked) -> ForeignModel:
 
     Its fingerprint is of entry, arguments and all Python files in the hub's folder, or beside those that
     define the function and the network's classes; weights count besides. Code of no file is new each time.
-    What cannot be fetched is an OSError, and all else that gives no ``torch.nn.Module`` a ValueError.
+    Where no ``torch.nn.Module`` comes out, a ValueError says why.
     """
     source, _, entry = name.removeprefix("hub:").rpartition(":")
     folder, is_hub, paths, before = (
@@ -319,11 +318,8 @@ def load_foreign(name: str, arguments: Mapping, **asked) -> ForeignModel:
                 make = getattr(importlib.import_module(source), entry)
             network = make(**arguments)
     except Exception as error:
-        words = f"({type(error).__name__}: {error})"
-        if isinstance(error, URLError | TimeoutError) or "internet connection" in str(error):
-            advice = f"clone the repository, and give hub:FOLDER:{entry}"
-            raise OSError(f"{name}: what it needs cannot be fetched {words}: {advice}") from error
-        raise ValueError(f"{name} gives no model {words}") from error
+        advice = "" if local or not is_hub else f": without GitHub, clone it and give hub:FOLDER:{entry}"
+        raise ValueError(f"{name} gives no model ({type(error).__name__}: {error}){advice}") from error
     finally:  # the modules of the next folder may have the same names
         sys.path[:] = paths
         root = str(folder) if local else torch.hub.get_dir()

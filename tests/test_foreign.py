@@ -169,13 +169,13 @@ def test_one_that_looks_at_its_batch_is_audited_in_contexts_and_has_no_row_witho
         ("hub:{hub}:a_number", ValueError, r"a_number gives no torch.nn.Module \(of the type int\)"),
         (
             "hub:{hub}:unreachable",
-            OSError,
-            "cannot be fetched .*no route to host.*give hub:FOLDER:unreachable",
+            ValueError,
+            "hub:unreachable gives no model .URLError: .*no route to host",
         ),
         (
             "hub:someone/something:net",
-            OSError,
-            "cannot be fetched .*clone the repository, and give hub:FOLDER:",
+            ValueError,
+            "no internet connection .*: without GitHub, clone it and give hub:FOLDER:net",
         ),
         ("torchvision.models:rezn", ValueError, "gives no model .*has no attribute 'rezn'"),
         (
