@@ -9,11 +9,11 @@ import torch
 from test_evaluate import write_set
 
 from sagelib.describe import Descriptors, model_fingerprint, preprocess_of
-from sagelib.evaluate import evaluate, evaluate_many, open_model, open_models
+from sagelib.evaluate import evaluate, open_model, open_models
 from sagelib.images import Preprocess
 from sagelib.places import open_set
 from workbench.audit import audit_contexts
-from workbench.tables import trained_parameters
+from workbench.tables import evaluate_many, trained_parameters
 
 HUBCONF = """
 import os
