@@ -16,7 +16,7 @@ export JUPYTER_PLATFORM_DIRS := 1
 export PYTHONWARNINGS ?= ignore::DeprecationWarning
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install reproduce test test-unit test-notebooks test-processors test-faults soak test-browser lab bench lint results notebooks clean
+.PHONY: help install reproduce test test-unit test-notebooks test-processors test-faults soak test-browser test-versions fuzz lab bench lint docs results notebooks clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -75,6 +75,14 @@ soak: $(STAMP)  ## describe, search and evaluate for half an hour: memory and op
 test-browser: $(STAMP)  ## open every notebook in JupyterLab in a real browser
 	SAGE_BROWSER=all $(BIN)/python -m pytest -m browser tests
 
+# For a part of it: make test-versions VERSIONS=lowest PYTHONS=3.12 TESTS=tests/test_places.py
+test-versions:  ## the suite at the lowest versions admitted and the newest on the index, on each Python that is here
+	$(PYTHON) tests/versions.py $(or $(VERSIONS),lowest newest) $(if $(PYTHONS),--pythons $(PYTHONS)) $(if $(TESTS),--tests $(TESTS))
+
+fuzz: export OMP_NUM_THREADS ?= 1
+fuzz: $(STAMP)  ## 10,000 broken files into every reader
+	SAGE_FUZZ=$(or $(CASES),10000) $(BIN)/python -m pytest -n 2 tests/test_bad_input.py
+
 lab: $(STAMP)  ## JupyterLab on the notebooks
 	$(BIN)/python -m jupyterlab notebooks
 
@@ -84,6 +92,9 @@ bench: $(STAMP)  ## speeds and memory, each as a ratio against a named alternati
 lint: $(STAMP)  ## ruff on the modules, the tests and the notebooks
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+
+docs: $(STAMP)  ## pages of the API, in build/docs
+	$(BIN)/python -m pdoc --docformat numpy --math --output-directory build/docs sagelib workbench townscape
 
 results: $(STAMP)  ## train and evaluate the small runs that come with the workbench (data/results)
 	$(BIN)/python notebooks/ship.py

@@ -73,9 +73,8 @@ class DynamicPowerNorm(nn.Module):
             if not torch.is_grad_enabled():
                 return _power(x, exponent, self.epsilon)
             # Cheap to compute and large to keep: computed again in the backward pass.
-            return checkpoint(
-                _power, x, exponent, self.epsilon, use_reentrant=False, preserve_rng_state=False
-            )
+            options = {"use_reentrant": False, "preserve_rng_state": False}
+            return checkpoint(_power, x, exponent, self.epsilon, **options)
 
 
 class Backbone(nn.Module):

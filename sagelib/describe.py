@@ -156,8 +156,8 @@ class RowStore:
         self.path = Path(path)
         if not all((self.path / name).exists() for name in ("manifest.json", "rows.npy")):
             raise FileNotFoundError(f"there are no finished {type(self).__name__} in {path}")
-        self.manifest = runs.read_json(self.path / "manifest.json")
-        self.values = np.load(self.path / "rows.npy", mmap_mode="r")
+        self.manifest = runs.read_json(self.path / "manifest.json", "skipped")
+        self.values = runs.load_array(self.path / "rows.npy", "r")
 
     def __len__(self) -> int:
         return len(self.values)

@@ -74,11 +74,11 @@ class Evaluation:
         run = runs.load_run(path)
         if run.stage != STAGE or not run.finished:
             raise FileNotFoundError(f"{path} holds no finished evaluation")
-        facts = runs.read_json(path / "result.json")
-        facts |= {"hits": {int(k): n for k, n in facts["hits"].items()}, "left_out": tuple(facts["left_out"])}
-        facts["positives"] = run.config["rule"]
+        facts, ranks = runs.read_json(path / "result.json", "recall"), runs.load_array(path / "ranks.npy")
         del facts["recall"]
-        return cls(**facts, per_query_rank=np.load(path / "ranks.npy"), path=path)
+        with runs.broken(path / "result.json", "no result of an evaluation"):
+            facts |= {"hits": {int(k): n for k, n in facts["hits"].items()}, "positives": run.config["rule"]}
+            return cls(**{**facts, "left_out": tuple(facts["left_out"])}, per_query_rank=ranks, path=path)
 
     @property
     def recall(self) -> Recall:
@@ -143,20 +143,12 @@ def evaluate(
     fingerprint = model_fingerprint(model)
     if context.kind == "anchors":
         anchors = own_anchors(model) if anchors is None else np.asarray(anchors, np.float32)
-    config = {
-        "model": model_name,
-        "model_fingerprint": fingerprint.under(context),
-        "dataset": test_set.name,
-        "split": test_set.split,
-        "rule": str(test_set.rule),
-        "context": str(context),
-        "anchors": runs.fingerprint(anchors) if context.kind == "anchors" else None,
-        "preprocess": describe_callable(preprocess),
-        "dtype": dtype,
-        "pca": None if pca is None else runs.fingerprint(pca),
-        "on_error": on_error,
-        "ks": [runs.check("k", k, 1, whole=True) for k in ks],
-    }
+    config = dict(model=model_name, model_fingerprint=fingerprint.under(context), dataset=test_set.name)
+    config |= dict(split=test_set.split, rule=str(test_set.rule), context=str(context), dtype=dtype)
+    config["anchors"] = runs.fingerprint(anchors) if context.kind == "anchors" else None
+    config |= dict(preprocess=describe_callable(preprocess), on_error=on_error)
+    config["pca"] = None if pca is None else runs.fingerprint(pca)
+    config["ks"] = [runs.check("k", k, 1, whole=True) for k in ks]
     config |= {"index": index} if index else {}
     data = data_fingerprint(test_set)
     seed_of_context = seed if context.kind == "shuffled" else None
@@ -164,9 +156,8 @@ def evaluate(
         settings = runs.fingerprint([config, data, seed_of_context])[:6]
         name = f"{model_name}-{test_set.name}-{context}-{settings}"
     device = move_to(model, device)
-    identity = dict(seed=seed_of_context, data_fingerprint=data, device=device)
     name = re.sub(r'[/\\:*?"<>|\s]+', "_", name).lstrip("._")  # of a folder
-    run = runs.Run.open(root, STAGE, name, config, **identity)
+    run = runs.Run.open(root, STAGE, name, config, seed=seed_of_context, data_fingerprint=data, device=device)
     if run.finished:
         return Evaluation.load(run.dir)
 
@@ -313,7 +304,7 @@ def locate(
             raise ValueError(f"the descriptors in {descriptors.path} are of {what} {made}, not {given}")
     device, anchors = move_to(model, device), None
     if context.kind == "anchors":
-        anchors = torch.from_numpy(np.load(descriptors.path / "anchors.npy")).to(device)
+        anchors = torch.from_numpy(runs.load_array(descriptors.path / "anchors.npy")).to(device)
     image = preprocess(load_image(photo))[None].to(device)
     value = describe_batch(model, image, context, anchors=anchors).cpu().numpy()
     key = {"descriptors": descriptors.manifest, "pca": None}

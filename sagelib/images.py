@@ -52,14 +52,13 @@ def load_image(path: str | os.PathLike | Image.Image) -> Image.Image:
             return _upright_rgb(picture)
     except FileNotFoundError:
         raise FileNotFoundError(f"{os.fspath(path)}: there is no such picture") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's plugins raise many kinds on broken bytes
         if isinstance(path, Image.Image):
             raise PictureError(f"this picture cannot be used ({error})") from None
         name = os.fspath(path)  # which Pillow's own sentence may repeat
         reason = str(error).replace(f" '{name}'", "").replace(f" {name!r}", "")
-        raise PictureError(
-            f"{name}: this picture does not decode ({reason}); replace or remove the file"
-        ) from None
+        words = f"this picture does not decode ({reason}); replace or remove the file"
+        raise PictureError(f"{name}: {words}") from None
 
 
 def _upright_rgb(picture: Image.Image) -> Image.Image:

@@ -19,7 +19,7 @@ from sagelib import backbone as backbones
 from sagelib.aggregators import NetVLAD, build_aggregator
 from sagelib.backbone import check_state, read_checkpoint
 from sagelib.interact import InteractHead
-from sagelib.runs import atomic_path, fingerprint, write_json
+from sagelib.runs import atomic_path, broken, fingerprint, read_json, write_json
 from sagelib.softp import SoftProbing
 
 WEIGHTS, TRAINABLE, CONFIG = "model.safetensors", "trainable.safetensors", "config.json"
@@ -210,18 +210,18 @@ class SAGE(
     @classmethod
     def from_pretrained(cls, name: str | Path, **options) -> "SAGE":
         """A model from a folder of ``save_pretrained`` or :meth:`save_trainable`, or by name from the hub."""
-        if Path(name).is_dir():
-            return super().from_pretrained(name, **options)
         if Path(name).is_file():
             reader = "sagelib.weights.load_authors_checkpoint"
             raise ValueError(f"{name} is a file, not a saved model's folder; {reader} reads released ones")
-        hub = {key: options.pop(key) for key in ("revision", "cache_dir", "token") if key in options}
-        try:
-            folder = snapshot_download(str(name), allow_patterns=[WEIGHTS, TRAINABLE, CONFIG], **hub)
-        except (OSError, ValueError) as error:  # of an impossible name too
-            words = f"there is no folder {name} of a saved model, nor is it to be had from the hub"
-            raise FileNotFoundError(words) from error
-        return super().from_pretrained(folder, **options)
+        if not Path(name).is_dir():
+            hub = {key: options.pop(key) for key in ("revision", "cache_dir", "token") if key in options}
+            try:
+                name = snapshot_download(str(name), allow_patterns=[WEIGHTS, TRAINABLE, CONFIG], **hub)
+            except (OSError, ValueError) as error:  # of an impossible name too
+                words = f"there is no folder {name} of a saved model, nor is it to be had from the hub"
+                raise FileNotFoundError(words) from error
+        with broken(name, "no model can be made of these files"):
+            return super().from_pretrained(name, **options)
 
     @classmethod
     def _from_pretrained(cls, *, model_id, map_location="cpu", **options):
@@ -229,6 +229,7 @@ class SAGE(
         for name in ("revision", "cache_dir", "force_download", "local_files_only", "token", "position"):
             options.pop(name, None)  # of the download; the position follows from the backbone's name
         whole, trained = Path(model_id) / WEIGHTS, Path(model_id) / TRAINABLE
+        read_json(Path(model_id) / CONFIG)  # without it, this would be another model
         if whole.is_file():
             model = cls(**{**options, "pretrained": False, "weights": None})
             model._set_config(pretrained=options.get("pretrained", True), weights=options.get("weights"))

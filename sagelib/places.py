@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from sagelib.runs import check, fingerprint
+from sagelib.runs import check, fingerprint, read_text
 
 # Positions have centimetres, which binary numbers round: that must not decide about exactly 25 m.
 ROUNDING_M = 1e-6
@@ -399,16 +399,10 @@ class _Csv:
     def __init__(self, path: Path, problems: list, columns: str, beside: _Csv | None = None) -> None:
         self.path, self.problems = path, problems
         try:
-            text = path.read_bytes().decode("utf-8-sig")
-            lines = csv.reader(io.StringIO(text, newline=""), strict=True)
+            lines = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
             rows = [(lines.line_num, [cell.strip() for cell in row]) for row in lines]
         except csv.Error as error:
             raise ValueError(f"{path}, line {lines.line_num}: no values between commas ({error})") from None
-        except (FileNotFoundError, IsADirectoryError):
-            raise FileNotFoundError(f"{path}: there is no such file") from None
-        except UnicodeDecodeError as error:
-            line = error.object.count(b"\n", 0, error.start) + 1
-            raise ValueError(f"{path}, line {line}: not UTF-8 text; save it as UTF-8") from None
         if not (rows := [(line, row) for line, row in rows if any(row)]):
             raise ValueError(f"{path}, line 1: the file is empty; it needs the columns {columns}")
         (line, header), *rows = rows
@@ -420,10 +414,9 @@ class _Csv:
                 names[names.index(other)] = name
         lacking = [[name for name in choice.split() if name not in names] for choice in columns.split("|")]
         if all(lacking):
-            raise ValueError(
-                f"{path}, line {line}: there is no column {min(lacking, key=len)[0]!r}; its columns are "
-                f"{', '.join(filter(None, header))} (needed, with commas between: {columns})"
-            )
+            name = min(lacking, key=len)[0]
+            words = f"{', '.join(filter(None, header))} (needed, with commas between: {columns})"
+            raise ValueError(f"{path}, line {line}: there is no column {name!r}; its columns are {words}")
         for line, row in rows:
             if len(row) > len(names):
                 problem = f"{path}, line {line}: {len(row)} values under {len(names)} columns"
@@ -459,15 +452,16 @@ class _Csv:
         cells = self.cells.get(column, np.full(len(self.lines), "", dtype=object))
         return np.where(cells == "", default, cells)
 
-    def numbers(self, column: str, low=-1e9, high=1e9, empty: float | None = None) -> np.ndarray:
+    def numbers(self, column: str, low=-1e9, high=1e9, empty=None, whole: bool = False) -> np.ndarray:
         """A column as (n,) float64 in low..high; `empty` is the number of an empty cell or missing column."""
         import pandas
 
         cells = self.text(column)
         value = pandas.to_numeric(pandas.Series(cells, dtype=object), errors="coerce").to_numpy(np.float64)
         blank = np.array([empty is not None and cell.lower() in ("", "nan") for cell in cells], dtype=bool)
-        wrong = ~((value >= low) & (value <= high) | blank)
-        self.refuse(column, wrong, f"a number in {low:g}..{high:g} (decimals with a point)")
+        wrong = ~((value >= low) & (value <= high) | blank) | (whole & (np.floor(value) < value))
+        kind = f"a {'whole ' if whole else ''}number in {low:g}..{high:g} (decimals with a point)"
+        self.refuse(column, wrong, kind)
         return np.where(blank, np.nan if empty is None else empty, value)
 
     def flags(self, column: str) -> np.ndarray:
@@ -612,7 +606,7 @@ def _read_gsv_city(root: Path, city: str, reading: _Reading) -> None:
     columns = "place_id year month northdeg city_id lat lon panoid"
     table = _Csv(root / "Dataframes" / f"{city}.csv", reading.problems, columns)
     limits = {"place_id": (0, 2**53), "year": (1, 9999), "month": (1, 12), "northdeg": (-360, 360)}
-    place, year, month, heading = (table.numbers(name, *limits[name]) for name in limits)
+    place, year, month, heading = (table.numbers(name, *limits[name], whole=True) for name in limits)
     lat, lon = table.numbers("lat", -80, 84), table.numbers("lon", -180, 180)
     folder, city_id, keys = root / "Images" / city, table.text("city_id", city), table.text("panoid")
     size, names = _sizes(folder), [""] * len(keys)
@@ -678,12 +672,16 @@ def _read_msls_part(folder: Path, city: str, chosen: bool, reading: _Reading) ->
     view, light = table.text("view_direction"), np.where(table.flags("night"), "night", "day")
     columns = {"east_m": table.numbers("easting"), "north_m": table.numbers("northing")}
     columns |= {"lat": raw.numbers("lat", -80, 84), "lon": raw.numbers("lon", -180, 180)}
-    columns |= {"place": table.numbers("unique_cluster", empty=-1), "date": _dates(raw.text("captured_at"))}
+    columns |= {
+        "place": table.numbers("unique_cluster", empty=-1, whole=True),
+        "date": _dates(raw.text("captured_at")),
+    }
     columns["heading_deg"] = raw.numbers("ca", empty=np.nan) % 360
     columns["note"] = [f"{v.lower()}-{n}" if v else str(n) for v, n in zip(view, light, strict=True)]
     if (folder / "seq_info.csv").exists():
         drive = _Csv(folder / "seq_info.csv", reading.problems, "key sequence_key frame_number", beside=table)
-        columns |= {"sequence": drive.text("sequence_key"), "frame": drive.numbers("frame_number", empty=-1)}
+        columns["sequence"] = drive.text("sequence_key")
+        columns["frame"] = drive.numbers("frame_number", empty=-1, whole=True)
     keys, images = table.text("key"), folder / "images"
     size, names = _sizes(images), [f"{key}.jpg" for key in keys]
     paths = [os.path.join(images, name) for name in names]
@@ -736,7 +734,7 @@ def _read_photos(folder: Path, path: Path, reading: _Reading) -> tuple[Places, n
     table.refuse("date", np.isnat(dates) & (table.text("date") != ""), "YYYY, YYYY-MM or YYYY-MM-DD")
     columns = {"city": table.text("city", folder.absolute().name), "note": table.text("note"), "date": dates}
     columns["heading_deg"] = table.numbers("heading", -360, 360, empty=np.nan) % 360
-    columns["place"] = table.numbers("place", -1, 2**53, empty=-1)
+    columns["place"] = table.numbers("place", -1, 2**53, empty=-1, whole=True)
     if "lat" in table.cells:
         columns |= {"lat": table.numbers("lat", -80, 84), "lon": table.numbers("lon", -180, 180)}
     else:
@@ -1040,7 +1038,7 @@ def _find_benchmark(root: Path, spec: Benchmark) -> tuple[Path | None, str]:
 
 def _query_keys(folder: Path) -> set[str]:
     path = folder / "query_keys.txt"
-    lines = path.read_text("utf-8").split("\n") if path.exists() else []
+    lines = read_text(path).split("\n") if path.exists() else []
     return {Path(line.strip()).stem for line in lines if line.strip()}
 
 

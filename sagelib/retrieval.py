@@ -412,5 +412,5 @@ class PCA:
     def load(cls, path) -> "PCA":
         """Read what `save` wrote; what is none is a ValueError, and nothing in it is executed."""
         arrays = {name: tensor.numpy() for name, tensor in read_checkpoint(path).items()}
-        with safe_open(path, framework="numpy") as file:
+        with runs.broken(path, "no saved PCA"), safe_open(path, framework="numpy") as file:
             return cls(**arrays, **json.loads(file.metadata()["settings"]))

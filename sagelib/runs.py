@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-MANIFEST = "manifest.json"
+MANIFEST, KEYS = "manifest.json", ("stage", "name", "config", "seed", "status", "metrics")
 UNFINISHED = {"finished": None, "wall_time_s": None, "status": "unfinished", "metrics": {}}
 PACKAGES = (
     "sagelib torch torchvision timm peft accelerate pytorch-metric-learning faiss-cpu numpy scipy pillow"
@@ -69,13 +69,37 @@ def write_json(path: str | os.PathLike, obj: Any) -> Path:
     return write_text(path, json.dumps(plain(obj), indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: str | os.PathLike) -> Any:
-    """Read a JSON file; where it is none, a ValueError names file, line and column."""
+@contextlib.contextmanager
+def broken(path: str | os.PathLike, what: str) -> Iterator[None]:
+    """Whatever goes wrong in the block, which reads a file that is there, is a ValueError that names it."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        where = f"{path}, line {error.lineno}, column {error.colno}"
-        raise ValueError(f"{where}: not JSON ({error.msg})") from None
+        yield
+    except (FileNotFoundError, MemoryError):
+        raise
+    except Exception as error:  # libraries raise many kinds on broken bytes, wrong types and missing names
+        raise ValueError(f"{path}: {what} ({error})") from error
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """The text of a UTF-8 file, without a byte order mark; where it is none, a ValueError names the line."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: there is no such file")
+    data = Path(path).read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}, line {line}: not UTF-8 text; save it as UTF-8") from None
+
+
+def read_json(path: str | os.PathLike, *keys: str) -> Any:
+    """Read a JSON file, a mapping with these `keys` if any; where it is none, a ValueError names the file."""
+    text = read_text(path)
+    with broken(path, "not JSON"):
+        obj = json.loads(text)
+    if keys and not (isinstance(obj, dict) and obj.keys() >= set(keys)):
+        raise ValueError(f"{path}: this must hold the keys {', '.join(keys)}; repair or remove it")
+    return obj
 
 
 def save_array(path: str | os.PathLike, array: np.ndarray) -> Path:
@@ -83,6 +107,12 @@ def save_array(path: str | os.PathLike, array: np.ndarray) -> Path:
     with atomic_path(path) as temporary, open(temporary, "wb") as stream:
         np.save(stream, array, allow_pickle=False)
     return Path(path)
+
+
+def load_array(path: str | os.PathLike, mmap_mode: str | None = None) -> np.ndarray:
+    """Read what `save_array` wrote; what is no whole file is a ValueError that names it."""
+    with broken(path, "no whole .npy file"):
+        return np.load(path, mmap_mode)[...]  # which an archive of arrays does not have
 
 
 def plain(obj: Any) -> Any:
@@ -261,7 +291,7 @@ class Run:
         here["platform"] = f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs"
         fresh = dict(stage=stage, name=name, **identity, config_hash=fingerprint(identity["config"]), **here)
         fresh |= dict(started=now(), **UNFINISHED)
-        manifest = read_json(path) if path.exists() else fresh
+        manifest = read_json(path, *KEYS) if path.exists() else fresh
         finished = manifest["status"] == "finished"
         changes = differences({key: manifest.get(key) for key in identity}, identity)
         if changes and (finished or [p.name for p in path.parent.iterdir()] != [MANIFEST]):
@@ -311,10 +341,9 @@ class Run:
         path, rows = self.dir / "log.jsonl", []
         text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
         for number, line in enumerate(text.split("\n")[:-1], start=1):  # half a line has no newline
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                raise ValueError(f"{path}, line {number}: not a JSON line; repair or remove it") from None
+            with broken(f"{path}, line {number}", "not a JSON line; repair or remove it"):
+                rows.append({**json.loads(line)})
+                float(rows[-1].get("wall_time_s", 0.0))
         return rows
 
     def finish(self, metrics: Mapping | None = None) -> None:
@@ -330,7 +359,7 @@ def load_run(path: str | os.PathLike) -> Run:
     """The run in directory `path`; FileNotFoundError where there is no manifest."""
     if not (Path(path) / MANIFEST).exists():
         raise FileNotFoundError(f"{path} holds no run: there is no {MANIFEST} in it")
-    return Run(path, read_json(Path(path) / MANIFEST))
+    return Run(path, read_json(Path(path) / MANIFEST, *KEYS))
 
 
 def find_runs(root: str | os.PathLike, stage: str = "*", *, finished: bool | None = True) -> list[Run]:

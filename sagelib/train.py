@@ -129,9 +129,11 @@ class TrainConfig(SamplerConfig):
         checked("precision", choices=tuple(PRECISIONS))
         checked("train_context", choices=("batch", "half", "solo", "anchors"))
         checked("pretrained interact tensorboard", choices=(True, False))
-        for name in (name for name, kind in kinds.items() if kind == "dict"):
-            if not isinstance(getattr(self, name), Mapping):
-                raise ValueError(f"{name} must be a mapping of names to values, got {getattr(self, name)!r}")
+        types = {"dict": (Mapping, "a mapping of names to values"), "str": (str, "text")}
+        for name, kind in kinds.items():
+            type_, words = types.get(kind, (object, ""))
+            if not isinstance(getattr(self, name), type_):
+                raise ValueError(f"{name} must be {words}, got {getattr(self, name)!r}")
         if self.views and not (self.cache_limit_gb and (self.augment or self.crop)):
             raise ValueError(f"views = {self.views} needs cache_limit_gb, and augment or crop")
         if self.graph_context == "anchors" != self.train_context:
@@ -147,7 +149,7 @@ class TrainConfig(SamplerConfig):
         kinds, values = {f.name: f.type for f in fields(cls)}, dict(values)
         for key, value in values.items():
             if key not in kinds:
-                near = difflib.get_close_matches(key, kinds, 1)
+                near = difflib.get_close_matches(str(key), kinds, 1)
                 hint = f": did you mean {near[0]!r}?" if near else ""
                 raise ValueError(f"a training has no parameter named {key!r}{hint}")
             if kinds[key].endswith("None") and key not in ("dropout", "tau") and value in (0, ""):
@@ -633,16 +635,12 @@ class _Training:
     def finish(self) -> TrainResult:
         """The metrics, and the model with its best weights."""
         state, refresh = self.state, self.state.seconds["refresh"]
-        metrics = {
-            "epochs": state.epoch,
-            "steps": state.step,
-            "stopped_early": state.epoch < self.config.epochs,
-            "final_loss": float(np.mean([loss for loss, _ in state.tail])),
-            "plateau": self.plateau(),
-            "seconds": {key: round(value, 2) for key, value in state.seconds.items()},
-            "refresh_share": refresh / max(1e-9, refresh + state.seconds["train"]),
-            "trained_parameters": sum(p.numel() for p in self.trained),
-        }
+        metrics = dict(epochs=state.epoch, steps=state.step, stopped_early=state.epoch < self.config.epochs)
+        metrics["final_loss"] = float(np.mean([loss for loss, _ in state.tail]))
+        metrics["plateau"] = self.plateau()
+        metrics["seconds"] = {key: round(value, 2) for key, value in state.seconds.items()}
+        metrics["refresh_share"] = refresh / max(1e-9, refresh + state.seconds["train"])
+        metrics["trained_parameters"] = sum(p.numel() for p in self.trained)
         if state.best:
             metrics["best"] = {key: value for key, value in state.best.items() if key != "score"}
             metrics["start"] = state.start
@@ -827,12 +825,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def read_parameters(path: Path) -> dict[str, Any]:
     """The names and values of a YAML file; a ValueError names the file and the line."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such file")
+    text = runs.read_text(path)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.MarkedYAMLError as error:
-        raise ValueError(f"{path}, line {error.problem_mark.line + 1}: this is not YAML") from None
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+            raise ValueError("aliases, *NAME, are not read: write the value out")
+        values = yaml.safe_load(text) or {}
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # also of a day that does not exist
+        line = f", line {mark.line + 1}" if (mark := getattr(error, "problem_mark", None)) else ""
+        raise ValueError(f"{path}{line}: this is not YAML ({getattr(error, 'problem', error)})") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold lines of the form NAME: VALUE, and is a {type(values).__name__}")
     return values

@@ -87,16 +87,12 @@ def _recognise(state: dict[str, Tensor], path: str | Path) -> dict:
     if layers:
         width, ffn = (shape(f"head.layers.0.{name}.weight")[0] for name in ("norm1", "linear1"))
         head = {"layers": layers, "segment_width": width, "ffn": ffn}
+    layers_of = {"channels": "reduction.3", "probes": "probe.3", "token_dim": "token.2", "hidden": "token.0"}
     return {
         "backbone": name,
         "pretrained": False,
         "adapter_blocks": max(1, numbered(r"backbone\.dpn\.(\d+)\.")),
-        "aggregator_options": {
-            "channels": shape("aggregator.reduction.3.weight")[0],
-            "probes": shape("aggregator.probe.3.weight")[0],
-            "token_dim": shape("aggregator.token.2.weight")[0],
-            "hidden": shape("aggregator.token.0.weight")[0],
-        },
+        "aggregator_options": {k: shape(f"aggregator.{at}.weight")[0] for k, at in layers_of.items()},
         "interact": bool(layers),
         "interact_options": head,
         "preprocessing": {"image_size": 322, "mode": "paper"},

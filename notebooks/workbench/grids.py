@@ -165,7 +165,7 @@ def read_grid(path: str | Path) -> Grid:
         For what a grid cannot be, with the file and the configuration.
     """
     path = Path(path)
-    values = read_parameters(path)
+    values = {key: value for key, value in read_parameters(path).items() if value is not None}
     keys = (*Grid.__dataclass_fields__, "settings")
     if unknown := [key for key in values if key not in keys]:
         raise ValueError(f"{path}: a grid has no key {unknown[0]!r}; it has {', '.join(keys)}")
@@ -173,21 +173,21 @@ def read_grid(path: str | Path) -> Grid:
         other = read_parameters(path.parent / values["configurations"])
         shared = {key: other[key] for key in ("reference", "seeds", "published") if key in other}
         values = {**shared, **values, "configurations": other.get("configurations")}
-    for key, kind in (("configurations", dict), ("reference", str)):
-        if not isinstance(values.get(key), kind):
-            raise ValueError(f"{path}: {key} is missing, or no {kind.__name__}")
-    if not isinstance(values.setdefault("seeds", [0, 1, 2]), list):
-        raise ValueError(f"{path}: seeds must be a list, as in [0, 1, 2], got {values['seeds']!r}")
+    kinds = {"configurations": dict, "reference": str, "seeds": list, "base": dict | str, "name": str}
+    kinds |= {"title": str, "split": str, "settings": dict, "published": dict}
+    for key, value in {"configurations": None, "reference": None, "seeds": [0, 1, 2], **values}.items():
+        if not isinstance(value, kinds[key]):
+            raise ValueError(f"{path}: {key} is missing, or no {getattr(kinds[key], '__name__', kinds[key])}")
     for name, changes in values["configurations"].items():
         if not isinstance(changes, dict | None):
             raise ValueError(f"{path}: configuration {name!r} must be fields and values, got {changes!r}")
-    base, settings = values.pop("base", None) or {}, values.pop("settings", None) or {}
+    base, settings = values.pop("base", {}), values.pop("settings", {})
     if isinstance(base, str):
         base = {
             k: v for k, v in read_parameters(path.parent / base).items() if k in TrainConfig.field_names()
         }
     values["base"] = {k: v for k, v in {**base, **settings}.items() if k != "seed"}
-    values["seeds"] = tuple(values["seeds"])
+    values["seeds"] = tuple(values.get("seeds", (0, 1, 2)))
     values["configurations"] = {str(k): dict(v or {}) for k, v in values["configurations"].items()}
     try:
         return Grid(**{"name": path.stem, **values})
@@ -626,8 +626,9 @@ def load_grid(grid: Grid, root: str | Path) -> GridResults:
         if run.name.startswith(f"{grid.name}--") and _belongs(grid, run, Path(root)):
             rows.append(run.metrics)
             dataset = run.config["dataset"]
-            ranks[run.config["configuration"], run.manifest["seed"], dataset] = np.load(run.dir / "ranks.npy")
-            places[dataset] = np.load(run.dir / "places.npy")
+            key = run.config["configuration"], run.manifest["seed"], dataset
+            ranks[key] = runs.load_array(run.dir / "ranks.npy")
+            places[dataset] = runs.load_array(run.dir / "places.npy")
     order = [(c, s) for c in grid.configurations for s in grid.seeds]
     missing = set(order) - {key[:2] for key in ranks}
     rows += [{"configuration": c, "seed": s, "run": ""} for c, s in missing]
