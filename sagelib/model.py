@@ -293,11 +293,10 @@ def load_foreign(name: str, arguments: Mapping, **asked) -> ForeignModel:
 
     ``name`` is ``hub:FOLDER:ENTRY`` where there is such a folder, ``hub:OWNER/REPO:ENTRY`` at GitHub (also
     ``OWNER/REPO:REF``), or ``module:function``. Their code is run, and what it wants is fetched: name only
-    what you trust. Random weights are the same each time. ``asked`` are fields of ``Preprocess``.
+    what you trust. ``asked`` are fields of ``Preprocess``. No ``torch.nn.Module`` is a ValueError.
 
     Its fingerprint is of entry, arguments and all Python files in the hub's folder, or beside those that
     define the function and the network's classes; weights count besides. Code of no file is new each time.
-    Where no ``torch.nn.Module`` comes out, a ValueError says why.
     """
     source, _, entry = name.removeprefix("hub:").rpartition(":")
     folder, is_hub, paths, before = (
@@ -311,7 +310,7 @@ def load_foreign(name: str, arguments: Mapping, **asked) -> ForeignModel:
         raise FileNotFoundError(f"{name}: there is no folder {folder}, nor is it OWNER/REPO at GitHub")
     try:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+            torch.manual_seed(0)  # random weights are the same each time
             if is_hub:
                 how = {"source": "local"} if local else {"trust_repo": True, "verbose": False}
                 make = partial(torch.hub.load, str(folder) if local else source, entry, **how)
