@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
             )
             return 1
         except OSError as error:  # of a full disk
-            print(f"{notebook.name}: {error}", file=sys.stderr)
+            print(f"{options.out / notebook.name}: {error}", file=sys.stderr)
             return 1
         print(f"    done in {time.monotonic() - start:.0f} s", flush=True)
 
