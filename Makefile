@@ -83,8 +83,11 @@ fuzz: export OMP_NUM_THREADS ?= 1
 fuzz: $(STAMP)  ## 10,000 broken files into every reader
 	SAGE_FUZZ=$(or $(CASES),10000) $(BIN)/python -m pytest -n 2 tests/test_bad_input.py
 
-lab: $(STAMP)  ## JupyterLab on the notebooks
-	$(BIN)/python -m jupyterlab notebooks
+# A page that you have worked on stays; delete lab/ to begin with fresh ones.
+lab: $(STAMP)  ## JupyterLab on a copy of the notebooks, in lab/
+	@cd notebooks && for file in *.ipynb solutions/*.ipynb pictures/*; do \
+	    mkdir -p "../lab/$$(dirname "$$file")" && { test -e "../lab/$$file" || cp "$$file" "../lab/$$file"; }; done
+	$(BIN)/python -m jupyterlab lab
 
 bench: $(STAMP)  ## speeds and memory, each as a ratio against a named alternative in the same run
 	$(BIN)/python -m pytest tests/benchmarks -o python_files='bench_*.py' --benchmark-only -s

@@ -108,7 +108,8 @@ GALLERY = {
         EAST[:6], NORTH[:6], EDGES[:5], [[0], [0, 1], [0, 1, 2]], np.where(np.eye(3, 6), -2.0, nan)
     ),
     "sampler_comparison": call({"random": HARDNESS, "SAGE, closest": HARDNESS}),
-    "graph_change": call([1, 2, 3], [40, 30, 20], [30, 20, 20], [100, 120, 130]),
+    "affinity_change": call(WEIGHT, 0.8 * WEIGHT, [0, 1, 4, 4, 2], k=4),
+    "affinity_change, no edges": call([], [], np.zeros(0, dtype=int), k=4),
     "loss_curve": call(np.arange(50), np.linspace(1.5, 0.5, 50), plateau=1.477, epoch_steps=[0, 25]),
     "training_rates": call(*[np.arange(9)] * 4),
     "recall_per_epoch": call([0, 1, 2], {"R@1": [40, 50, 55]}, best=2),
@@ -345,8 +346,8 @@ def test_the_graph_draws_every_edge_with_its_affinity_and_each_step_what_it_comp
     assert (np.diff(lines.get_array()) >= 0).all(), "the strongest lie on top"
     np.testing.assert_allclose(lines.get_segments()[-1][:, 0], EAST[EDGES[WEIGHT.argmax()]] - 551_000)
     assert "80 images, 79 edges, 2 places of 3" in texts(gallery["graph_map"])
-    shares = gallery["graph_change"].axes[1].lines[0].get_ydata()
-    np.testing.assert_allclose(shares, [100 * 70 / 170, 100 * 50 / 170, 100 * 40 / 170])
+    bars = gallery["affinity_change"].axes[1].patches
+    assert [bar.get_height() for bar in bars] == [1, 1, 1, 0, 2]
     assert "2 images, 0 edges" in texts(figures.graph_map([0.0, 9.0], [0.0, 0.0], [], [], radius_m=25))
     axes = gallery["greedy_steps"].axes[:3]
     assert [axis.get_title() for axis in axes] == [f"step {t + 1}: node {t} joins" for t in range(3)]

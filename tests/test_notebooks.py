@@ -1,5 +1,5 @@
 """What every notebook promises: one cell of parameters, outputs kept, short cells, no definitions, no errors,
-exercises with collapsed solutions, a run that it names, help for each parameter, one sentence for a wrong
+open exercises with solutions apart, a run that it names, help for each parameter, one sentence for a wrong
 one, and key numbers that are compared."""
 
 import ast
@@ -101,8 +101,13 @@ def test_the_solutions_fit_the_exercises_of_their_page_and_run(path, monkeypatch
     assert "solution" not in {tag for cell in cells(page) for tag in tags(cell)}
 
 
-def test_there_are_notebooks():
-    assert NOTEBOOKS, "notebooks/ holds no numbered notebook"
+def test_every_page_has_solutions_and_leads_to_the_next():
+    assert [path.name for path in NOTEBOOKS[1:]] == [path.name for path in SOLUTIONS]
+    for path, before, after in zip(NOTEBOOKS, [None, *NOTEBOOKS], [*NOTEBOOKS[1:], None], strict=False):
+        words = [source(cell) for cell in cells(path, "markdown")]
+        assert before is None or f"]({before.name})" in words[0], f"{path.name} names no page before it"
+        assert after is None or f"]({after.name})" in words[-1], f"{path.name} names no page after it"
+        assert "## Summary" in "\n".join(words) and "**Goals" in words[0]
 
 
 @pytest.mark.parametrize("path", PARAMETERS, ids=lambda p: p.stem)
@@ -226,24 +231,6 @@ class TestNotebook:
     def test_explains_itself(self, path):
         assert source(cells(path, "markdown")[0]).startswith("# ")
         assert len(cells(path, "markdown")) >= len(cells(path)) / 3
-
-    def test_has_two_or_three_exercises_with_collapsed_solutions(self, path):
-        if any(path.name == solved.name for solved in SOLUTIONS):
-            return
-        everything = json.loads(path.read_text())["cells"]
-        solutions = [i for i, c in enumerate(everything) if "solution" in tags(c)]
-        assert 2 <= len(solutions) <= 3, f"{path.name} has {len(solutions)} cells tagged solution"
-        for i in solutions:
-            folded = everything[i]["metadata"].get("jupyter", {})
-            assert folded.get("source_hidden") and folded.get("outputs_hidden"), (
-                f"{path.name}: fold the solution {everything[i]['id']}, its code and its output"
-            )
-            assert everything[i - 1]["cell_type"] == "markdown" and "?" in source(everything[i - 1]), (
-                f"{path.name}: no question stands before the solution {everything[i]['id']}"
-            )
-        assert "unfold" in "".join(
-            source(c) for c in everything[: solutions[0]] if c["cell_type"] == "markdown"
-        )
 
     def test_finishes_a_run_and_names_it(self, path):
         last = cells(path)[-1]

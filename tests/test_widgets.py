@@ -170,25 +170,32 @@ OPTIONS = dict(radius_m=25.0, tau=None, top_k=None, images_per_place=4, places=8
 @pytest.fixture(scope="module")
 def crowd():
     rng = np.random.default_rng(1)
-    return np.sort(rng.uniform(0, 300, 90)), rng.normal(0, 2, 90), rng.normal(size=(90, 8)).cumsum(axis=0)
+    at = {"east_m": np.sort(rng.uniform(0, 300, 90)), "north_m": rng.normal(0, 2, 90)}
+    return Places.build([f"{i}.jpg" for i in range(90)], **at), rng.normal(size=(90, 8)).cumsum(axis=0)
 
 
 def test_graph_view_gives_the_graph_of_its_values(crowd):
+    photographs, descriptors = crowd
     _, loose = widgets.graph_view(*crowd, **OPTIONS)
     figure, strict = widgets.graph_view(*crowd, **OPTIONS | dict(tau=-30.0, top_k=4))
     assert isinstance(figure, Figure)
-    built = GeoVisualGraph(*crowd[:2], descriptors=crowd[2], radius_m=25, tau=-30.0, top_k=4)
+    rules = dict(descriptors=descriptors, radius_m=25, tau=-30.0, top_k=4)
+    built = GeoVisualGraph(photographs.east_m, photographs.north_m, **rules)
     assert strict["edges"] == built.n_edges < loose["edges"]
     assert strict["edges"] + strict["pruned_edges"] == loose["edges"] + loose["pruned_edges"]
     assert strict["mean_weight"] > -30.0
     _, hard = widgets.graph_view(*crowd, **OPTIONS | dict(prefer="farthest"))
     assert hard["mean_weight"] < loose["mean_weight"], "hard places are farther and less alike"
-    _, empty = widgets.graph_view(crowd[0] * 1000, *crowd[1:], **OPTIONS)
+    apart = photographs.replace(east_m=photographs.east_m * 1000)
+    _, empty = widgets.graph_view(apart, descriptors, **OPTIONS)
     assert empty["places"] == empty["edges"] == 0 and np.isnan(empty["mean_weight"])
 
 
-def test_the_graph_explorer_follows_its_sliders(crowd, capsys):
-    box = widgets.graph_explorer(*crowd, images_per_place=3, seed=0)
+def test_the_graph_explorer_begins_at_the_values_of_the_page_and_follows_its_sliders(crowd, capsys):
+    rules = dict(images_per_place=3, places=8, min_clique=5)
+    box = widgets.graph_explorer(*crowd, radius_m=20.0, top_k=7, prefer="random", seed=3, **rules)
+    assert [control.value for control in box.children[:-1]] == [20, "off", 7, "random", 3]
+    box = widgets.graph_explorer(*crowd, radius_m=25.0, top_k=None, prefer="closest", seed=0, **rules)
     radius_m, tau, top_k, _, _, _ = box.children
 
     def edges():
@@ -203,6 +210,17 @@ def test_the_graph_explorer_follows_its_sliders(crowd, capsys):
         assert 0 < edges()[0] < all_of_them
         slider.value = before
         assert edges() == [all_of_them, none]
+
+
+def test_images_are_chosen_anew_only_where_their_affinities_change():
+    rng = np.random.default_rng(0)
+    places = Places.build([f"{i}.jpg" for i in range(30)], east_m=np.arange(30) * 5.0, north_m=np.zeros(30))
+    before, after = analysis.unit(rng.normal(size=(2, 30, 4)).reshape(60, 4)).reshape(2, 30, 4)
+    rules = {"images_per_place": 4, "radius_m": 25.0, "max_heading_deg": None}
+    figure, stayed = widgets.renewed_choice(places, before, before, **rules)
+    assert len(stayed) == 25 and (stayed == 4).all(), "every six neighbours of the street are a clique"
+    assert figure.axes[1].patches[4].get_height() == 25
+    assert (widgets.renewed_choice(places, before, after, **rules)[1] < 4).any()
 
 
 @pytest.fixture(scope="module")

@@ -248,13 +248,6 @@ def graph_statistics(graph: GeoVisualGraph) -> dict:
     return counts | {f"mean_{name}": float(value.mean()) for name, value in values.items() if len(value)}
 
 
-def graph_change(graph: GeoVisualGraph, previous: GeoVisualGraph) -> dict:
-    """Edges gained and lost since `previous`, a graph of the same images, and the Jaccard index."""
-    now, before = ({*map(tuple, g.edges().tolist())} for g in (graph, previous))
-    counts = {"n_gained": len(now - before), "n_lost": len(before - now), "n_common": len(now & before)}
-    return counts | {"jaccard": len(now & before) / len(now | before) if now | before else 1.0}
-
-
 def batch_statistics(batches, descriptors, east_m, north_m, *, images_per_place: int = 4) -> dict:
     """How hard the batches of a sampler are, to compare samplers.
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from sagelib.graph import GeoVisualGraph
+from sagelib.graph import GeoVisualGraph, greedy_weighted_clique
 from sagelib.images import load_image
 from sagelib.places import Places
 from sagelib.runs import write_text
@@ -163,61 +163,80 @@ def write_review(result, test_set, folder, *, count: int) -> Path:
 
 
 # ---------- the graph and the places that are drawn from it
-def graph_view(east_m, north_m, descriptors, *, radius_m, tau, top_k, images_per_place, places, prefer, seed):
+def graph_view(photographs: Places, descriptors, *, places: int, seed: int, **rules):
     """Build the geo-visual graph, draw at most `places` as the sampler does, and show both on a map.
 
-    Parameters as of `sagelib.graph.GeoVisualGraph` and `sagelib.sampler.SamplerConfig`; the seed decides the
-    order of the images before the harvest. Returns a matplotlib figure, and a dict of the graph's statistics,
-    the number of ``places``, and means over the pairs within these (NaN without any): ``mean_weight`` (W),
-    ``mean_distance_m``, ``mean_similarity`` (cosine).
+    `rules` are those of `sagelib.sampler.SamplerConfig`; the seed decides the order of the images before the
+    harvest. Returns a matplotlib figure, and a dict of the graph's statistics, the number of ``places``, and
+    means over the pairs within these (NaN without any): ``mean_weight`` (W), ``mean_distance_m``,
+    ``mean_similarity`` (cosine).
     """
-    graph = GeoVisualGraph(east_m, north_m, descriptors=descriptors, radius_m=radius_m, tau=tau, top_k=top_k)
-    least = max(SamplerConfig.min_clique, images_per_place)
-    config = SamplerConfig(
-        images_per_place=images_per_place, min_clique=least, prefer=prefer, **vars(graph.rules)
-    )
+    config = SamplerConfig(**rules)
+    graph = GeoVisualGraph.from_places(photographs, descriptors, **config.graph_options())
     mined = harvest(graph, np.random.default_rng(seed).permutation(len(graph)), config)
     chosen = [place.images for place in itertools.islice(mined, places)]
-    rows, pairs, within = analysis.unit(descriptors), [], np.triu_indices(images_per_place, 1)
+    rows, pairs, within = analysis.unit(descriptors), [], np.triu_indices(config.images_per_place, 1)
     for images in chosen:
         part, cosine = graph.subgraph(images), rows[images] @ rows[images].T
         weight = -part.d_geo * part.d_vis
         pairs += zip(weight[within], part.d_geo[within], cosine[within], strict=True)
     names = ["mean_weight", "mean_distance_m", "mean_similarity"]
     means = pd.DataFrame(pairs, columns=names, dtype=float).mean()
-    weight = graph.edge_values()["weight"]
-    figure = figures.graph_map(east_m, north_m, graph.edges(), weight, cliques=chosen, radius_m=radius_m)
+    weight, at = graph.edge_values()["weight"], (graph.east_m, graph.north_m)
+    figure = figures.graph_map(*at, graph.edges(), weight, cliques=chosen, radius_m=config.radius_m)
     return figure, analysis.graph_statistics(graph) | {"places": len(chosen)} | means.to_dict()
 
 
-def graph_explorer(east_m, north_m, descriptors, *, images_per_place: int, seed: int):
+def graph_explorer(photographs: Places, descriptors, *, radius_m, top_k, prefer, seed: int, **rules):
     """Slide radius, tau, top_k and the preference, and see the graph and the sampled places change.
 
-    Arguments as in `graph_view`; the steps of tau are quantiles of the affinities within 50 m.
+    Arguments as in `graph_view`, where the controls begin; the steps of tau are quantiles of the affinities
+    within 50 m.
     """
     import ipywidgets
 
-    widest = GeoVisualGraph(east_m, north_m, descriptors=descriptors, radius_m=50.0).edge_values()
+    widest = GeoVisualGraph.from_places(photographs, descriptors, radius_m=50.0).edge_values()
     taus = np.unique(np.quantile(widest["weight"], np.linspace(0.05, 0.95, 19)).round(1)).tolist()
 
     def show(**values):
         values = {name: None if value == "off" else value for name, value in values.items()}
-        values |= {"images_per_place": images_per_place, "places": 8}
-        figure, numbers = graph_view(east_m, north_m, descriptors, **values)
+        figure, numbers = graph_view(photographs, descriptors, **rules | values)
         edges = "{edges:,} edges, {pruned_edges:,} pruned, {mean_degree:.1f} neighbours an image; "
         pairs = "W {mean_weight:.1f} m, {mean_distance_m:.1f} m apart, cosine {mean_similarity:.2f}"
         print((edges + "{places} places drawn; their pairs: " + pairs).format(**numbers))
         return figure
 
-    steps = functools.partial(ipywidgets.SelectionSlider, continuous_update=False)
+    steps = functools.partial(ipywidgets.SelectionSlider, continuous_update=False)  # cannot hold None
+    best = sorted({20, 10, 8, 6, 5, 4, 3, 2, 1, *([top_k] if top_k else [])}, reverse=True)
     return _interactive(
         show,
-        radius_m=_slider(25, 5, 50),
-        tau=steps(options=["off", *taus]),  # a selection slider cannot hold None
-        top_k=steps(options=["off", 20, 10, 8, 6, 5, 4, 3, 2, 1]),
-        prefer=ipywidgets.ToggleButtons(options=["closest", "farthest", "random"]),
+        radius_m=_slider(round(radius_m), 5, max(50, round(radius_m))),
+        tau=steps(options=["off", *taus]),
+        top_k=steps(options=["off", *best], value=top_k or "off"),
+        prefer=ipywidgets.ToggleButtons(options=["closest", "farthest", "random"], value=prefer),
         seed=ipywidgets.BoundedIntText(seed, 0, 10_000),
     )
+
+
+def renewed_choice(places: Places, before, after, *, images_per_place: int, radius_m, max_heading_deg):
+    """Draw how affinities and chosen images change between descriptors (n, D) `before` and `after`.
+
+    Both graphs join the same photographs, without pruning, so that only affinities differ. Returns a
+    matplotlib figure, and how many of the images chosen from each clique are chosen again, (cliques,): of
+    the first 300 maximal cliques with more images than a place takes.
+    """
+    import networkx
+
+    rules = {"radius_m": radius_m, "max_heading_deg": max_heading_deg}
+    graphs = [GeoVisualGraph.from_places(places, values, **rules) for values in (before, after)]
+    cliques = (c for c in networkx.find_cliques(graphs[0].to_networkx()) if len(c) > images_per_place)
+    choices = [
+        [set(c[greedy_weighted_clique(g.subgraph(c).weight, images_per_place)]) for g in graphs]
+        for c in map(np.sort, itertools.islice(cliques, 300))
+    ]
+    stayed = np.array([len(old & new) for old, new in choices], dtype=int)
+    weights = [graph.edge_values()["weight"] for graph in graphs]
+    return figures.affinity_change(*weights, stayed, k=images_per_place), stayed
 
 
 # ---------- patches

@@ -14,7 +14,7 @@ from types import FunctionType
 from matplotlib import rc_context
 
 from workbench.figures.graph import (
-    graph_change, graph_histograms, graph_map, greedy_steps, pair_matrices, sampler_comparison,
+    affinity_change, graph_histograms, graph_map, greedy_steps, pair_matrices, sampler_comparison,
 )
 from workbench.figures.maps import (
     dates, distance_histogram, heading_rose, images_per_place, nearest_map, place_map, places_plotly,

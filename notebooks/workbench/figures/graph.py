@@ -123,8 +123,8 @@ def sampler_comparison(samplers: Mapping[str, Mapping], *, title="What the sampl
     figure, axes = style.panels(10.2, 1.9 + 0.55 * len(samplers), 1, 3, sharey=True)
     y = np.arange(len(samplers))[::-1]
     for axis, key, label, digits in (
-        (axes[0], "hardest_negative", "similarity of the\nhardest negative (cosine)", 2),
-        (axes[1], "positive_similarity", "similarity of positives\n(cosine)", 2),
+        (axes[0], "hardest_negative", "similarity of the\nhardest negative (cosine)", 3),
+        (axes[1], "positive_similarity", "similarity of positives\n(cosine)", 3),
         (axes[2], "positive_distance_m", "distance of positives\n(m)", 1),
     ):
         for i, (row, sampler) in enumerate(zip(y, samplers.values(), strict=True)):
@@ -140,6 +140,7 @@ def sampler_comparison(samplers: Mapping[str, Mapping], *, title="What the sampl
             axis.plot([median], [row], marker="|", markersize=19, markeredgewidth=3, color=BLACK)
             style.write(axis, f"{median:.{digits}f}", (median, row), (0, 12), ha="center", fontsize=10)
         axis.set_xlabel(label)
+        axis.locator_params(axis="x", nbins=4)
         axis.margins(x=0.08)
         axis.grid(axis="y", visible=False)
     axes[0].set(yticks=y, yticklabels=list(samplers), ylim=(-0.6, len(samplers) - 0.3))
@@ -147,22 +148,21 @@ def sampler_comparison(samplers: Mapping[str, Mapping], *, title="What the sampl
     return figure
 
 
-def graph_change(epoch, gained, lost, kept) -> Figure:
-    """Draw how many edges each refresh gained, lost and kept, against the one before it; arrays (n,)."""
-    gained, lost, kept = (np.asarray(v, dtype=float) for v in (gained, lost, kept))
-    figure, (edges, share) = style.panels(9.6, 3.9, 1, 2)
-    edges.bar(epoch, kept, color="#c9c9c9", label="kept")
-    edges.bar(epoch, gained, bottom=kept, color=BLUE, label="gained")
-    edges.bar(epoch, -lost, color=RED, hatch="//", edgecolor="white", label="lost")
-    edges.axhline(0, color=BLACK, linewidth=1)
-    edges.set_ylabel("edges")
-    edges.yaxis.set_major_formatter(lambda value, _: f"{abs(value):,.0f}")
-    figure.legend(loc="outside lower left", ncols=3)
-    union = gained + lost + kept
-    share.plot(epoch, 100 * (gained + lost) / np.where(union > 0, union, np.nan), color=BLUE, marker="o")
-    share.set(ylabel="edges that differ (% of either)", ylim=(0, None))
-    for axis in (edges, share):
-        axis.set_xlabel("epoch")
-        whole_ticks(axis.xaxis)
-    figure.suptitle("What an epoch of training changes in the graph")
+def affinity_change(before, after, stayed, *, k: int) -> Figure:
+    """Draw the affinities W of the same edges, (E,) each, before and after the model has learned.
+
+    `stayed` (cliques,) says how many of the `k` images chosen from a clique are chosen again.
+    """
+    figure, (weights, choice) = style.panels(9.6, 4.4, 1, 2)
+    low = min([-1.0, *before, *after])
+    if len(before):
+        dots = weights.hexbin(before, after, gridsize=45, mincnt=1, cmap=AFFINITY, linewidths=0)
+        figure.colorbar(dots, ax=weights, label="edges")
+    weights.plot([low, 0], [low, 0], color=RED, linestyle="--", label="as before")
+    weights.set(xlabel="W before (m)", ylabel="W after (m)")
+    weights.legend(loc="upper left")
+    choice.bar(np.arange(k + 1), np.bincount(stayed, minlength=k + 1), color=BLUE, width=0.92)
+    choice.set(xlabel=f"of the {k} images chosen before,\nso many are chosen again", ylabel="cliques")
+    whole_ticks(choice.xaxis, choice.yaxis)
+    figure.suptitle("The same edges and cliques, for two states of the model")
     return figure
