@@ -43,7 +43,7 @@ class NotebookFigure(Figure):
 
 def to_png(figure: Figure) -> bytes:
     """Draw a matplotlib figure into the bytes of a PNG, the way that widgets and notebooks show it."""
-    figure.savefig(buffer := io.BytesIO(), format="png", dpi=90)
+    figure.savefig(buffer := io.BytesIO(), format="png", dpi=90, pil_kwargs={"optimize": True})
     return buffer.getvalue()
 
 
