@@ -131,6 +131,7 @@ QUICK = [name for name in KINDS if name != "page_run"]  # whose commands start n
 
 # -- what a folder holds --------------------------------------------------------------------------------
 TIMED = ("wall_time_s", "images_per_s", "refresh_share", "training_s", "started", "finished", "rendered_now")
+TIMED += ("git_commit",)  # somebody may commit meanwhile
 
 
 def _clean(value):
