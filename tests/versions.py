@@ -24,7 +24,7 @@ TABLE = ROOT / "tests" / "versions.md"
 NAMED = (
     "torch timm peft numpy pandas faiss-cpu scikit-learn pytorch-metric-learning papermill nbval pillow scipy"
 ).split()
-HEAD = "# Versions that the tests ran on\n\nWritten by `make test-versions`.\n\n"
+HEAD = "# Versions that the tests ran on\n\n`make test-versions` writes a line for each Python and kind.\n\n"
 HEAD += "| Python | versions | of | tests | result | day |\n|---|---|---|---|---|---|\n"
 RESOLUTION = {"lowest": "lowest-direct", "newest": "highest"}
 UNIT = ("-q", "-p", "no:cacheprovider", "-m", "not browser")
