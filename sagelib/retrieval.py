@@ -90,7 +90,7 @@ def open_index(spec: str, values, folder, key: Mapping) -> faiss.IndexShards:
     ----------
     spec : str
         ``Flat``, ``SQfp16``, ``HNSW32``, ``IVF1024,PQ64``, ...; after a semicolon settings of the search, as
-        in ``IVF1024,PQ64;nprobe=32``. By default an eighth of the lists is searched.
+        in ``IVF1024,PQ64;nprobe=32``. By default a quarter of the lists is searched.
     values : array (N, D), may be a memmap
     folder, key : path, mapping
         Where the files lie, and all that `values` depend on: the index of others is not found.
@@ -115,7 +115,7 @@ def open_index(spec: str, values, folder, key: Mapping) -> faiss.IndexShards:
             how = getattr(faiss, "IO_FLAG_MMAP_IFC", faiss.IO_FLAG_MMAP)
             index = faiss.read_index(str(path / "rows.faiss"), how)
             if lists := faiss.try_extract_index_ivf(index):
-                lists.nprobe = -(-lists.nlist // 8)
+                lists.nprobe = -(-lists.nlist // 4)
             faiss.ParameterSpace().set_index_parameters(index, settings)
         except RuntimeError as error:
             (n, width), reason = part.shape, str(error).rpartition(": ")[2]

@@ -35,7 +35,7 @@ def settings_of(rows: int) -> list[str]:
     """Indexes to compare: lists by the root of the number of references, in powers of two."""
     lists = 2 ** round(np.log2(rows**0.5))
     fine = ("HNSW32", f"IVF{lists},PQ64;nprobe={lists // 8}")  # long to make, HNSW with all rows in memory
-    coarse = [f"IVF{lists},PQ128x4fs;nprobe={lists // part}" for part in (32, 16, 8, 4)]
+    coarse = [f"IVF{lists},PQ128x4fs;nprobe={lists // part}" for part in (16, 8, 4, 2)]
     return [*coarse, *(fine if rows <= 100_000 else ())]
 
 
