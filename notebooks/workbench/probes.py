@@ -30,7 +30,7 @@ from workbench.tables import bootstrap_mean, query_places, write_table
 
 WINDOW = 0.7  # of a picture's width
 SHIFTS = (0.0, 0.05, 0.1, 0.2, 0.3)  # of a picture's width
-TOWNS = 4  # seen in training, and as many unseen
+TOWNS = 2  # seen in training, and as many unseen
 PLACES = 16  # of 4 pictures each in a batch
 
 
