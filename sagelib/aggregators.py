@@ -1,10 +1,9 @@
 """Other people's aggregators, on equal terms: from the tokens of a backbone to one descriptor.
 
-Each is written from the equations of its paper and reads cls (B, M), patches (B, N, M) and the grid (h, w),
-N = h * w in row-major order and M = ``width``, that of the backbone; :func:`build_aggregator` makes one by
-name. With weights and lengths held at their values, ``patch_contributions(cls, patches, grid, other)`` is
-what each patch adds to ``descriptor . other``, (B, N), for other descriptors (B, out_dim) or (out_dim,): all
-of it but for the class token and biases.
+Each is written from its paper's equations and reads cls (B, M), patches (B, N, M), row by row, and the grid
+(h, w); M is ``width``; :func:`build_aggregator` makes one by name. With weights and lengths held, what each
+patch adds to ``descriptor . other`` is ``patch_contributions(cls, patches, grid, other)`` (B, N), for others
+(B, out_dim) or (out_dim,): all of it but for the class token and biases.
 """
 
 import inspect
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sagelib.runs import check
-from sagelib.softp import SoftProbing
+from sagelib.softp import SoftProbing, branch
 
 
 class CLS(nn.Module):
@@ -58,8 +57,7 @@ class GeM(nn.Module):
     p : float
         Exponent at the start, above 0; 3 in the paper.
     grid : int
-        Pool over each of ``grid`` x ``grid`` cells, which overlap by one patch where the picture does not
-        divide, and concatenate them; 1 in the paper.
+        Pool over, and concatenate, ``grid`` x ``grid`` cells, which may overlap by a patch; 1 in the paper.
     dim : int, optional
         Width of the linear layer behind the pooling (the paper's learned whitening); ``None`` is off.
     """
@@ -97,16 +95,13 @@ class NetVLAD(nn.Module):
     """Residuals to K learned centres, each patch softly assigned to them.
 
     Arandjelovic et al., "NetVLAD: CNN architecture for weakly supervised place recognition" (CVPR 2016),
-    equation 4: ``V(:, k) = sum_i softmax_k(w_k . x_i + b_k) (x_i - c_k)`` on L2-normalised patches, then
-    intra- normalisation of each column and L2 of the whole. w, b and c are independent parameters;
-    :meth:`initialise_from` ties them at the start as the paper does.
+    equation 4: ``V(:, k) = sum_i softmax_k(w_k . x_i + b_k) (x_i - c_k)`` on L2-normalised patches; columns,
+    then the whole, at unit length. :meth:`initialise_from` ties w, b and c at the start, as in the paper.
 
     Parameters
     ----------
-    clusters : int
-        K; 64 in the paper.
-    channels : int, optional
-        Width that the patches are linearly reduced to first; ``None`` (the paper's) is off.
+    clusters, channels : int
+        K; width that the patches are linearly reduced to first, unless ``None`` (the paper's).
     """
 
     def __init__(self, width: int, *, clusters: int = 64, channels: int | None = None):
@@ -117,11 +112,11 @@ class NetVLAD(nn.Module):
         self.out_dim = clusters * inner
 
     @torch.no_grad()
-    def initialise_from(self, patches: Iterable[Tensor], *, ratio: float = 100.0) -> float:
+    def initialise_from(self, patches: Iterable[Tensor]) -> float:
         """k-means centres of training patches, and ``w_k = 2 alpha c_k``, ``b_k = -alpha ||c_k||^2``.
 
-        Returned is alpha = log(ratio) / mean(second smallest - smallest squared distance): ``ratio`` (100 in
-        the paper's supplement) is the largest by the second largest assignment weight, in geometric mean.
+        Returned is alpha, by which the largest assignment weight is on (geometric) average 100 times the
+        second largest, as in the paper's supplement.
         """
         from sklearn.cluster import KMeans
 
@@ -132,7 +127,7 @@ class NetVLAD(nn.Module):
         fitted = KMeans(len(self.centres), n_init=1, random_state=0).fit(inner.cpu().numpy())
         centres = torch.from_numpy(fitted.cluster_centers_).to(inner)
         nearest = torch.cdist(inner, centres).square().topk(2, dim=1, largest=False).values
-        alpha = math.log(ratio) / max(float((nearest[:, 1] - nearest[:, 0]).mean()), 1e-12)
+        alpha = math.log(100) / max(float((nearest[:, 1] - nearest[:, 0]).mean()), 1e-12)
         self.centres.copy_(centres)
         self.assign.weight.copy_(2 * alpha * centres)
         self.assign.bias.copy_(-alpha * centres.square().sum(dim=1))
@@ -162,18 +157,15 @@ class SALAD(nn.Module):
     """Patches assigned to clusters, or to a dustbin, by optimal transport.
 
     Izquierdo and Civera, "Optimal Transport Aggregation for Visual Place Recognition" (CVPR 2024). Scores S =
-    MLP(patches) (N, m) get one more column filled with a learned z, the dustbin; Sinkhorn's iterations (3)
-    turn them into an assignment R whose rows each sum to 1, whose clusters each take a mass of 1 and whose
-    dustbin takes N - m. Without the dustbin, ``V_jk = sum_i R_ik f_ij`` with f = MLP(patches) (N, l); each
-    cluster is brought to unit length, a token MLP(cls) is put in front, and the whole is brought to unit
-    length.
+    MLP(patches) (N, m) get one more column of a learned z, the dustbin; Sinkhorn's iterations (3) turn them
+    into an assignment R: rows sum to 1, clusters take a mass of 1 each, and the dustbin N - m. Without the
+    dustbin, ``V_jk = sum_i R_ik f_ij`` with f = MLP(patches) (N, l), each cluster at unit length; behind a
+    token MLP(cls), also at unit length, the whole is brought to unit length.
 
     Parameters
     ----------
-    clusters, channels, token_dim : int
-        m, l and the width of the token; 64, 128 and 256 in the paper, together 8448 dimensions.
-    hidden : int
-        Width inside the three MLPs; 512 in the paper.
+    clusters, channels, token_dim, hidden : int
+        m, l, the width of the token and that inside the three MLPs; together 8448 dimensions in the paper.
     """
 
     iterations = 3
@@ -183,10 +175,8 @@ class SALAD(nn.Module):
     ):
         super().__init__()
         self.token = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, token_dim))
-        self.features, self.scores = (
-            nn.Sequential(nn.Linear(width, hidden), nn.Dropout(0.3), nn.ReLU(), nn.Linear(hidden, out))
-            for out in (channels, clusters)
-        )
+        self.features = branch(width, hidden, channels, 0.3)
+        self.scores = branch(width, hidden, clusters, 0.3)
         self.dustbin = nn.Parameter(torch.tensor(1.0))
         self.out_dim = token_dim + clusters * channels
 
@@ -223,8 +213,7 @@ class SALAD(nn.Module):
 def log_sinkhorn(scores: Tensor, log_rows: Tensor, log_columns: Tensor, iterations: int) -> Tensor:
     """The logarithm (B, n, m) of exp(scores) scaled to row and column sums, given as logarithms.
 
-    Cuturi, "Sinkhorn Distances" (NeurIPS 2013): alternately columns and rows are scaled; rows, the last, are
-    exact after any number of iterations.
+    Cuturi, "Sinkhorn Distances" (NeurIPS 2013): columns and rows in turn; rows, the last, are always exact.
     """
     rows, columns = torch.zeros_like(scores[..., :1]), torch.zeros_like(scores[:, :1])
     for _ in range(iterations):
@@ -237,18 +226,15 @@ class MixVPR(nn.Module):
     """Multi-layer perceptrons that mix each channel's whole map, and two projections.
 
     Ali-bey, Chaib-draa and Giguere, "MixVPR: Feature Mixing for Visual Place Recognition" (WACV 2023). Each
-    channel's map is one row of N values; a Feature-Mixer does ``X <- W2 relu(W1 LayerNorm(X)) + X`` along the
-    positions (their equation 2), L times; then M channels are projected to d (equation 3) and N positions to
-    r (equation 4). Its weights belong to the positions, so it reads one grid only.
+    channel's map is a row of N values; L Feature-Mixers do ``X <- W2 relu(W1 LayerNorm(X)) + X`` along it
+    (their equation 2); then M channels are projected to d (3) and N positions to r (4): it reads one grid.
 
     Parameters
     ----------
     grid : (int, int)
         Height and width of the patch grid, for instance (16, 16) for 224 px and patches of 14 px.
-    depth : int
-        L, number of Feature-Mixers; 4 in the paper.
-    channels, rows : int
-        d and r; 1024 and 4 in the paper, together 4096 dimensions.
+    depth, channels, rows : int
+        L, d and r; 4, 1024 and 4 in the paper, together 4096 dimensions.
     """
 
     def __init__(self, width: int, *, grid, depth: int = 4, channels: int = 1024, rows: int = 4):
@@ -280,16 +266,13 @@ class BoQ(nn.Module):
     """A bag of learned queries, asked of the patches in several layers.
 
     Ali-bey, Chaib-draa and Giguere, "BoQ: A Place is Worth a Bag of Learnable Queries" (CVPR 2024). A 3x3
-    convolution reduces the channels; layer l encodes the patches once more (a transformer encoder layer),
-    lets its own queries attend to each other, and then to the patches. The outputs of all layers are
-    projected along the query axis to r rows.
+    convolution reduces the channels; each layer encodes the patches once more (a transformer encoder layer)
+    and lets its queries attend to each other, then to the patches. All outputs are projected to r rows.
 
     Parameters
     ----------
-    channels, queries, layers, rows : int
-        384, 64, 2 and 32 in the authors' DINOv2 model: 384 * 32 = 12288 dimensions.
-    heads : int, optional
-        Attention heads; ``None`` gives one a 64 channels, as the authors do.
+    channels, queries, layers, rows, heads : int
+        384, 64, 2 and 32 in the authors' DINOv2 model: 12288 dimensions; a head for 64 channels if ``None``.
     """
 
     def __init__(

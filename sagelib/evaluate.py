@@ -13,21 +13,9 @@ import pandas as pd
 import torch
 import yaml
 
+from sagelib import describe as describing
 from sagelib import retrieval, runs
-from sagelib.describe import (
-    Context,
-    Descriptors,
-    baseline_pixels,
-    describe,
-    describe_batch,
-    describe_callable,
-    file_digest,
-    model_fingerprint,
-    move_to,
-    own_anchors,
-    pictures_fingerprint,
-    preprocess_of,
-)
+from sagelib.describe import Context, Descriptors, describe
 from sagelib.images import Preprocess, load_image
 from sagelib.model import build_model, load_foreign
 from sagelib.places import BENCHMARKS, Places, TestSet
@@ -116,10 +104,9 @@ def evaluate(
 ) -> Evaluation:
     """Describe a test set, search it, count recall, and keep all of it in a run directory.
 
-    ``root/evaluate/<name>/`` gets result.json, ranks.npy (of each query's first positive), rankings.csv and a
-    manifest; descriptors lie in ``root/descriptors/``, where other contexts find them. The same call again
-    returns the finished result, and one that was killed goes on, if model and preprocess are of this package
-    or have an attribute ``fingerprint``. A `name` of other settings raises a `RunConflict`.
+    ``root/evaluate/<name>/`` gets result.json, ranks.npy (of first positives), rankings.csv and a manifest;
+    descriptors lie in ``root/descriptors/``. The same call again returns the finished result, or goes on, if
+    model and preprocess are of this package or have a ``fingerprint``; other settings raise a `RunConflict`.
 
     Parameters
     ----------
@@ -128,25 +115,22 @@ def evaluate(
     test_set, root : TestSet, path
         From `sagelib.places.open_set`, and a folder of runs.
     name, model_name : str, optional
-        Of the run (default: model, data set, context, and a hash of the settings), and of the model in tables
-        (default: its ``name``, or that of its class).
-    context : str or Context
-        ``sorted`` without a number takes the authors' batch size for the set.
-    pca, ks : PCA, sequence of int
-        Applied to the descriptors before the search, and the ranks at which recall is counted.
+        Of the run, and of the model in tables (default: its ``name``, or that of its class).
+    context, pca, ks : str or Context, PCA, sequence of int
+        See `context_of`; applied to descriptors before the search; ranks at which recall is counted.
     index : str, optional
         For large maps, such as ``IVF1024,PQ64``, see `sagelib.retrieval.open_index`; default: exact search.
     """
-    context, preprocess = context_of(context, test_set.name), preprocess_of(model, preprocess)
+    context, preprocess = context_of(context, test_set.name), describing.preprocess_of(model, preprocess)
     own_name = getattr(model, "name", None) or getattr(model, "__name__", None) or type(model).__name__
     model_name = model_name or own_name.replace("/", "_")
-    fingerprint = model_fingerprint(model)
+    fingerprint = describing.model_fingerprint(model)
     if context.kind == "anchors":
-        anchors = own_anchors(model) if anchors is None else np.asarray(anchors, np.float32)
+        anchors = describing.own_anchors(model) if anchors is None else np.asarray(anchors, np.float32)
     config = dict(model=model_name, model_fingerprint=fingerprint.under(context), dataset=test_set.name)
     config |= dict(split=test_set.split, rule=str(test_set.rule), context=str(context), dtype=dtype)
     config["anchors"] = runs.fingerprint(anchors) if context.kind == "anchors" else None
-    config |= dict(preprocess=describe_callable(preprocess), on_error=on_error)
+    config |= dict(preprocess=describing.describe_callable(preprocess), on_error=on_error)
     config["pca"] = None if pca is None else runs.fingerprint(pca)
     config["ks"] = [runs.check("k", k, 1, whole=True) for k in ks]
     config |= {"index": index} if index else {}
@@ -155,7 +139,7 @@ def evaluate(
     if name is None:  # another preprocess, seed or model of the same name is another run, not a conflict
         settings = runs.fingerprint([config, data, seed_of_context])[:6]
         name = f"{model_name}-{test_set.name}-{context}-{settings}"
-    device = move_to(model, device)
+    device = describing.move_to(model, device)
     name = re.sub(r'[/\\:*?"<>|\s]+', "_", name).lstrip("._")  # of a folder
     run = runs.Run.open(root, STAGE, name, config, seed=seed_of_context, data_fingerprint=data, device=device)
     if run.finished:
@@ -177,33 +161,24 @@ def evaluate(
     built = retrieval.open_index(index, values[0], references.path, key) if index else None
     indices, distances = search(*values, max(ks), index=built)
     counted = recall(indices, positives, ks, n_references=len(references))
-    facts = {"dim": values[0].shape[1], "search_s": time.perf_counter() - began}
-    described = {"database": references, "queries": queries}
-    return _save(run, test_set, described, indices, distances, positives, counted, **facts)
-
-
-def _save(run, test_set, described, indices, distances, positives, counted, *, dim, search_s) -> Evaluation:
-    """Write what was found into the run, and finish it."""
-    parts = {name: d.kept(getattr(test_set, name)) for name, d in described.items()}
+    search_s, sides = time.perf_counter() - began, {"database": references, "queries": queries}
+    parts = {name: d.kept(getattr(test_set, name)) for name, d in sides.items()}
     retrieval.write_rankings(run.path("rankings.csv"), indices, distances, *parts.values(), positives)
     runs.save_array(run.path("ranks.npy"), counted.per_query_rank)
-    head_s = sum(d.manifest["seconds"] for d in described.values() if "embedding_seconds" in d.manifest)
-    embed_s = sum(d.manifest.get("embedding_seconds", d.manifest["seconds"]) for d in described.values())
+    head_s = sum(d.manifest["seconds"] for d in sides.values() if "embedding_seconds" in d.manifest)
+    embed_s = sum(d.manifest.get("embedding_seconds", d.manifest["seconds"]) for d in sides.values())
     n_inside = _in_database(*parts.values(), indices, distances)
     inside = f"{n_inside} of {counted.n_queries} queries lie in the data base" if n_inside else ""
     kept = ("model", "dataset", "split", "context", "preprocess", "model_fingerprint")
     facts = {name: run.config[name] for name in kept} | {
-        "n_queries": counted.n_queries,
+        **{name: getattr(counted, name) for name in ("n_queries", "n_without_positive", "hits")},
         "n_database": len(parts["database"]),
-        "n_without_positive": counted.n_without_positive,
         "images_per_s": round(sum(map(len, parts.values())) / max(embed_s, 1e-9), 2),
-        "dim": dim,
+        "dim": values[0].shape[1],
         "n_in_database": n_inside,
-        "hits": counted.hits,
         "seconds": {"embed": round(embed_s, 3), "head": round(head_s, 3), "search": round(search_s, 3)},
-        "seed": run.manifest["seed"],
-        "data_fingerprint": run.manifest["data_fingerprint"],
-        "descriptors": {n: Path(os.path.relpath(d.path, run.dir)).as_posix() for n, d in described.items()},
+        **{name: run.manifest[name] for name in ("seed", "data_fingerprint")},
+        "descriptors": {n: Path(os.path.relpath(d.path, run.dir)).as_posix() for n, d in sides.items()},
         "left_out": [sentence for part in parts.values() for sentence in part.left_out],
         "warning": "; ".join(filter(None, (test_set.warning, inside))),
     }
@@ -217,15 +192,15 @@ def _save(run, test_set, described, indices, distances, positives, counted, *, d
 
 def data_fingerprint(test_set: TestSet) -> str:
     """A hash of a test set: its tables, its rule, and what its pictures hold."""
-    pictures = [pictures_fingerprint(part) for part in (test_set.database, test_set.queries)]
+    pictures = [describing.pictures_fingerprint(part) for part in (test_set.database, test_set.queries)]
     return runs.fingerprint([test_set.fingerprint(), *pictures])
 
 
 def _in_database(database, queries, indices, distances) -> int:
     """How many queries lie in the data base: as the same file, or with the same pixels at distance 0."""
-    files, count = set(map(file_digest, database.path)), 0
+    files, count = set(map(describing.file_digest, database.path)), 0
     for path, row, distance in zip(queries.path, indices[:, 0], distances[:, 0], strict=True):
-        same = file_digest(path) in files
+        same = describing.file_digest(path) in files
         if not same and distance == 0:
             a, b = load_image(path), load_image(database.path[row])
             same = a.size == b.size and a.tobytes() == b.tobytes()
@@ -250,74 +225,58 @@ def context_of(context: str | Context, dataset: str) -> Context:
     return Context.parse(context)
 
 
-def predict(
-    model: Callable, database: Places, queries: Places, root, *, k: int = 20, **options
-) -> pd.DataFrame:
-    """Rank references for queries of which nothing need be known, a row for each query and rank.
+def predict(model: Callable, database: Places, queries: Places, root, *, k: int = 20, **options):
+    """A DataFrame of the references ranked for each query, of which nothing need be known.
 
-    Columns: see `sagelib.retrieval.rankings_table`. Descriptors lie in ``root/descriptors/``, as those of
-    `evaluate`; options are those of `describe`.
+    Columns: see `sagelib.retrieval.rankings_table`. Descriptors lie in ``root/descriptors/``; options are
+    those of `describe`.
     """
     tables, store = {"database": database, "queries": queries}, Path(root) / "descriptors"
-    described = {n: describe(model, table, store, loader=n, **options) for n, table in tables.items()}
-    found = search(*(d.values for d in described.values()), k)
-    return retrieval.rankings_table(*found, *(d.kept(tables[n]) for n, d in described.items()))
+    sides = {n: describe(model, table, store, loader=n, **options) for n, table in tables.items()}
+    found = search(*(d.values for d in sides.values()), k)
+    return retrieval.rankings_table(*found, *(d.kept(tables[n]) for n, d in sides.items()))
 
 
 # ------------------------------------------------------------------------------------------- one photograph
 def locate(
-    photo,
-    descriptors: Descriptors,
-    places: Places,
-    model: Callable,
-    k: int = 5,
-    *,
-    preprocess: Callable | None = None,
-    index: str | None = None,
-    device: str | torch.device = "auto",
+    photo, descriptors: Descriptors, places: Places, model, k=5, *, preprocess=None, index=None, device="auto"
 ) -> pd.DataFrame:
     """Find where a photograph was taken: the k nearest of a described folder.
 
     Parameters
     ----------
-    photo : path or PIL image
+    photo, index, device : path or PIL image, str or None, str or torch.device
+        The last two as for `evaluate`.
     descriptors, places, model, preprocess : Descriptors, Places, callable, callable
-        What was described and by what, or a ValueError; none, solo or anchors is the context, in which a
-        descriptor depends on its image alone.
-    index : str, optional
-        As for `evaluate`.
+        What was described and by what, or a ValueError, in a context without a batch: none, solo or anchors.
 
     Returns
     -------
     DataFrame
         rank, path, distance (of descriptors), east_m, north_m, utm_zone, heading_deg, row (of `places`).
     """
-    context, preprocess = Context.parse(descriptors.context), preprocess_of(model, preprocess)
+    context, preprocess = Context.parse(descriptors.context), describing.preprocess_of(model, preprocess)
     if context.batched:
         raise ValueError(f"one photograph has no batch, as {context} needs: use none, solo or anchors")
     for what, key, given in (
         ("places", "n_given", len(places)),
-        ("model", "model", model_fingerprint(model).under(context)),
-        ("preprocess", "preprocess", describe_callable(preprocess)),
+        ("model", "model", describing.model_fingerprint(model).under(context)),
+        ("preprocess", "preprocess", describing.describe_callable(preprocess)),
     ):
         if (made := descriptors.manifest[key]) != given:
             raise ValueError(f"the descriptors in {descriptors.path} are of {what} {made}, not {given}")
-    device, anchors = move_to(model, device), None
+    device, anchors = describing.move_to(model, device), None
     if context.kind == "anchors":
         anchors = torch.from_numpy(runs.load_array(descriptors.path / "anchors.npy")).to(device)
     image = preprocess(load_image(photo))[None].to(device)
-    value = describe_batch(model, image, context, anchors=anchors).cpu().numpy()
+    value = describing.describe_batch(model, image, context, anchors=anchors).cpu().numpy()
     key = {"descriptors": descriptors.manifest, "pca": None}
     built = retrieval.open_index(index, descriptors.values, descriptors.path, key) if index else None
     indices, distances = search(descriptors.values, value, min(k, len(descriptors)), index=built)
     rows = descriptors.rows[indices[0][found := indices[0] >= 0]]
-    columns = {
-        "rank": np.arange(1, len(rows) + 1),
-        "path": places.path[rows],
-        "distance": distances[0][found],
-    }
+    columns = {"path": places.path[rows], "distance": distances[0][found]}
     columns |= {n: getattr(places, n)[rows] for n in ("east_m", "north_m", "utm_zone", "heading_deg")}
-    return pd.DataFrame({**columns, "row": rows})
+    return pd.DataFrame({"rank": np.arange(1, len(rows) + 1), **columns, "row": rows})
 
 
 # ------------------------------------------------------------------------------------------- models by name
@@ -333,17 +292,16 @@ def open_model(spec: str, roots: Iterable = ()) -> Callable:
     spec : str
         ``pixels``; ``POOLING:BACKBONE``, with gem, gem2x2, mean or cls, for a frozen backbone with pooling,
         ``POOLING:BACKBONE:FILE`` to read its weights from a file, ``POOLING:BACKBONE:random`` for none; a
-        training run or its folder; a folder written by ``save_pretrained``; a released checkpoint's file;
-        or somebody else's network, whose code is run, see `load_foreign`: ``hub:OWNER/REPO:ENTRY``,
-        ``hub:FOLDER:ENTRY`` or ``module:function``. Fields of `Preprocess` and arguments of the entry may
-        follow, in YAML: ``hub:gmberton/CosPlace:get_trained_model:backbone=ResNet50:image_size=512``.
+        training run (its folder, or its name in one of the `roots`); a folder of ``save_pretrained``; a
+        released checkpoint's file; or somebody else's network, whose code is run, see `load_foreign`:
+        ``hub:OWNER/REPO:ENTRY``, ``hub:FOLDER:ENTRY`` or ``module:function``. Fields of `Preprocess` and
+        arguments may follow: ``hub:gmberton/CosPlace:get_trained_model:backbone=ResNet50:image_size=512``.
     roots : iterable of path
-        Folders of runs in which the name of a training run is looked for.
     """
     roots = list(roots)
     pooling, colon, rest = spec.partition(":")
     if spec == "pixels":
-        return baseline_pixels
+        return describing.baseline_pixels
     if colon and pooling in POOLINGS:
         backbone, _, weights = rest.partition(":")
         source = {"pretrained": False} if weights == "random" else {"weights": weights or None}

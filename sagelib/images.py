@@ -1,8 +1,7 @@
 """Pictures to tensors: decode, transform, load in order.
 
-Three named ways to prepare a picture for a model (`Preprocess`), one way to vary it in training
-(`TrainTransform`), and a loader that goes through a `sagelib.places.Places` by index. torchvision is imported
-when the first tensor is made.
+`Preprocess` prepares a picture for a model, `TrainTransform` varies it in training, and `loader` goes through
+a `sagelib.places.Places` by index. torchvision is imported when the first tensor is made.
 """
 
 from __future__ import annotations
@@ -31,8 +30,7 @@ class PictureError(ValueError):
     """A picture does not decode; the sentence names the file."""
 
     def __init__(self, message: str) -> None:
-        # torch's loader raises the error of a worker process anew, with the worker's whole traceback as its
-        # message; the sentence is the traceback's last line.
+        # torch's loader raises a worker's error anew with its traceback as message: its last line is ours.
         if message.startswith("Caught "):
             message = message.strip().splitlines()[-1].partition(": ")[2]
         super().__init__(message)
@@ -41,9 +39,9 @@ class PictureError(ValueError):
 def load_image(path: str | os.PathLike | Image.Image) -> Image.Image:
     """Decode one picture wholly, as 8-bit RGB, upright; `path` may also be an open picture.
 
-    The orientation that phones write beside the pixels (EXIF) is applied. Grey pictures of more than 8 bits
-    are scaled by their range: the smallest of 0 to 1 (only where pixels are fractions), 255, 65,535 and
-    2,147,483,647 that holds all values. Raises FileNotFoundError, or PictureError if it does not decode.
+    EXIF's orientation is applied. Grey of more than 8 bits is scaled by the smallest range that holds all
+    values: 0 to 1 (only where pixels are fractions), 255, 65,535 or 2,147,483,647. Raises FileNotFoundError,
+    or PictureError if it does not decode.
     """
     try:
         if isinstance(path, Image.Image):
@@ -80,16 +78,13 @@ class Preprocess:
     Parameters
     ----------
     image_size : int or (int, int)
-        Side, or height and width, in pixels, that every picture fills. 322 is the size of the paper's
-        evaluation; with a patch of 14 pixels use multiples of 14.
+        Side, or height and width, in pixels: a multiple of the model's patch. 322 is the paper's evaluation.
     mode : {"paper", "antialias", "autocontrast"}
-        ``"paper"``: no antialias, as the authors' evaluation code does; the mode for released weights.
-        ``"antialias"``: the same with antialias, the better practice where pictures shrink.
-        ``"autocontrast"``: before that, each colour channel is stretched to 0..255, so a colour cast goes
-        too; meant for dark photographs.
+        ``"paper"``: no antialias, as the authors evaluate; the mode for released weights. ``"antialias"``:
+        the better practice where pictures shrink. ``"autocontrast"``: antialias, and each colour channel is
+        first stretched to 0..255, colour casts too; meant for dark photographs.
     resize : {"square", "short", "long"}
-        ``"square"`` (the paper's): the picture is stretched to both sides. Else it keeps its aspect, and
-        `image_size`, one number, is its short side or its long one.
+        ``"square"`` (the paper's): stretched to both sides. Else `image_size` is the short side or the long.
     multiple : int or None
         To which sides are rounded where the aspect is kept, in pixels; None: the model's patch.
     mean, std : float or (float, float, float)
@@ -147,23 +142,19 @@ class Preprocess:
 class TrainTransform:
     """A training picture: [cut a window], resize, [RandAugment], to [0, 1], ImageNet normalisation.
 
-    The paper does not state its training transform. Size, RandAugment with three operations and its bilinear
-    interpolation are those of the direct ancestors (EMVP, SALAD); the window is not theirs. The random
-    numbers of a picture come from (seed, epoch, index) alone, so they depend on neither workers nor order,
-    and torch's global generator is left as it was.
+    The paper does not state its own: size and RandAugment (three operations, bilinear) are those of its
+    ancestors (EMVP, SALAD); the window is not. A picture's random numbers come from (seed, epoch, index)
+    alone, whatever the workers and the order, and torch's global generator is left as it was.
 
     Parameters
     ----------
-    image_size : int or (int, int)
-        Side, or height and width, in pixels.
+    image_size, autocontrast, seed : int or (int, int), bool, int
+        In pixels; as the mode of `Preprocess`; of the random numbers.
     randaugment : int or None
         Operations per picture, at least 1; None: no augmentation.
     crop : float or None
         Smallest share of the picture's area that a window covers, in (0, 1]; its sides keep the picture's
         ratio within 3:4 to 4:3. None: the whole picture.
-    autocontrast : bool
-        Stretch each channel to 0..255 first, as `Preprocess` does in the mode of that name.
-    seed : int
     """
 
     image_size: int | tuple[int, int] = 224
@@ -208,10 +199,7 @@ class TrainTransform:
 
 @dataclass(frozen=True)
 class Views:
-    """Versions of each picture, row r showing number ``r % count``: the plain one, then augmented ones.
-
-    A function of the row alone, so that what a frozen network makes of each version may be kept.
-    """
+    """Versions of each picture: row r shows number ``r % count``, the plain one, then augmented ones."""
 
     plain: Preprocess
     augmented: TrainTransform
@@ -232,19 +220,15 @@ class _Pictures(Dataset):
         return self.transform(picture, index) if takes_index else self.transform(picture), index
 
 
-def loader(
-    places: Places, transform: Callable, *, batches: Iterable[list[int]], workers: int = 0
-) -> DataLoader:
-    """Batches ``(images (B, 3, H, W) float32, indices (B,) int64)``; a `PictureError` if one does not decode.
+def loader(places: Places, transform: Callable, *, batches: Iterable[list[int]], workers: int = 0):
+    """A DataLoader of ``(images (B, 3, H, W) float32, indices (B,) int64)``; PictureError if one is broken.
 
     Parameters
     ----------
     transform : callable
         From a PIL picture to a tensor; called with the index too if it has a true attribute ``takes_index``.
-    batches : iterable of list of int
-        The indices of every batch.
-    workers : int
-        Processes that decode ahead, and live on between epochs; 0: the calling process does.
+    batches, workers : iterable of list of int, int
+        The indices of every batch; processes that decode ahead, and live on between epochs (0: none).
     """
     return DataLoader(
         _Pictures(places.path, transform),

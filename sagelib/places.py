@@ -1,12 +1,11 @@
 """Places: where every photograph was taken, read from each format of the field, and who is whose positive.
 
-A reader turns one format into a `Places` table. With ``on_error="raise"`` it collects the mistakes in the
-data (file, line, column) and raises a ValueError with the first five; with ``"skip"`` it leaves such
-photographs out and lists why in `Places.left_out`. With ``check_pictures`` it also looks whether every file
-is a whole picture (header and end, about 0.1 ms each). Names with a leading dot are ignored.
+A reader turns one format into `Places`. With ``on_error="raise"`` mistakes in the data are a ValueError with
+the first five (file, line, column); with ``"skip"`` such photographs are left out, see `Places.left_out`.
+``check_pictures`` looks whether files are whole pictures (about 0.1 ms each). Dotted names are ignored.
 
-Positions are UTM metres, and metres of two grids are never compared. A grid is the zone's number and
-hemisphere; the letter of ``"10S"`` is the latitude band (C to M south, N to X north).
+Positions are UTM metres, never compared between two grids: the zone's number and hemisphere. The letter of
+``"10S"`` is the latitude band (C to M south, N to X north).
 """
 
 from __future__ import annotations
@@ -42,11 +41,10 @@ class Places:
 
     `path`; `east_m`, `north_m` in UTM metres and `heading_deg` clockwise from north, NaN where unknown;
     `utm_zone` such as ``"10S"``, empty for mock coordinates; `city`; `place`, the label of the format
-    (GSV-Cities ``place_id``, Mapillary SLS ``unique_cluster``), unique only within a city, or -1; `date` by
-    days, NaT where unknown, the first of the month or year where only that is known; `note`, often the
-    condition, as in ``"night"``; `key`, the picture's name in its source (panorama id, image key);
-    `sequence` and `frame`, its drive and its number there (Mapillary SLS), else ``""`` and -1; and the tuple
-    `left_out`, a sentence for each thing that a reader left out.
+    (GSV-Cities ``place_id``, Mapillary SLS ``unique_cluster``), unique only within a city, or -1; `date`, NaT
+    where unknown, the first day where only month or year are known; `note`, often the condition, as in
+    ``"night"``; `key`, the name in its source (panorama id, image key); `sequence` and `frame`, its drive and
+    its number there (Mapillary SLS), else ``""`` and -1; `left_out`, a sentence for each thing left out.
     """
 
     path: np.ndarray
@@ -109,8 +107,8 @@ class Places:
     def with_clusters(self, radius_m: float) -> Places:
         """Group by geography: `place` becomes a label that is unique in the table, -1 without a position.
 
-        Within each city and grid, in order of easting and northing, the first photograph without a group
-        leads one, and all others without a group within `radius_m` join it: leaders lie farther apart.
+        In each city and grid, by easting and northing, the first photograph without a group leads one, which
+        all others without a group within `radius_m` join.
         """
         from scipy.spatial import cKDTree
 
@@ -152,7 +150,7 @@ _ZONE = re.compile(rf"0?([1-9]|[1-5]\d|60)[\s@]*([{_BANDS}]?)@?")
 def latlon_to_utm(lat_deg, lon_deg, *, zone: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Latitude (-80..84) and longitude (-180..180), WGS 84, as (east_m, north_m, utm_zone), all (N,).
 
-    Each in its own zone (with those of Norway, 32V, and Svalbard, 31X to 37X), or all in the given one.
+    Each in its own zone (also in Norway, 32V, and Svalbard, 31X to 37X), or all in the given one.
     """
     from pyproj import Transformer
 
@@ -229,16 +227,15 @@ class PositiveRule:
 def positives(database: Places, queries: Places, rule: PositiveRule | None = None) -> list[np.ndarray]:
     """The rows of `database` that answer each query, ascending int64; by default those within 25 m.
 
-    Each grid is searched by itself; the radius is inclusive. Raises a ValueError if a position is unknown, if
-    queries lie in a grid without references, or if frames count and references are not equally spaced.
+    The radius is inclusive. A ValueError if a position is unknown, if queries lie in a grid without
+    references, or if frames count and references are not equally spaced.
     """
     from scipy.spatial import cKDTree
 
     rule = rule or PositiveRule()
     for kind, table in (("reference", database), ("query", queries)):
-        if len(lost := table.path[~np.isfinite(table.east_m + table.north_m)]):
-            counted = f"({len(lost)} of {len(table)} have none)"
-            raise ValueError(f"{lost[0]}: this {kind} has no position {counted}")
+        if n := len(lost := table.path[~np.isfinite(table.east_m + table.north_m)]):
+            raise ValueError(f"{lost[0]}: this {kind} has no position ({n} of {len(table)} have none)")
     reach = (rule.frames + 0.25) * _spacing_m(database) if rule.frames is not None else rule.radius_m
     grids = [same_grid(table.utm_zone) for table in (database, queries)]
     apart = 1e9 * np.unique(np.concatenate(grids), return_inverse=True)[1]  # of two grids, nothing is near
@@ -265,8 +262,8 @@ def _spacing_m(places: Places) -> float:
 def positive_rows(given, n_queries: int, n_references: int | None = None, found: int = 1) -> tuple[list, int]:
     """The rows of references (ascending int64) for each of Q queries, and the number of references, R.
 
-    `given` is a mask (Q, R) of booleans or of 0 and 1, or row numbers for each query. Without `n_references`,
-    R is the mask's width, or as many as were `found`. Raises a ValueError for any other shape or row.
+    `given` is a mask (Q, R) of booleans or of 0 and 1, or row numbers for each query; anything else is a
+    ValueError. Without `n_references`, R is the mask's width, or as many as were `found`.
     """
     shape = np.shape(given) if isinstance(given, np.ndarray) else (len(given),)
     if shape[0] != n_queries:
@@ -387,9 +384,9 @@ def _undecodable(path: str) -> str | None:
 
 
 class _Csv:
-    """A CSV as text, one row a photograph, without blank lines; `good` marks the rows without a problem.
+    """A CSV as text, without blank lines, with the `columns` of one choice (``|``); `good` marks good rows.
 
-    `columns` are needed, with ``|`` between choices. A table `beside` has the same rows, by their ``key``.
+    A table `beside` has the same rows, by their ``key``.
     """
 
     _ALIASES = dict(latitude="lat", longitude="lon", lng="lon", utm_zone="zone", heading_deg="heading")
@@ -417,10 +414,9 @@ class _Csv:
             name = min(lacking, key=len)[0]
             words = f"{', '.join(filter(None, header))} (needed, with commas between: {columns})"
             raise ValueError(f"{path}, line {line}: there is no column {name!r}; its columns are {words}")
-        for line, row in rows:
-            if len(row) > len(names):
-                problem = f"{path}, line {line}: {len(row)} values under {len(names)} columns"
-                problems.append(f"{problem}; write decimals with a point, and text with a comma in quotes")
+        advice = f"under {len(names)} columns; write decimals with a point, and text with a comma in quotes"
+        long = [(line, len(row)) for line, row in rows if len(row) > len(names)]
+        problems += [f"{path}, line {line}: {n} values {advice}" for line, n in long]
         rows = [(line, row) for line, row in rows if len(row) <= len(names)]
         self.lines, self.good = [line for line, _ in rows], np.ones(len(rows), dtype=bool)
         columns = itertools.zip_longest(names, *(row for _, row in rows), fillvalue="")
@@ -437,9 +433,9 @@ class _Csv:
     def refuse(self, column: str, wrong, expected: str, values: Sequence[str] | None = None) -> None:
         """Good rows with a wrong value (by default the column's cell) become problems."""
         values, wrong = self.text(column) if values is None else values, np.asarray(wrong, dtype=bool)
-        for row in np.flatnonzero(self.good & wrong):
-            problem = f"{self.where(row)}, column {column!r}: expected {expected}, got {values[row]!r}"
-            self.problems.append(problem)
+        what = f"column {column!r}: expected {expected}, got"
+        rows = np.flatnonzero(self.good & wrong)
+        self.problems += [f"{self.where(row)}, {what} {values[row]!r}" for row in rows]
         self.good &= ~wrong
 
     def refuse_repeated(self, column: str, values: Sequence[str]) -> None:
@@ -502,8 +498,8 @@ def folder_name(east_m, north_m, zone_number: int | None = None, zone_letter: st
     """The file name of the field, with everything that is known of a picture between ``@``.
 
     ``@UTM_east@UTM_north@zone@letter@lat@lon@pano_id@tile@heading_deg@pitch@roll@height@timestamp@note@.jpg``
-    Numbers have a fixed width, so that names sort by easting; what is not given is empty. Raises ValueError
-    for a number that is not finite and for a text with ``@`` or a slash.
+    Numbers have a fixed width, so that names sort by easting. A ValueError for one that is not finite, and
+    for a text with ``@`` or a slash.
 
     Examples
     --------
@@ -524,8 +520,8 @@ def folder_name(east_m, north_m, zone_number: int | None = None, zone_letter: st
 def parse_name(name: str | os.PathLike) -> dict[str, Any]:
     """The fields of such a file name: ``east_m``, ``north_m``, ``heading_deg`` as float, ``utm_zone``, texts.
 
-    Only the coordinates must be there. A third field that is no UTM zone is a note, and in a short name all
-    that follows belongs to it: ``@east@north@photo_001@.jpg``. Raises a ValueError for what is no such name.
+    Only the coordinates must be there, or it is a ValueError. A third field that is no UTM zone is a note,
+    and in a short name all that follows belongs to it: ``@east@north@photo_001@.jpg``.
     """
     names, parts = list(_FIELDS), os.path.splitext(os.path.basename(name))[0].split("@")[1:]
     fields: dict[str, Any] = dict(zip(names, parts + [""] * len(names), strict=False)) | {"utm_zone": ""}
@@ -562,10 +558,10 @@ def _city_in(fields: dict) -> str | None:
 def read_folder(part_folder, *, positions=True, on_error="raise", check_pictures=True) -> Places:
     """Read one part of a set, such as ``<set>/images/test/database``, from its file names.
 
-    All pictures below the folder count, sorted by path, also those in linked folders. The city is the name of
-    the set's folder, but for rendered towns and converted Mapillary SLS, whose files name theirs. Refused are
-    names not in UTF-8 or without two ``@`` numbers (without `positions`, a name need not begin with ``@``), a
-    file that is there twice (same name and content, in two folders), and pictures that do not decode.
+    All pictures below the folder, also in linked folders, by path. The city is the name of the set's folder,
+    unless files name theirs (rendered towns, converted Mapillary SLS). Refused are names not in UTF-8 or
+    without two ``@`` numbers (unless `positions` is False and they begin without ``@``), a file that is there
+    twice (same name and content), and pictures that do not decode.
     """
     folder, reading = Path(part_folder), _Reading(on_error, check_pictures)
     parts = folder.absolute().parts
@@ -621,16 +617,10 @@ def _read_gsv_city(root: Path, city: str, reading: _Reading) -> None:
     good_names = {name for name, good in zip(names, table.good, strict=True) if good}
     reading.pass_over(folder, size.keys() - good_names, f"pictures without a good row in {table.path.name}")
     table.refuse_repeated("panoid", names)
-    columns = {
-        "heading_deg": heading % 360,
-        "place": place,
-        "key": keys,
-        "city": city,
-        "lat": lat,
-        "lon": lon,
-    }
+    columns = {"city": city, "place": place, "key": keys, "heading_deg": heading % 360}
     date = _dates(f"{y:04.0f}-{m:02.0f}" for y, m in zip(year, month, strict=True))
-    reading.add([os.path.join(folder, name) for name in names], table, date=date, **columns)
+    paths = [os.path.join(folder, name) for name in names]
+    reading.add(paths, table, date=date, lat=lat, lon=lon, **columns)
 
 
 MSLS_TRAIN_CITIES = (
@@ -643,11 +633,10 @@ MSLS_VAL_CITIES = ("cph", "sf")
 def read_msls(root, cities=None, *, part=None, chosen=False, on_error="raise", check_pictures=False):
     """Read Mapillary Street-level Sequences as downloaded: ``train_val/<city>/{query,database}``.
 
-    By default the training cities found, both parts. Copenhagen (``cph``) and San Francisco (``sf``), on
-    which models are compared, are read only when named; `part` may be ``"query"`` or ``"database"``, and
-    `chosen` takes only the benchmark's sub-task ``all``. Panoramas are dropped, and the release's empty files
-    counted. Each photograph gets the UTM zone in which its degrees give the set's own metres. `Places.place`
-    is ``unique_cluster``, `Places.note` view direction and light (``"forward-night"``).
+    By default the training cities found: ``cph`` and ``sf``, on which models are compared, are read only when
+    named. `part` may be ``"query"`` or ``"database"``; `chosen` takes the benchmark's sub-task ``all`` alone.
+    Panoramas are dropped, empty files counted; the UTM zone is that in which degrees give the set's metres.
+    `Places.place` is ``unique_cluster``, `Places.note` view direction and light (``"forward-night"``).
     """
     root, reading = Path(root), _Reading(on_error, check_pictures)
     if cities is None:
@@ -672,10 +661,8 @@ def _read_msls_part(folder: Path, city: str, chosen: bool, reading: _Reading) ->
     view, light = table.text("view_direction"), np.where(table.flags("night"), "night", "day")
     columns = {"east_m": table.numbers("easting"), "north_m": table.numbers("northing")}
     columns |= {"lat": raw.numbers("lat", -80, 84), "lon": raw.numbers("lon", -180, 180)}
-    columns |= {
-        "place": table.numbers("unique_cluster", empty=-1, whole=True),
-        "date": _dates(raw.text("captured_at")),
-    }
+    columns["place"] = table.numbers("unique_cluster", empty=-1, whole=True)
+    columns["date"] = _dates(raw.text("captured_at"))
     columns["heading_deg"] = raw.numbers("ca", empty=np.nan) % 360
     columns["note"] = [f"{v.lower()}-{n}" if v else str(n) for v, n in zip(view, light, strict=True)]
     if (folder / "seq_info.csv").exists():
@@ -696,13 +683,12 @@ def _read_msls_part(folder: Path, city: str, chosen: bool, reading: _Reading) ->
 def read_photos(folder, csv=None, *, on_error: str = "raise") -> Places:
     """Read a folder of one's own photographs and a CSV that says where they were taken.
 
-    The CSV is named as it stands or relative to the folder; by default it is the folder's ``positions.csv``
-    or ``photos.csv``. Columns (case does not matter): ``file`` (a path in the folder), and either ``lat`` and
-    ``lon`` (degrees, WGS 84; in the UTM zone of their middle, or each in its own if they spread over more
-    than 6 degrees) or ``east``, ``north`` (metres) and, if known, ``zone`` (``10S``); if wanted ``heading``
-    (degrees), ``date`` (YYYY[-MM[-DD]]), ``place`` (integer), ``city``, ``note``, empty where unknown. For
-    `open_set` and `open_training_set`, ``part`` says what a photograph is for: ``train``, ``database`` or
-    ``queries``, with the split before these if it is not the test (``val/queries``).
+    The CSV, named as it stands or in the folder, is by default ``positions.csv`` or ``photos.csv``. Columns
+    (in any case): ``file`` (a path in the folder), and ``lat`` and ``lon`` (degrees, WGS 84; in the UTM zone
+    of their middle, or each in its own if they spread over more than 6 degrees) or ``east``, ``north``
+    (metres) and, if known, ``zone`` (``10S``); if wanted ``heading`` (degrees), ``date`` (YYYY[-MM[-DD]]),
+    ``place`` (integer), ``city``, ``note``, empty where unknown; and ``part``, for `open_set` and
+    `open_training_set`: ``train``, ``database``, ``queries``, or with another split ``val/queries``.
     """
     path = _photos_csv(Path(folder), csv)
     if path is None:
@@ -773,10 +759,10 @@ _CONVERT = (
 def read_positives(path, database: Places, queries: Places) -> list[np.ndarray]:
     """The rows of `database` that answer each of the Q `queries`, ascending int64, as a file lists them.
 
-    A ``.csv`` has a line for each pair, ``query`` and ``reference``: file names, behind as many of their
-    folders as tell them apart. A query without a line or a reference has no positive. Otherwise rows count
-    as in the tables: an ``.npy`` is a mask (Q, R), booleans or 0 and 1, or row numbers (Q,) or (Q, most),
-    filled up with -1; an ``.npz`` has all row numbers, ``indices``, parted by ``offsets`` (Q + 1,).
+    A ``.csv`` has a line a pair, ``query`` and ``reference``: file names behind as many folders as tell them
+    apart; a query without a line or a reference has no positive. An ``.npy`` is a mask (Q, R), booleans or 0
+    and 1, or row numbers (Q,) or (Q, most) filled up with -1; an ``.npz`` has row numbers, ``indices``, cut
+    by ``offsets`` (Q + 1,).
     """
     path = Path(path)
     if check("a file of positives ends as", path.suffix.lower(), choices=_LISTS) == ".csv":
@@ -833,8 +819,7 @@ class Benchmark:
 
 
 def _read_benchmarks() -> dict[str, Benchmark]:
-    with open(Path(__file__).with_name("benchmarks.csv"), encoding="utf-8") as stream:
-        rows = list(csv.DictReader(stream))
+    rows = list(csv.DictReader(io.StringIO(read_text(Path(__file__).with_name("benchmarks.csv")))))
     for row in rows:
         for name in ("radius_m", "frames", "n_database", "n_queries", "sorted_batch"):
             row[name] = int(row[name]) if row[name] else None
@@ -849,9 +834,7 @@ _USUAL_NAMES = BENCHMARKS["msls-val"].folders, "gsv-cities gsv_cities GSV-Cities
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class TestSet:
-    """References and queries, made by `open_set`, and the `rule` that joins them: the name of a file where
-    the positives of each query are `listed`; `spec` is None if unpublished.
-    """
+    """References, queries and the `rule` that joins them: a file's name where positives are `listed`."""
 
     __test__ = False  # no test class, whatever pytest thinks of its name
 
@@ -860,7 +843,7 @@ class TestSet:
     queries: Places
     rule: PositiveRule | str = PositiveRule()
     listed: Sequence[np.ndarray] | None = None
-    spec: Benchmark | None = None
+    spec: Benchmark | None = None  # None: not published
     split: str = "test"
 
     @property
@@ -891,19 +874,19 @@ class TestSet:
 def open_set(root, name, split=None, *, positives=None, on_error="raise", check_pictures=True) -> TestSet:
     """Open a set in the folder `root`, by the name of a benchmark (see `BENCHMARKS`) or of a folder.
 
-    A folder has ``images/<split>/{database,queries}``, or is Mapillary SLS as downloaded, or photographs with
-    a ``positions.csv`` (see `read_photos`; without a column ``part``, every second row is a query), or is a
-    CSV: ``holiday/spring.csv``. The split is ``"test"`` by default. Several folders of queries, such as
-    ``queries_day`` and ``queries_night`` beside ``database``, follow each other by name in one table.
+    A folder has ``images/<split>/{database,queries}`` (or several of queries, such as ``queries_night``,
+    which follow each other by name), is Mapillary SLS as downloaded, has photographs with a ``positions.csv``
+    (see `read_photos`; without a column ``part``, every second row is a query), or is a CSV:
+    ``holiday/spring.csv``. The split is ``"test"`` by default.
 
     `positives` is a `PositiveRule`, its text (``"10 m"``, ``"2 frames"``), or a file that lists them (see
     `read_positives`), in the set's folder or by its whole path; file names need no positions then. By default
-    a benchmark that is named has its own, another set those that its file ``positives_<split>`` (.csv, .npy,
-    .npz) lists, or those within 25 m. Where they are listed by number, no picture can be left out.
+    a benchmark has its own, another set those in its file ``positives_<split>`` (.csv, .npy, .npz), or those
+    within 25 m. Where they are listed by number, no picture can be left out.
 
-    ``nordland-2760`` swaps the seasons of the full set (winter references, summer queries) and takes every
-    tenth frame as a query; a folder of that name is taken as it is. ``msls-val`` has 740 queries, those of
-    the sub-task ``all`` or of its file ``query_keys.txt`` (a key or path a line); ``msls-val-full`` has all.
+    ``nordland-2760`` has the full set's winter as references and every tenth frame of summer as query, unless
+    a folder has that name. ``msls-val`` has the 740 queries of the sub-task ``all`` or of its file
+    ``query_keys.txt`` (a key or path a line); ``msls-val-full`` has all.
     """
     spec, reading = BENCHMARKS.get(name), {"on_error": on_error, "check_pictures": check_pictures}
     if spec is None:
@@ -923,8 +906,7 @@ def open_set(root, name, split=None, *, positives=None, on_error="raise", check_
     if listed and rule.suffix.lower() != ".csv":
         reading["on_error"] = "raise"
     sides, table = _side_folders(folder, split), _photos_csv(folder.absolute())
-    validation = name == "msls-val" or not spec
-    chosen = validation and not (folder / "query_keys.txt").exists()
+    chosen = (name == "msls-val" or not spec) and not (folder / "query_keys.txt").exists()
     if downloaded := bool(sides) and len(sides[0]) > 1:
         spec = spec or BENCHMARKS["msls-val"]
         database = read_msls(folder, MSLS_VAL_CITIES, part="database", **reading)
@@ -991,8 +973,7 @@ def open_training_set(root, name: str, *, on_error: str = "raise") -> Places:
     """Open what a model may train on: the folder `name` in `root`, in any of the formats.
 
     Those are Mapillary SLS (without its validation cities), GSV-Cities, ``images/train`` with references,
-    queries or both, and photographs with a CSV (those whose ``part`` begins with ``train``, or else all).
-    With ``on_error="skip"`` every picture is looked into.
+    queries or both, and photographs with a CSV (whose ``part``, if any, begins with ``train``).
     """
     folder = _set_folder(Path(root), name)
     for inside, reader in (("train_val", read_msls), ("Dataframes", read_gsv_cities)):
@@ -1054,8 +1035,8 @@ def _select_keys(queries: Places, folder: Path) -> Places:
 def available(root):
     """A `pandas.DataFrame` of the sets that are here, and where to get the others; counts files, reads none.
 
-    A row each benchmark, then each other folder of the layout or with a ``positions.csv``; ``references`` and
-    ``queries`` are files found (None where opening tells), ``expected`` the counts that are published.
+    A row for each benchmark, then for each other set in the folder; ``references`` and ``queries`` are files
+    found (None where opening tells), ``expected`` the counts that are published.
     """
     import pandas
 
@@ -1076,12 +1057,12 @@ def available(root):
                 missing = f"the list of the 740 query keys ({folder.name}/query_keys.txt)"
         taken.add(folder and folder.name)
         stated = " / ".join(f"{n:,}" if n else "not stated" for n in (spec.n_database, spec.n_queries))
-        rows.append([spec.name, bool(folder), *found, stated, spec.rule, missing, spec.where_to_get])
+        rows.append([spec.name, bool(folder), *found, stated, str(spec.rule), missing, spec.where_to_get])
     for folder in sorted(root.glob("[!.]*")):
         found = counts(folder, "test") or ([None, None] if (folder / "positions.csv").is_file() else [])
         if found and folder.name not in taken:
             rule = _find_rule(None, folder, "test")
+            rule = getattr(rule, "name", str(rule))  # of a file, or of a `PositiveRule`
             rows.append([folder.name, True, *found, "", rule, "", "a folder of your own"])
     columns = "name present references queries expected positives missing where_to_get".split()
-    rules = [getattr(row[5], "name", str(row[5])) for row in rows]
-    return pandas.DataFrame(rows, columns=columns).assign(positives=rules)
+    return pandas.DataFrame(rows, columns=columns)

@@ -1,8 +1,7 @@
 """A run: one directory that says what was done, with which numbers, and whether it was finished.
 
-A file appears under its own name only when it is whole (`atomic_path`). Every random stream is derived from
-one seed and the names of what it is for (`rng`). A directory belongs to one configuration (`Run.open`): the
-same one finds its run again, another is refused with the keys that differ.
+A file appears under its name only when it is whole (`atomic_path`). A random stream is a function of a seed
+and of what it is for (`rng`). A directory belongs to one configuration, others are refused (`Run.open`).
 """
 
 import contextlib
@@ -29,17 +28,14 @@ from filelock import FileLock
 
 MANIFEST, KEYS = "manifest.json", ("stage", "name", "config", "seed", "status", "metrics")
 UNFINISHED = {"finished": None, "wall_time_s": None, "status": "unfinished", "metrics": {}}
-PACKAGES = (
-    "sagelib torch torchvision timm peft accelerate pytorch-metric-learning faiss-cpu numpy scipy pillow"
-)
+STACK = "sagelib torch torchvision timm peft accelerate pytorch-metric-learning faiss-cpu numpy scipy pillow"
 
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike, *, sync: bool = True) -> Iterator[Path]:
     """Yield a temporary sibling of the file `path`, renamed to it if the block succeeds, else removed.
 
-    Its name starts with a dot and ends as `path` does. Without `sync`, for thousands of small files that can
-    be made again, a power cut may leave an empty file.
+    Its name starts with a dot and ends as `path` does. Without `sync`, a power cut may leave an empty file.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -277,15 +273,15 @@ class Run:
     ) -> "Run":
         """Open ``root/stage/name`` for this configuration: new, to be resumed, or already finished.
 
-        The result depends on `config` (a mapping or a dataclass), `seed` and `data_fingerprint`: a directory
-        with work of other ones raises `RunConflict`; a manifest alone is no work. `device` is recorded.
+        A directory with work (more than a manifest) of another `config` (a mapping or a dataclass), `seed` or
+        `data_fingerprint` raises `RunConflict`; `device` is merely recorded.
         """
         for what, value in (("stage", stage), ("name", name)):
             if not value or value.startswith(".") or any(mark in value for mark in '/\\:*?"<>|'):
                 raise ValueError(f"the {what} of a run must be one plain folder name, got {value!r}")
         path = Path(root) / stage / name / MANIFEST
         identity = plain({"config": config, "seed": seed, "data_fingerprint": data_fingerprint})
-        packages = {p: d.version for p in PACKAGES.split() for d in importlib.metadata.distributions(name=p)}
+        packages = {p: d.version for p in STACK.split() for d in importlib.metadata.distributions(name=p)}
         versions = {"python": platform.python_version(), **packages}
         here = dict(git_commit=_git_commit(), versions=versions, device=device and str(device))
         here["platform"] = f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs"

@@ -1,7 +1,6 @@
 """Soft Probing: patches weighted softly, probed, and pooled into one descriptor.
 
-``SoftProbing(alpha=None)`` is the centroid-free probing of EMVP; :class:`SoftWeighting`, 385 parameters, is
-all that is added to it.
+``SoftProbing(alpha=None)`` is EMVP's centroid-free probing; all that is added is :class:`SoftWeighting`.
 """
 
 from collections.abc import Iterable
@@ -25,10 +24,9 @@ class SoftWeighting(nn.Module):
     alpha, hidden : float, int
         The largest weight that can be added, positive, and the width of the predictor's hidden layer.
     standardise : bool
-        Not in the paper: feed the predictor ``(s_i - mean) / std``, with the mean and standard deviation of
-        the lengths in training images, which :meth:`SoftProbing.initialise_from` stores. A raw length is a
-        large number that varies little (26 on average for 680 standardised channels): it saturates the
-        sigmoid, and then all patches weigh the same.
+        Not in the paper: feed the predictor ``(s_i - mean) / std``, of the lengths in training images, which
+        :meth:`SoftProbing.initialise_from` stores. Raw lengths are large and vary little (26 on average for
+        680 standardised channels): they saturate the sigmoid, and all patches weigh the same.
     """
 
     def __init__(self, alpha: float = 0.5, *, hidden: int = 128, standardise: bool = False):
@@ -60,9 +58,8 @@ class SoftProbing(nn.Module):
         t = token(cls) to length 1                   (g,)
         descriptor = [t ; G row by row] to length 1  (g + D K,)
 
-    The subtraction of a scalar is made by the released model on the probe branch too, where the softmax
-    cancels it; here it is left out there. The softmax cancels the last bias of the probe branch as well: its
-    gradient is zero.
+    The released model subtracts a scalar on the probe branch too, where the softmax cancels it, as it does
+    that branch's last bias, whose gradient is zero.
 
     Parameters
     ----------
@@ -72,14 +69,13 @@ class SoftProbing(nn.Module):
         D, channels after the reduction; K, number of probes (in each cell); g, dimensions from the CLS token.
     alpha : float, optional
         Strength of the soft weighting; ``None`` switches it off.
-    dropout : float
-        Inside the two branches (0.3 in the released model). A small data set may need 0 to leave the plateau.
-    hidden, norm_dropout : int, float
-        Hidden width of the branches and of the token's layers; dropout inside the power norm on G.
+    dropout, norm_dropout : float
+        Inside the two branches (a small data set may need 0 to leave the plateau) and the power norm on G.
+    hidden : int
+        Hidden width of the branches and of the token's layers.
     cells, standardise : int, bool
-        Not in the paper, which forgets where a patch lies: cut the grid into ``cells x cells`` parts and make
-        a G of each (softmax, power norm and lengths within the cell), so that ``out_dim`` is g + D K cells^2.
-        Nor this: see :class:`SoftWeighting`.
+        Not in the paper, which forgets where a patch lies: each of ``cells x cells`` parts of the grid has a
+        G (softmax, power norm and lengths) of its own. Nor this: see :class:`SoftWeighting`.
     """
 
     def __init__(
@@ -97,28 +93,26 @@ class SoftProbing(nn.Module):
         standardise: bool = False,
     ):
         super().__init__()
-        sizes = {"channels": channels, "probes": probes, "token_dim": token_dim, "cells": cells}
-        for name, value in sizes.items():
-            check(name, value, 1, whole=True)
         check("dropout", dropout, 0, 0.999)
+        for name, n in dict(channels=channels, probes=probes, token_dim=token_dim, cells=cells).items():
+            check(name, n, 1, whole=True)
         self.channels, self.probes, self.token_dim, self.cells = channels, probes, token_dim, cells
         self.out_dim = token_dim + channels * probes * cells**2
         self.weighting = None if alpha is None else SoftWeighting(alpha, standardise=standardise)
         self.token = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, token_dim))
         # 1x1 convolutions over a map are linear layers over its positions.
-        self.reduction = _branch(width, hidden, channels, dropout)
-        self.probe = _branch(width, hidden, probes, dropout)
+        self.reduction = branch(width, hidden, channels, dropout)
+        self.probe = branch(width, hidden, probes, dropout)
         self.post_dpn = DynamicPowerNorm(probes, max(1, probes // 2), dropout=norm_dropout)
 
     def forward(self, cls: Tensor, patches: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Descriptors (B, g + D K cells^2) of unit length, float32 (float64 stays float64).
 
-        Of ``cls`` (B, M), ``patches`` (B, N, M) and their ``grid`` (rows, columns), which only more than one
-        cell needs: else no part of the method looks at where a patch lies.
+        Of ``cls`` (B, M), ``patches`` (B, N, M) and, for more than one cell, their ``grid`` (rows, columns).
         """
         token = F.normalize(_full(self.token(cls)), dim=-1)
-        pooled = [F.normalize(self.post_dpn(grams), dim=1).flatten(1)
-                  for _, grams, _, _ in self._bilinear(patches, grid)]  # fmt: skip
+        normed = (self.post_dpn(grams) for _, grams, _, _ in self._bilinear(patches, grid))
+        pooled = [F.normalize(columns, dim=1).flatten(1) for columns in normed]
         return F.normalize(torch.cat([token, *pooled], dim=-1), dim=-1)
 
     def patch_weights(self, patches: Tensor) -> Tensor:
@@ -136,17 +130,13 @@ class SoftProbing(nn.Module):
     def patch_contributions(
         self, cls: Tensor, patches: Tensor, grid: tuple[int, int] | None, other_descriptor: Tensor
     ) -> Tensor:
-        """What each patch adds to the dot product of the descriptor with another one.
+        """What each patch adds, (B, N), to ``descriptor . other_descriptor``, (B, out_dim) or (out_dim,).
 
-        G is a sum over patches, and the power norm multiplies each of its entries by a gain,
-        ``DPN(G) = r * G`` with ``r = 1 + (|G| + epsilon)^p / |G|``. With these gains and the lengths of the
-        columns held at the values which the image has, the dot product is linear in the patches, and the
-        contributions add up to it exactly, up to the CLS token's share::
+        G is a sum over patches, and the power norm multiplies each entry by a gain, ``DPN(G) = r * G`` with
+        ``r = 1 + (|G| + epsilon)^p / |G|``. With these gains and the lengths of the columns held, the product
+        is linear in the patches (each of which has seen the whole image)::
 
             contributions.sum(1) + <token part> == (descriptor * other_descriptor).sum(1)
-
-        A patch stands for the backbone's output at its place, which has seen the whole image.
-        ``other_descriptor`` is (B, g + D K cells^2) or (g + D K cells^2,); the result is (B, N).
         """
         parts = [(*part, self.post_dpn(part[1])) for part in self._bilinear(patches, grid)]
         token = F.normalize(_full(self.token(cls)), dim=-1)
@@ -166,11 +156,9 @@ class SoftProbing(nn.Module):
     def initialise_from(self, patches: Iterable[Tensor]) -> None:
         """Centre and scale the outputs of both branches on given images, before the first step.
 
-        Not in the paper: a data-dependent initialisation. Each output channel is shifted and scaled, by
-        changing weight and bias of the branch's last layer, so that over all given patches its mean is 0 and
-        its standard deviation 1. Untrained descriptors of different images are otherwise nearly parallel.
-
-        ``patches`` are batches (B, N, M) of a few hundred images, as the backbone gives them.
+        Not in the paper: weight and bias of each branch's last layer change so that over all patches, batches
+        (B, N, M) of a few hundred images, a channel has mean 0 and standard deviation 1. Untrained
+        descriptors of different images are otherwise nearly parallel.
         """
         was_training = self.training
         self.eval()
@@ -198,17 +186,10 @@ class SoftProbing(nn.Module):
             last.bias.copy_((last.bias - mean) / scale)
 
     def _weighted(self, patches: Tensor) -> Tensor:
-        if self.weighting is None:
-            return patches
-        return patches * (1 + self.weighting(patches))[..., None]
+        return patches if self.weighting is None else patches * (1 + self.weighting(patches))[..., None]
 
-    def _bilinear(
-        self, patches: Tensor, grid: tuple[int, int] | None
-    ) -> list[tuple[Tensor | slice, Tensor, Tensor, Tensor]]:
-        """For each cell: the indices of its n patches, G (B, D, K), features (B, n, D), probe maps (B, n, K).
-
-        Not below float32.
-        """
+    def _bilinear(self, patches: Tensor, grid: tuple[int, int] | None) -> list[tuple]:
+        """For each cell, in float32: rows of patches, G (B, D, K), features (B, n, D), maps (B, n, K)."""
         weighted = self._weighted(patches)
         features, scores = _full(self.reduction(weighted)), _full(self.probe(weighted))
         with torch.autocast(patches.device.type, enabled=False):
@@ -230,7 +211,8 @@ class SoftProbing(nn.Module):
         return [part.flatten() for band in bands for part in band.tensor_split(self.cells, 1)]
 
 
-def _branch(width: int, hidden: int, out: int, dropout: float) -> nn.Sequential:
+def branch(width: int, hidden: int, out: int, dropout: float) -> nn.Sequential:
+    """Two layers with dropout and ReLU between them, as SALAD has them too."""
     return nn.Sequential(nn.Linear(width, hidden), nn.Dropout(dropout), nn.ReLU(), nn.Linear(hidden, out))
 
 
