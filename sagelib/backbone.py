@@ -1,8 +1,4 @@
-"""A frozen network of timm and the few parts of it that train.
-
-In the order of the method: :class:`DynamicPowerNorm`, the network cut into a frozen prefix and a trained
-suffix (:class:`ViTBackbone`, :class:`ConvBackbone`), and its weights (:func:`build_backbone`).
-"""
+"""A frozen network of timm, cut into a prefix and a suffix with the few parts that train; its weights."""
 
 import _codecs
 import argparse
@@ -54,9 +50,8 @@ class DynamicPowerNorm(nn.Module):
     in float32 even inside mixed precision. ``hidden`` and ``dropout`` are of the layer that predicts it.
     """
 
-    def __init__(self, width: int, hidden: int = 16, *, dropout: float = 0.1, epsilon: float = 1e-6):
+    def __init__(self, width: int, hidden: int = 16, *, dropout: float = 0.1):
         super().__init__()
-        self.epsilon = epsilon
         self.projection = nn.Sequential(
             nn.Linear(width, hidden), nn.Dropout(dropout), nn.ReLU(), nn.Linear(hidden, 1)
         )
@@ -71,10 +66,9 @@ class DynamicPowerNorm(nn.Module):
             x = x.to(torch.promote_types(x.dtype, torch.float32))
             exponent = self.exponent(x)
             if not torch.is_grad_enabled():
-                return _power(x, exponent, self.epsilon)
+                return _power(x, exponent)
             # Cheap to compute and large to keep: computed again in the backward pass.
-            options = {"use_reentrant": False, "preserve_rng_state": False}
-            return checkpoint(_power, x, exponent, self.epsilon, **options)
+            return checkpoint(_power, x, exponent, use_reentrant=False, preserve_rng_state=False)
 
 
 class Backbone(nn.Module):
@@ -99,9 +93,8 @@ class Backbone(nn.Module):
     last normalisation, ``frozen_names`` the parameters that do not train: a small checkpoint lacks them.
     """
 
-    def __init__(
-        self, network, name, *, adapter="dpn", adapter_blocks=4, adapter_options=None, train_norm=True, **own
-    ):
+    def __init__(self, network, name, *, adapter="dpn", adapter_blocks=4, adapter_options=None,
+                 train_norm=True, **own):  # fmt: skip
         super().__init__()
         self.name, self.adapter = name, check("adapter", adapter, choices=ADAPTERS)
         setattr(self, self.trunk, network.requires_grad_(False))
@@ -234,11 +227,8 @@ class ViTBackbone(Backbone):
         """For each block its rotary position embedding, if there is one, without timm's random shifts."""
         if getattr(self.vit, "rope", None) is None:
             return [{}] * self.depth
-        embedding = self.vit.rope.eval().get_embed(shape=grid)
-        return [
-            {"rope": embedding[i] if getattr(self.vit, "rope_mixed", False) else embedding}
-            for i in range(self.depth)
-        ]
+        embedding, mixed = self.vit.rope.eval().get_embed(shape=grid), getattr(self.vit, "rope_mixed", False)
+        return [{"rope": embedding[i] if mixed else embedding} for i in range(self.depth)]
 
     def split(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """The CLS token (B, M), or the mean of the patches without one, and the patches (B, N, M)."""
@@ -390,10 +380,7 @@ class ConvBackbone(Backbone):
 
 @torch.no_grad()
 def _fold_sequence(network: nn.Module, name: str) -> dict[str, tuple[Tensor, Tensor, int]]:
-    """Mean and variance of channels, and side of a pixel, of a network's parts in the order they run.
-
-    Batch norms are folded into the convolutions before them; the parts behind the last map are dropped.
-    """
+    """Fold batch norms and drop what follows the last map; mean, variance and pixel side of each part."""
     x, outputs = torch.linspace(-1, 1, 3 * 64 * 64).sin().reshape(1, 3, 64, 64), []
     try:  # do they run one after the other?
         features = [entry["module"] for entry in network.feature_info]
@@ -566,11 +553,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 def check_state(own: dict[str, Tensor], state: dict[str, Tensor], what: str) -> None:
     """Raise a ValueError, ``what`` and the names, where tensors of ``state`` do not fit those of ``own``."""
     shapes = ((k, tuple(state[k].shape), tuple(own[k].shape)) for k in own.keys() & state.keys())
-    misfits = {
-        "missing": own.keys() - state.keys(),
-        "left over": state.keys() - own.keys(),
-        "of another shape": [f"{k} {a} for {b}" for k, a, b in shapes if a != b],
-    }
+    misfits = {"missing": own.keys() - state.keys(), "left over": state.keys() - own.keys()}
+    misfits["of another shape"] = [f"{k} {a} for {b}" for k, a, b in shapes if a != b]
     parts = [f"{len(n)} {kind} ({', '.join(sorted(n)[:8])})" for kind, n in misfits.items() if n]
     if parts:
         raise ValueError(f"{what}: {'; '.join(parts)}")

@@ -66,11 +66,8 @@ class GraphRules:
 
 
 def visual_distances(descriptors: np.ndarray) -> np.ndarray:
-    """(n, n) float64: Euclidean distances between a few descriptors, (n, D).
-
-    From inner products of differences to the first row, for those of similar descriptors would cancel.
-    Distances below their resolution are zero.
-    """
+    """(n, n) float64: Euclidean distances between a few descriptors, (n, D); zero below their resolution."""
+    # From inner products of differences to the first row: those of similar descriptors would cancel.
     away = np.subtract(descriptors, descriptors[:1], dtype=np.float64)
     inner = away @ away.T
     sums = np.add.outer(np.diagonal(inner), np.diagonal(inner))
@@ -145,9 +142,8 @@ class GreedyStep(NamedTuple):
     chosen: int | None  # None: no candidate, and the next seed follows
 
 
-def greedy_weighted_clique(
-    weight: np.ndarray, k: int, *, prefer: str = "closest", steps: list | None = None
-) -> np.ndarray | None:
+def greedy_weighted_clique(weight: np.ndarray, k: int, *, prefer: str = "closest",
+                           steps: list | None = None) -> np.ndarray | None:  # fmt: skip
     """A clique of `k` nodes, grown greedily from the node of highest mean affinity.
 
     The seed is ``argmax S(i)``, the mean of ``W_ij`` over the neighbours j of i; then, again and again, the
@@ -362,10 +358,7 @@ class GeoVisualGraph:
         """``d_geo`` and, with descriptors, ``d_vis`` and ``weight`` of `edges`, in the same order."""
         return dict(self._edges[1])
 
-    @property
-    def n_edges(self) -> int:
-        """Edges that pruning left."""
-        return len(self.edges())
+    n_edges = property(lambda self: len(self.edges()), doc="How many edges pruning left.")
 
     def degrees(self) -> np.ndarray:
         """(n,) int64: the number of edges at each node."""

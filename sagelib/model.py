@@ -23,7 +23,6 @@ from sagelib.runs import atomic_path, broken, fingerprint, read_json, write_json
 from sagelib.softp import SoftProbing
 
 WEIGHTS, TRAINABLE, CONFIG = "model.safetensors", "trainable.safetensors", "config.json"
-PLAIN_POOLING = ("gem", "mean", "cls")
 
 
 class ParameterReport(dict):
@@ -39,13 +38,8 @@ class ParameterReport(dict):
     _repr_markdown_ = __str__
 
 
-class SAGE(
-    nn.Module,
-    PyTorchModelHubMixin,
-    library_name="sagelib",
-    tags=["visual-place-recognition"],
-    paper_url="https://arxiv.org/abs/2509.25723",
-):
+class SAGE(nn.Module, PyTorchModelHubMixin, library_name="sagelib", tags=["visual-place-recognition"],
+           paper_url="https://arxiv.org/abs/2509.25723"):  # fmt: skip
     """Images to descriptors: backbone, aggregator, and an optional cross-image head.
 
     The defaults are the released model's.
@@ -62,17 +56,10 @@ class SAGE(
         How the model wants its pictures, saved with it: fields of :class:`sagelib.images.Preprocess`.
     """
 
-    def __init__(
-        self,
-        backbone: str = "vit_large_patch14_dinov2",
-        *,
-        aggregator: str = "softp",
-        aggregator_options: dict | None = None,
-        interact: bool = True,
-        interact_options: dict | None = None,
-        preprocessing: Mapping | None = None,
-        **backbone_options,
-    ):
+    def __init__(self, backbone: str = "vit_large_patch14_dinov2", *, aggregator: str = "softp",
+                 aggregator_options: dict | None = None, interact: bool = True,
+                 interact_options: dict | None = None, preprocessing: Mapping | None = None,
+                 **backbone_options):  # fmt: skip
         super().__init__()
         self.preprocessing = None if preprocessing is None else dict(preprocessing)
         weights = backbone_options.get("weights")
@@ -83,7 +70,6 @@ class SAGE(
 
     width = property(lambda self: self.aggregator.out_dim, doc="Width D of a descriptor.")
     has_head = property(lambda self: self.head is not None, doc="Whether there is a cross-image head.")
-
     anchors = property(lambda self: self.head and self.head.anchors, doc="Its head's own (m, D), if any.")
 
     @property
@@ -93,8 +79,6 @@ class SAGE(
 
     def _set_config(self, **changes) -> None:
         self._hub_mixin_config = {**self._hub_mixin_config, **changes}
-
-    # -- the forward pass ------------------------------------------------------------------------------------
 
     def forward(self, images: Tensor) -> Tensor:
         """Descriptors (B, D) of ``images`` (B, 3, H, W); a head attends over its anchors, or the batch."""
@@ -150,8 +134,6 @@ class SAGE(
         self.aggregator.initialise_from(patches)
         self.train(was_training)
 
-    # -- parameters ------------------------------------------------------------------------------------------
-
     def parameter_report(self) -> ParameterReport:
         """Trainable parameters part by part, live and as published."""
         backbone, aggregator, head = self.backbone, self.aggregator, _count(self.head)
@@ -189,8 +171,6 @@ class SAGE(
         """The inverse of :meth:`trainable_state_dict`; anything missing or left over is an error."""
         check_state(self.trainable_state_dict(), state, "these trained parameters do not fit the model")
         self.load_state_dict(state, strict=False)
-
-    # -- files -----------------------------------------------------------------------------------------------
 
     def save_trainable(self, folder: str | Path) -> None:
         """Save what trains (float32), the configuration, and a fingerprint of the frozen backbone."""
@@ -257,7 +237,7 @@ def build_model(name_or_path: str | Path, **options) -> SAGE:
     """
     if Path(name_or_path).exists():
         return SAGE.from_pretrained(str(name_or_path), **options)
-    if options.get("aggregator") in PLAIN_POOLING:
+    if options.get("aggregator") in ("gem", "mean", "cls"):
         options = {"adapter": "none", "train_norm": False, "interact": False, **options}
     return SAGE(str(name_or_path), **options)
 
@@ -299,13 +279,8 @@ def load_foreign(name: str, arguments: Mapping, **asked) -> ForeignModel:
     define the function and the network's classes; weights count besides. Code of no file is new each time.
     """
     source, _, entry = name.removeprefix("hub:").rpartition(":")
-    folder, is_hub, paths, before = (
-        Path(source).expanduser().resolve(),
-        name.startswith("hub:"),
-        [*sys.path],
-        {*sys.modules},
-    )
-    local = is_hub and folder.is_dir()
+    folder, is_hub = Path(source).expanduser().resolve(), name.startswith("hub:")
+    local, paths, before = is_hub and folder.is_dir(), [*sys.path], {*sys.modules}
     if is_hub and not local and not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w./-]+)?", source):
         raise FileNotFoundError(f"{name}: there is no folder {folder}, nor is it OWNER/REPO at GitHub")
     try:

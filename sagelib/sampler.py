@@ -78,9 +78,8 @@ class MinedPlace(NamedTuple):
     images: np.ndarray  # the K images chosen of it, in the order chosen
 
 
-def harvest(
-    graph: GeoVisualGraph, images, config: SamplerConfig, *, choose=None, before=()
-) -> Iterator[MinedPlace]:
+def harvest(graph: GeoVisualGraph, images, config: SamplerConfig, *, choose=None,
+            before=()) -> Iterator[MinedPlace]:  # fmt: skip
     """Places among some images, one after the other, until no clique is left.
 
     Parameters

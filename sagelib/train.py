@@ -216,9 +216,8 @@ def build_model_of(config: TrainConfig) -> SAGE:
     return model
 
 
-def open_run(
-    root, name: str, config: TrainConfig, *, mined=None, labelled=None, validation=None, device="auto"
-):
+def open_run(root, name: str, config: TrainConfig, *, mined=None, labelled=None, validation=None,
+             device="auto"):  # fmt: skip
     """The `Run` ``root/train/name`` of this configuration on these data: new, to be resumed, or finished."""
     data = {"mined": mined, "labelled": labelled, "validation": validation}
     prints = {key: None if value is None else value.fingerprint() for key, value in data.items()}
@@ -234,10 +233,7 @@ def open_run(
 
 
 def load_trained(run: Run, which: str = "best") -> SAGE:
-    """The model of a training run with its ``"best"`` or ``"last"`` weights, in evaluation mode on the CPU.
-
-    Of the run's configuration only what describes the model is read. FileNotFoundError without weights.
-    """
+    """A run's model with its ``"best"`` or ``"last"`` weights, to evaluate, or a FileNotFoundError."""
     path = run.dir / which / "trainable.safetensors"
     if not path.exists():
         raise FileNotFoundError(f"{run.dir} has no {which} weights yet: it is {run.manifest['status']}")
@@ -247,18 +243,9 @@ def load_trained(run: Run, which: str = "best") -> SAGE:
     return model.eval()
 
 
-def train(
-    config: TrainConfig,
-    run: Run,
-    *,
-    mined: Places | None = None,
-    labelled: Places | None = None,
-    validation: TestSet | None = None,
-    model: SAGE | None = None,
-    tokens: str | Path | None = None,
-    device: str = "auto",
-    progress: bool = True,
-) -> TrainResult:
+def train(config: TrainConfig, run: Run, *, mined: Places | None = None, labelled: Places | None = None,
+          validation: TestSet | None = None, model: SAGE | None = None, tokens: str | Path | None = None,
+          device: str = "auto", progress: bool = True) -> TrainResult:  # fmt: skip
     """Train a model; go on where a call with the same run was stopped; give the result of a finished one.
 
     With `mined` places (by the graph) and `labelled` ones, a batch has half of each (CliqueMining). Recall on
@@ -555,11 +542,8 @@ class _Training:
         return total, facts
 
     def update(self) -> float:
-        """A step of the optimiser with the mean gradient of all processes; returns the gradient's norm.
-
-        Each process computes the loss of the whole batch, so the gradient that gathering brings back is
-        summed over equal losses, which the mean takes back; the head's is the same in every process.
-        """
+        """A step of the optimiser with the mean gradient of all processes; returns the gradient's norm."""
+        # Each has the loss of the whole batch: gathering summed over equal losses, which the mean takes back.
         gradients = [p.grad for p in self.trained if p.grad is not None]
         for gradient in gradients if self.world > 1 else ():
             gradient.copy_(reduce(gradient, "mean"))
@@ -856,10 +840,9 @@ def _data(options: argparse.Namespace, first: bool) -> dict[str, Places | TestSe
     val, parts = options.validation, ("images/val", "val", "train_val/cph", "train_val/sf")
     if val is None and options.data and any((options.data / part).is_dir() for part in parts):
         val = options.data
-    mined, labelled = (
-        [open_training_set(f.parent, f.name, on_error=options.on_error) for f in folders if f]
-        for folders in ([options.data, options.msls], [options.gsv])
-    )
+    read = partial(open_training_set, on_error=options.on_error)
+    mined = [read(f.parent, f.name) for f in (options.data, options.msls) if f]
+    labelled = [read(options.gsv.parent, options.gsv.name)] if options.gsv else []
     left_out = [sentence for places in (*mined, *labelled) for sentence in places.left_out]
     for sentence in left_out[:5] if first else ():
         print(f"left out: {sentence}" + (f" ({len(left_out)} such lines)" if len(left_out) > 5 else ""))
