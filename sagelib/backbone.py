@@ -84,10 +84,8 @@ class Backbone(nn.Module):
     adapter_options : dict, optional
         For ``dpn``: ``hidden`` (16), ``dropout`` (0.1). For a tuner: ``target_modules`` (names of linear
         layers or 1x1 convolutions in a block) and any field of peft's configuration, such as ``r``.
-    train_norm : bool
-        Train scale and shift of the final normalisation (the paper's only original parameters that train).
-    stages : sequence of str, optional
-        Of a convolutional network, the tapped stages, such as ``layer3``; ``None`` takes the last three.
+    train_norm : bool, whether the final normalisation trains (in the paper the only original parameters)
+    stages : sequence of str, the tapped stages of a convolutional network, as ``layer3``; None: the last 3
 
     ``width`` is M, the width of a token, ``patch`` the side in pixels of what it stands for, ``norm`` the
     last normalisation, ``frozen_names`` the parameters that do not train: a small checkpoint lacks them.
@@ -176,7 +174,6 @@ def _inject_tuner(network: nn.Module, adapter: str, blocks: dict[str, nn.Module]
 class ViTBackbone(Backbone):
     """A vision transformer of timm, of ``depth`` = L blocks, ``prefix_blocks`` of them in :meth:`prefix`.
 
-    It is a ``VisionTransformer``, as DINOv2, or an ``Eva``, as DINOv3, whose blocks turn by rotary positions.
     These are L - n + 1 of L where the trained part follows the block (``dpn``), L - n where it lies inside, L
     where none trains. ``position`` is how position embeddings are resampled: "dinov2" for the four original
     models (bicubic, scale factor (side + 0.1) / trained side), else "timm" (bicubic, antialiasing).

@@ -3,10 +3,8 @@
 Two images are joined when they lie within `radius_m` of each other (and, if asked, face the same way). An
 edge carries ``d_geo`` in metres, ``d_vis`` between descriptors, and the affinity ``W = -(d_geo * d_vis)``:
 never positive, and nearest zero for the closest images. Pruning takes edges away by their affinity. The
-images of one training place are a clique of this graph, chosen greedily by affinity.
-
-A few nodes are looked at densely (`GeoVisualGraph.subgraph`); all edges are listed only when asked for, so a
-graph of millions of images costs no more than their positions.
+images of one training place are a clique of this graph, chosen greedily by affinity. All edges are listed
+only when asked for: a graph of millions of images costs no more than their positions.
 """
 
 from __future__ import annotations
@@ -152,8 +150,7 @@ def greedy_weighted_clique(weight: np.ndarray, k: int, *, prefer: str = "closest
 
     Parameters
     ----------
-    weight : (n, n) float
-        Symmetric; NaN or minus infinity where there is no edge. The diagonal is ignored.
+    weight : (n, n) float, symmetric; NaN or minus infinity where there is no edge; the diagonal is ignored
     k : int
     prefer : {"closest", "farthest", "random"}
         Maximise the affinity (the paper), minimise it, or ignore it: of permuted nodes, a random clique.
@@ -161,8 +158,7 @@ def greedy_weighted_clique(weight: np.ndarray, k: int, *, prefer: str = "closest
 
     Returns
     -------
-    (k,) int64 or None
-        In the order chosen; None if no seed leads to `k` nodes, though there may be such a clique.
+    (k,) int64, in the order chosen, or None if no seed leads to `k` nodes, though there may be such a clique
 
     Examples
     --------

@@ -40,16 +40,12 @@ class ParameterReport(dict):
 
 class SAGE(nn.Module, PyTorchModelHubMixin, library_name="sagelib", tags=["visual-place-recognition"],
            paper_url="https://arxiv.org/abs/2509.25723"):  # fmt: skip
-    """Images to descriptors: backbone, aggregator, and an optional cross-image head.
-
-    The defaults are the released model's.
+    """Images to descriptors: backbone, aggregator, optional cross-image head; by default the released model.
 
     Parameters
     ----------
-    backbone, **backbone_options
-        See :func:`~sagelib.backbone.build_backbone`: ``pretrained``, ``weights``, ``adapter``, ...
-    aggregator, aggregator_options : str, dict
-        See :func:`~sagelib.aggregators.build_aggregator`.
+    backbone, **backbone_options : see :func:`~sagelib.backbone.build_backbone`
+    aggregator, aggregator_options : see :func:`~sagelib.aggregators.build_aggregator`
     interact, interact_options : bool, dict
         Put an :class:`~sagelib.interact.InteractHead` with these options after the aggregator.
     preprocessing : mapping, optional

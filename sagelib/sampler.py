@@ -2,17 +2,14 @@
 
 `CliqueSampler` mines batches of P places x K images from the geo-visual graph; `PlaceSampler` draws them from
 labelled places. Both are batch samplers for a ``torch.utils.data.DataLoader``: iterating yields lists of
-image indices, place by place. A batch of `CliqueSampler` is made so:
+image indices, place by place, which depend on (seed, epoch, batch) and on the descriptors. `CliqueSampler`:
 
 1. *Draw places.* A city with probability proportional to its number of places, one place in it, and
    `similar_places` more with probability proportional to ``d_max - d`` of their descriptors.
-2. *Harvest cliques.* The images of these places, joined by geography, form a graph; its first clique of at
-   least `min_clique` images is taken.
+2. *Harvest cliques.* Of the images of these places, joined by geography, the first of `min_clique` or more.
 3. *Describe* the images of the clique with the current model.
 4. *Choose* K of them by greedy weighted choice: a training place. They and their neighbours leave the graph,
    and the harvest goes on; when no clique is left the next draw follows, until the batch has P places.
-
-A batch depends on (seed, epoch, batch), which name the random stream of each draw, and on the descriptors.
 """
 
 from __future__ import annotations
@@ -84,13 +81,11 @@ def harvest(graph: GeoVisualGraph, images, config: SamplerConfig, *, choose=None
 
     Parameters
     ----------
-    images : (n,) int
-        In random order: it decides which clique is first, and which of equal images.
+    images : (n,) int, in random order: it decides which clique is first, and which of equal images
     choose : callable, optional
         From the images of a clique to positions of K among them, or None to drop the clique. Default: the
         greedy weighted choice by the graph's descriptors.
-    before : sequence of MinedPlace
-        Places of the same batch; neither they nor their neighbours are taken again.
+    before : sequence of MinedPlace, of the same batch: neither they nor their neighbours are taken again
     """
     k, radius, take_all = config.images_per_place, graph.rules.radius_m, config.remove == "clique"
     choose = choose or (lambda c: greedy_weighted_clique(graph.subgraph(c).weight, k, prefer=config.prefer))
@@ -174,7 +169,6 @@ class CliqueSampler(_BatchSampler):
 
         Parameters
         ----------
-        epoch : int
         describe : callable or array
             From images, (m,) int64, to their descriptors, (m, D): asked for a random image of each cluster
             and, with ``node_descriptor="image"``, for those in the cliques of the epochs until the next
@@ -250,10 +244,9 @@ class CliqueSampler(_BatchSampler):
                 self._counts["batches"] += 1
                 return np.stack([place.images for place in places])
             most = max(most, len(places))
-        raise RuntimeError(
-            f"batch {i} of epoch {epoch} needs {size} places of {k} images, and at most {most} were found: "
-            f"lower places_per_batch by {size - most}, prune less (tau, top_k) or give more images"
-        )
+        words = f"batch {i} of epoch {epoch} needs {size} places of {k} images, and at most {most} were found"
+        advice = f"lower places_per_batch by {size - most}, prune less (tau, top_k) or give more images"
+        raise RuntimeError(f"{words}: {advice}")
 
     def _fill(self, draws: Iterable[np.ndarray]) -> list[MinedPlace]:
         """Places from one draw after the other, until a batch is full."""
@@ -447,10 +440,8 @@ class PlaceSampler(_BatchSampler):
         self._members = [part for part in members if len(part) >= k]
         n = len(self._members)
         if n < size:
-            raise ValueError(
-                f"{n} of {len(sizes)} places have at least {k} images, and a batch needs {size} places: "
-                f"lower places_per_batch to {n} or less, or images_per_place"
-            )
+            words = f"{n} of {len(sizes)} places have at least {k} images, and a batch needs {size} places"
+            raise ValueError(f"{words}: lower places_per_batch to {n} or less, or images_per_place")
         self._per_pass, self._pass = n // size, None
         super().__init__(config, config.batches_per_epoch or self._per_pass)
         self.report = {"places": n, "places_left_out": len(sizes) - n, "images": sum(map(len, self._members))}

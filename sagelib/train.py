@@ -63,8 +63,7 @@ EXECUTION = ("workers", "log_every", "checkpoint_every", "tensorboard")  # chang
 class TrainConfig(SamplerConfig):
     """Everything that a training depends on but the data; how batches are made is `SamplerConfig`'s.
 
-    The defaults are the paper's; where it is silent, those of its ancestors (EMVP, CliqueMining), as fields
-    say. None is off.
+    The defaults are the paper's or, as fields say, its ancestors' (EMVP, CliqueMining). None is off.
     """
 
     # The model, see `sagelib.model.SAGE`
@@ -450,10 +449,11 @@ class _Training:
         if name in seen:
             images_before, pairs_before = (tensor.numpy() for tensor in seen[name])
             both = np.intersect1d(images, images_before)
-            kept = [p[np.isin(p, both).all(axis=1)] for p in (pairs, pairs_before)]
+            kept = (p[np.isin(p, both).all(axis=1)] for p in (pairs, pairs_before))
             now, then = (set(map(tuple, p.tolist())) for p in kept)
-            facts |= {"edges_gained": len(now - then), "edges_lost": len(then - now)}
-            facts["edges_kept"] = len(now & then)
+            facts |= dict(
+                edges_gained=len(now - then), edges_lost=len(then - now), edges_kept=len(now & then)
+            )
         seen[name] = (torch.from_numpy(images), torch.from_numpy(pairs))
         return facts
 
@@ -514,10 +514,9 @@ class _Training:
                 descriptors = in_context(self.model, descriptors, context)
         loss, facts = self.losses(descriptors.float())
         if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss.item()} at step {step + 1}, with a learning rate of {rate:.3g}: lower lr "
-                f"or set warmup_steps; {self.run.dir / 'checkpoints'} holds a checkpoint from before it"
-            )
+            words = f"the loss is {loss.item()} at step {step + 1}, with a learning rate of {rate:.3g}"
+            advice = f"{self.run.dir / 'checkpoints'} holds a checkpoint from before it"
+            raise FloatingPointError(f"{words}: lower lr or set warmup_steps; {advice}")
         return loss, facts
 
     def losses(self, descriptors: Tensor) -> tuple[Tensor, Counter]:

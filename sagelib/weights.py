@@ -1,8 +1,4 @@
-"""The released checkpoints, read into :class:`~sagelib.model.SAGE`.
-
-Every name of a checkpoint is either mapped, or on the list of names that are dropped because nothing uses
-them; anything else, and anything missing, is an error that names it.
-"""
+"""The released checkpoints, read into :class:`~sagelib.model.SAGE`; no name is left over or missing."""
 
 import re
 from pathlib import Path
@@ -10,12 +6,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sagelib.backbone import check_state, read_checkpoint
+from sagelib.backbone import PLAIN_DINOV2, check_state, read_checkpoint
 from sagelib.model import SAGE
 
 # Width and depth of the transformer -> its name here.
-_SIZES = {(384, 12): "small", (768, 12): "base", (1024, 24): "large"}
-_BACKBONES = {key: f"vit_{size}_patch14_dinov2" for key, size in _SIZES.items()}
+_BACKBONES = dict(zip([(384, 12), (768, 12), (1024, 24)], PLAIN_DINOV2, strict=False))
 
 # Their name -> ours; patterns of whole names. What they get wrong does not fit the model.
 RENAMED = (
@@ -88,12 +83,7 @@ def _recognise(state: dict[str, Tensor], path: str | Path) -> dict:
         width, ffn = (shape(f"head.layers.0.{name}.weight")[0] for name in ("norm1", "linear1"))
         head = {"layers": layers, "segment_width": width, "ffn": ffn}
     layers_of = {"channels": "reduction.3", "probes": "probe.3", "token_dim": "token.2", "hidden": "token.0"}
-    return {
-        "backbone": name,
-        "pretrained": False,
-        "adapter_blocks": max(1, numbered(r"backbone\.dpn\.(\d+)\.")),
-        "aggregator_options": {k: shape(f"aggregator.{at}.weight")[0] for k, at in layers_of.items()},
-        "interact": bool(layers),
-        "interact_options": head,
-        "preprocessing": {"image_size": 322, "mode": "paper"},
-    }
+    options = {"backbone": name, "pretrained": False, "interact": bool(layers), "interact_options": head}
+    options["adapter_blocks"] = max(1, numbered(r"backbone\.dpn\.(\d+)\."))
+    options["aggregator_options"] = {k: shape(f"aggregator.{at}.weight")[0] for k, at in layers_of.items()}
+    return options | {"preprocessing": {"image_size": 322, "mode": "paper"}}

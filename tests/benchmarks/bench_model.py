@@ -70,7 +70,7 @@ class Plain(nn.Module):
 
 def _power_norm(norm, x):
     exponent = torch.sigmoid(norm.projection(x.mean(dim=1)))[:, :, None]
-    return torch.sign(x) * (x.abs() + norm.epsilon) ** exponent + x
+    return torch.sign(x) * (x.abs() + 1e-6) ** exponent + x
 
 
 def _convolutions(branch: nn.Sequential) -> nn.Sequential:
