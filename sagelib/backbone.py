@@ -174,7 +174,7 @@ def _inject_tuner(network: nn.Module, adapter: str, blocks: dict[str, nn.Module]
 class ViTBackbone(Backbone):
     """A vision transformer of timm, of ``depth`` = L blocks, ``prefix_blocks`` of them in :meth:`prefix`.
 
-    These are L - n + 1 of L where the trained part follows the block (``dpn``), L - n where it lies inside, L
+    Those are L - n + 1 where the trained part follows the block (``dpn``), L - n where it lies inside, L
     where none trains. ``position`` is how position embeddings are resampled: "dinov2" for the four original
     models (bicubic, scale factor (side + 0.1) / trained side), else "timm" (bicubic, antialiasing).
     """
@@ -431,10 +431,9 @@ def _statistics_of(stage: nn.Module) -> tuple[Tensor, Tensor] | None:
 def build_backbone(name: str, *, pretrained=True, weights: str | Path | None = None, **options) -> Backbone:
     """A :class:`ViTBackbone` or :class:`ConvBackbone` by its name.
 
-    ``name`` is a network of timm, such as ``vit_base_patch14_dinov2`` or ``tf_efficientnet_lite2``, whose
-    weights are installed with this package. Weights are pre-trained (an OSError where they cannot be had),
-    random without ``pretrained``, or those of a file: .pth or .safetensors, in timm's or the original
-    DINOv2's format. ``options`` are :class:`Backbone`'s.
+    ``name`` is timm's, such as ``vit_base_patch14_dinov2`` or ``tf_efficientnet_lite2``, whose weights are
+    installed with this package. Weights are pre-trained (an OSError where they cannot be had), random without
+    ``pretrained``, or a file's (.pth, .safetensors; timm's or DINOv2's). ``options``: :class:`Backbone`'s.
     """
     if not timm.is_model(name):
         near = timm.list_models(f"*{name.split('.')[0]}*")[:5] or [EMBEDDED, *PLAIN_DINOV2]

@@ -91,7 +91,6 @@ def first_clique(joined: list[int], alive: int, min_size: int, steps=SEARCH_STEP
     A clique is a set of nodes each two of which are joined; maximal, if no node of `alive` can be added to
     it. Returns the clique, 0 if there is none, and `alive` without the nodes found to be in no such clique,
     for a later search. After `steps` the search, exponential in the worst graph, gives up: there is none.
-
     As Bron and Kerbosch (1973), but without their set of excluded nodes: a node is dropped once no clique of
     `min_size` holds it, and then it cannot extend one either.
     """
@@ -204,8 +203,7 @@ class GeoVisualGraph:
     Parameters
     ----------
     east_m, north_m : (n,) float, UTM metres
-    city, place : (n,) str or int, optional
-        Labels, those of places within a city. None: one city, and squares of side `radius_m`.
+    city, place : (n,) str or int, labels, of places within a city; None: one city, squares of `radius_m`
     utm_zone : (n,) str, optional
         Images of one zone lie in one plane, those of an unknown zone in their city's; images of different
         planes are never joined. A city in two zones is two.
@@ -215,8 +213,7 @@ class GeoVisualGraph:
 
     Attributes
     ----------
-    city, cluster : (n,) int64
-        The city of each image, numbered from 0 by label, and its place, numbered by city and label.
+    city, cluster : (n,) int64, the city and the place of each image, numbered from 0 in order of the labels
     """
 
     def __init__(self, east_m, north_m, *, city=None, utm_zone=None, place=None, heading_deg=None,

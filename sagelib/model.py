@@ -30,10 +30,8 @@ class ParameterReport(dict):
 
     def __str__(self) -> str:
         """A Markdown table."""
-        lines = ["| module | live | as published |", "|---|---:|---:|"]
-        for name, (live, published) in self.items():
-            lines.append(f"| {name} | {live:,} | {'-' if published is None else f'{published:,}'} |")
-        return "\n".join(lines)
+        rows = (f"| {k} | {live:,} | {'-' if p is None else f'{p:,}'} |" for k, (live, p) in self.items())
+        return "\n".join(["| module | live | as published |", "|---|---:|---:|", *rows])
 
     _repr_markdown_ = __str__
 

@@ -204,9 +204,9 @@ class CliqueSampler(_BatchSampler):
     def _make_batches(self, store: _Described) -> None:
         """Describe what the epochs up to the next refresh need, and make their batches.
 
-        Which cliques a batch meets depends on the images chosen before, and these on descriptors. So, where
-        any are missing, a batch goes on with a provisional choice; then all that are missing are described at
-        once, and these batches made again. Each wave settles another place of each batch, mostly nearly all.
+        Which cliques a batch meets depends on the images chosen before, by their descriptors. Where any lack,
+        it goes on with a provisional choice; then all that lack are described at once, and such batches made
+        again. Each wave settles another place of each batch, mostly nearly all.
         """
         self._counts.clear()
         for epoch in range(self.epoch, self.epoch + self.config.refresh_every):
@@ -283,11 +283,10 @@ class CliqueSampler(_BatchSampler):
         self._counts.clear()
         if most < size:
             least = config.min_clique if config.fallback is None else config.images_per_place
-            raise ValueError(
-                f"{len(self.graph)} images have room for about {most} places of {config.images_per_place} "
-                f"images more than {config.radius_m:g} m apart (each in a clique of at least {least}), and a "
-                f"batch needs {size}: lower places_per_batch by {size - most}, or give more images"
-            )
+            words = f"{len(self.graph)} images have room for about {most} places of {config.images_per_place}"
+            apart = f"{config.radius_m:g} m apart (each in a clique of at least {least})"
+            advice = f"lower places_per_batch by {size - most}, or give more images"
+            raise ValueError(f"{words} images more than {apart}, and a batch needs {size}: {advice}")
 
     @property
     def report(self) -> dict:
@@ -427,8 +426,7 @@ class PlaceSampler(_BatchSampler):
     place_labels : (n,) int or str
         Names of places, one each in the whole data; negative integers: none. Images of none, and places of
         fewer than `images_per_place` images, are left out, and counted in `report`.
-    config : SamplerConfig
-        An epoch longer than a pass over the places is made of several, each in a new order.
+    config : SamplerConfig; an epoch longer than a pass over the places is made of several in new orders
     """
 
     def __init__(self, place_labels, config: SamplerConfig):

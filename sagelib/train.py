@@ -142,8 +142,7 @@ class TrainConfig(SamplerConfig):
     def from_mapping(cls, values: Mapping[str, Any]) -> TrainConfig:
         """The configuration in a mapping, such as a file; an unknown key is refused with the nearest.
 
-        Numbers that YAML reads as text (``9e-4``) become numbers. Where 0 or an empty text is meaningless, it
-        means None, which a notebook's parameter cannot say.
+        Numbers that YAML reads as text (``9e-4``) become numbers; a meaningless 0 or empty text means None.
         """
         kinds, values = {f.name: f.type for f in fields(cls)}, dict(values)
         for key, value in values.items():
@@ -179,8 +178,7 @@ class TrainResult(NamedTuple):
 def plateau_value(places: int, images_per_place: int) -> float:
     """Where the multi-similarity loss rests when nothing is learned: its value for similarities of zero.
 
-    With P places of K images each anchor has K - 1 positives and P K - K negatives, and the miner keeps all:
-    ``log K + log(P K - K + 1) / 50``.
+    ``log K + log(P K - K + 1) / 50`` for P places of K images, for then the miner keeps all pairs.
     """
     positives, negatives = images_per_place - 1, (places - 1) * images_per_place
     return math.log1p(positives) / LOSS["alpha"] + math.log1p(negatives) / LOSS["beta"]
@@ -259,8 +257,7 @@ def train(config: TrainConfig, run: Run, *, mined: Places | None = None, labelle
     """
     if run.finished:
         return TrainResult(run, load_trained(run), run.metrics)
-    data = {"labelled": labelled, "mined": mined}
-    data = {name: places for name, places in data.items() if places is not None}
+    data = {name: p for name, p in (("labelled", labelled), ("mined", mined)) if p is not None}
     if not data:
         raise ValueError("nothing to train on: give labelled places, places to be mined, or both")
     if labelled is not None and not (labelled.labels() >= 0).any():
@@ -308,8 +305,7 @@ class _Training:
         self.processes, self.device = _processes(device)
         self.main, self.world = self.processes.is_main_process, self.processes.num_processes
         self.progress, self.dtype, self.writer = progress and self.main, PRECISIONS[config.precision], None
-        lower = {"dtype": self.dtype, "enabled": self.dtype is not None}
-        self.autocast = partial(torch.autocast, self.device.type, **lower)
+        self.autocast = partial(torch.autocast, self.device.type, self.dtype, enabled=self.dtype is not None)
         self.loss, self.miner = losses.MultiSimilarityLoss(**LOSS), miners.MultiSimilarityMiner(**MINER)
         self.model = (model if model is not None else build_model_of(config)).to(self.device)
         self.model.preprocessing = {"image_size": config.validation_size, "mode": config.preprocess}
