@@ -271,8 +271,7 @@ class ConvBackbone(Backbone):
 
     The maps of the ``stages``, resampled bilinearly to the grid of the finest one, are concatenated and each
     channel is standardised by statistics kept with the weights, in the place of a final LayerNorm. The CLS
-    token is the mean of the tokens. Batch norms are folded into the convolutions before them. DPN acts on
-    what is taken from a stage, not on what the next stage sees.
+    token is the tokens' mean. DPN acts on what is taken from a stage, not on what the next stage sees.
     """
 
     trunk = "cnn"

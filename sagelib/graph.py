@@ -151,8 +151,7 @@ def greedy_weighted_clique(weight: np.ndarray, k: int, *, prefer: str = "closest
     ----------
     weight : (n, n) float, symmetric; NaN or minus infinity where there is no edge; the diagonal is ignored
     k : int
-    prefer : {"closest", "farthest", "random"}
-        Maximise the affinity (the paper), minimise it, or ignore it: of permuted nodes, a random clique.
+    prefer : {"closest", "farthest", "random"}, to maximise (the paper), minimise or ignore the affinity
     steps : list, to which every `GreedyStep` is appended
 
     Returns

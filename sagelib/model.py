@@ -268,7 +268,6 @@ def load_foreign(name: str, arguments: Mapping, **asked) -> ForeignModel:
     ``name`` is ``hub:FOLDER:ENTRY`` where there is such a folder, ``hub:OWNER/REPO:ENTRY`` at GitHub (also
     ``OWNER/REPO:REF``), or ``module:function``. Their code is run, and what it wants is fetched: name only
     what you trust. ``asked`` are fields of ``Preprocess``. No ``torch.nn.Module`` is a ValueError.
-
     Its fingerprint is of entry, arguments and all Python files in the hub's folder, or beside those that
     define the function and the network's classes; weights count besides. Code of no file is new each time.
     """

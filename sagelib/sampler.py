@@ -329,9 +329,8 @@ class _Described(dict):
 class _Draws:
     """Draws of places that look alike: the images of each, in random order.
 
-    The draws of `PLANNED` batches are planned together, so that distances to a city's places are one matrix
-    product. A plan covers them all whatever part of it is used: a product has the same shape, and rounds the
-    same way, wherever iteration begins. Without `descriptors`, (n_clusters, D), places are drawn at random.
+    Those of `PLANNED` batches are planned together: distances to a city's places are one matrix product, of
+    the same shape, and rounding, wherever iteration begins. Without `descriptors` (n_clusters, D): at random.
     """
 
     def __init__(self, graph: GeoVisualGraph, config: SamplerConfig, descriptors=None):

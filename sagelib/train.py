@@ -2,12 +2,10 @@
 
 An epoch refreshes the graph and writes down its batches of ``places x images`` from each source (labelled
 places, the mined graph, or both). A step describes its images, gathers the descriptors of all processes, puts
-them through the cross-image head, and adds one multi-similarity loss a source. Then recall is measured.
+them through the cross-image head, and adds one multi-similarity loss a source. Then recall is measured. Each
+random number is drawn for a name (`sagelib.runs.rng`): a resumed run repeats an uninterrupted one on a CPU.
 
     python -m sagelib.train params.yaml --data FOLDER --runs data/runs --name first
-
-Every random number is drawn for a name (`sagelib.runs.rng`), so no generator has a state to be kept, and a
-resumed run repeats an uninterrupted one bit by bit on a CPU.
 """
 
 from __future__ import annotations
@@ -79,7 +77,6 @@ class TrainConfig(SamplerConfig):
     interact_options: dict = field(default_factory=dict)
     dropout: float | None = None  # of all trained parts; None: 0.3 in Soft Probing's branches, else 0.1
     data_init: int | None = None  # ours: training images that centre and scale Soft Probing at first
-
     # The pictures
     image_size: int = 224  # side in pixels (the paper is silent; its ancestors')
     validation_size: int = 322
@@ -90,7 +87,6 @@ class TrainConfig(SamplerConfig):
     cache_limit_gb: float | None = None  # of frozen tokens on disk, for each set of pictures that do not vary
     describe_batch: int = 64  # images at a time where nothing is learned
     workers: int = 0  # processes that load images
-
     # The steps (the paper is silent on epochs and AdamW's rate, decay and schedule: EMVP's)
     epochs: int = 30
     lr: float = 9e-4

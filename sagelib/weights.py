@@ -33,7 +33,6 @@ def load_authors_checkpoint(path: str | Path) -> SAGE:
     Size of the backbone, widths of the aggregator and presence of the head are read off the shapes. The
     number of attention heads leaves no trace in a checkpoint; it is taken as the released model's, 16. Its
     ``preprocessing`` is the released evaluation's: 322 pixels, mode "paper".
-
     The file is of ``torch.save({"model_state_dict": ...})``; names may start with ``module.``. Nothing in it
     is executed. What is no such file, or does not fit, is a ValueError that lists what is wrong.
     """
