@@ -163,8 +163,6 @@ def greedy_weighted_clique(weight: np.ndarray, k: int, *, prefer: str = "closest
     >>> weight = np.array([[0, -1, -5, np.nan], [-1, 0, -2, -9], [-5, -2, 0, -9], [np.nan, -9, -9, 0]])
     >>> greedy_weighted_clique(weight, 3).tolist()
     [0, 1, 2]
-    >>> greedy_weighted_clique(weight, 4) is None
-    True
     """
     sign, k = SIGN[check("prefer", prefer, choices=tuple(SIGN))], check("k", k, 1, whole=True)
     edge = np.asarray(weight) > -np.inf

@@ -248,8 +248,7 @@ def train(config: TrainConfig, run: Run, *, mined: Places | None = None, labelle
 
     Raises
     ------
-    ValueError, FloatingPointError, MemoryError
-        For data missing or too few; a loss that is not finite; memory that runs out, with what to change.
+    ValueError, FloatingPointError, MemoryError : too few data; a loss not finite; memory that runs out
     """
     if run.finished:
         return TrainResult(run, load_trained(run), run.metrics)

@@ -9,8 +9,7 @@ from torch import Tensor
 from sagelib.backbone import PLAIN_DINOV2, check_state, read_checkpoint
 from sagelib.model import SAGE
 
-# Width and depth of the transformer -> its name here.
-_BACKBONES = dict(zip([(384, 12), (768, 12), (1024, 24)], PLAIN_DINOV2, strict=False))
+_BACKBONES = dict(zip([(384, 12), (768, 12), (1024, 24)], PLAIN_DINOV2, strict=False))  # by width, depth
 
 # Their name -> ours; patterns of whole names. What they get wrong does not fit the model.
 RENAMED = (
@@ -23,8 +22,7 @@ RENAMED = (
     (r"aggregator\.gpn\.(projection\.[03]\..*)", r"aggregator.post_dpn.\1"),
     (r"encoder\.(layers\..*)", r"head.\1"),
 )
-# Registered by the authors, used by nothing.
-DROPPED = (r"backbone\.model\.mask_token", r"aggregator\.single_branch\.[03]\.(weight|bias)")
+DROPPED = (r"backbone\.model\.mask_token", r"aggregator\.single_branch\.[03]\.(weight|bias)")  # unused
 
 
 def load_authors_checkpoint(path: str | Path) -> SAGE:
