@@ -36,9 +36,7 @@ CONTEXTS = "it is none, solo, anchors, or with at least 1 image a batch sorted-n
 
 @dataclass(frozen=True)
 class Context:
-    """Which images share a batch of the InteractHead, and so what a descriptor depends on.
-
-    Of a network without ``embed``, somebody else's, they share a batch of the network itself.
+    """Which images share a batch of the InteractHead (of somebody else's network: of all of it).
 
     ``none``: the head is off. ``solo``: each image alone. ``sorted-n``: batches of n images in the order of
     their file names; so the authors of SAGE evaluate, and where queries and references sort alike it puts
@@ -130,8 +128,8 @@ def in_context(model, descriptors: Tensor, context, anchors: Tensor | None = Non
 def mixes_images(model, image: Tensor) -> bool:
     """Whether the descriptor of an image (3, H, W) depends on the others of its batch.
 
-    It does if it moves by more than 1 % of its length when the image's negative and the image upside down
-    come beside it: rounding moves it a hundred times less, attention across images much more.
+    It does if it moves by over 1 % of its length beside the negative and the image upside down; rounding
+    moves it a hundred times less.
     """
     beside = torch.stack([image, -image, image.flip(-2) + 1])
     alone, beside = (describe_batch(model, batch)[0] for batch in (image[None].clone(), beside))
@@ -435,8 +433,7 @@ def choose_anchors(descriptors, m: int, method: str = "sample", seed: int = 0) -
     """Choose the m fixed descriptors, (m, D) float32, of the context anchors, which is not in the paper.
 
     They come from `descriptors` (N, D) before the head, of references or training pictures, never queries:
-    rows drawn without replacement (``sample``), or ``kmeans`` centres of at most 256 m rows, scaled to the
-    mean length of the descriptors, because a mean of unit vectors is shorter than they are.
+    rows drawn without replacement (``sample``), or ``kmeans`` centres of at most 256 m rows, of their length.
     """
     if isinstance(descriptors, Descriptors):
         runs.check("the context of the descriptors", descriptors.context, choices=("none",))
@@ -562,8 +559,7 @@ def describe_callable(preprocess) -> str:
 def preprocess_of(model, preprocess: Callable | None = None) -> Callable:
     """`preprocess`, or the model's ``preprocess``, or that of the dict ``preprocessing`` saved with it.
 
-    In a `Preprocess`, what the dict ``asked`` says (of a model's name) goes first, and pictures that keep
-    their aspect get sides that are multiples of the backbone's patch.
+    What the model's dict ``asked`` says goes first; kept aspects get multiples of the backbone's patch.
     """
     preprocess, own = preprocess or getattr(model, "preprocess", None), getattr(model, "preprocessing", None)
     if preprocess is None and not own:
@@ -614,7 +610,6 @@ def move_to(model, device: str | torch.device) -> torch.device:
     return device
 
 
-# ---------------------------------------------------------------------------------------- the first model
 @dataclass(frozen=True)
 class GreyPixels:
     """Preprocess of `baseline_pixels`: 8-bit grey, the mean over boxes, as a tensor (1, size, size)."""

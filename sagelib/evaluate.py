@@ -26,7 +26,6 @@ from sagelib.weights import load_authors_checkpoint
 STAGE = "evaluate"
 
 
-# ------------------------------------------------------------------------------------------------ evaluation
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """One model on one test set under one context, as it lies in its run directory."""
@@ -237,7 +236,6 @@ def predict(model: Callable, database: Places, queries: Places, root, *, k: int 
     return retrieval.rankings_table(*found, *(d.kept(tables[n]) for n, d in sides.items()))
 
 
-# ------------------------------------------------------------------------------------------- one photograph
 def locate(
     photo, descriptors: Descriptors, places: Places, model, k=5, *, preprocess=None, index=None, device="auto"
 ) -> pd.DataFrame:
@@ -279,7 +277,6 @@ def locate(
     return pd.DataFrame({"rank": np.arange(1, len(rows) + 1), **columns, "row": rows})
 
 
-# ------------------------------------------------------------------------------------------- models by name
 ARGUMENT = r":(?=\w+=)"  # begins an argument of a name
 POOLINGS = {"gem": {}, "gem2x2": {"grid": 2}, "mean": {}, "cls": {}}
 
@@ -358,7 +355,6 @@ def open_models(specs: Iterable[str], roots: Iterable = ()) -> dict[str, Callabl
     return opened
 
 
-# ------------------------------------------------------------------------------------------------- published
 def published(what: str = "recalls") -> pd.DataFrame:
     """Numbers that others published, as they were published; not measured here.
 

@@ -3,7 +3,6 @@
 A reader turns one format into `Places`. With ``on_error="raise"`` mistakes in the data are a ValueError with
 the first five (file, line, column); with ``"skip"`` such photographs are left out, see `Places.left_out`.
 ``check_pictures`` looks whether files are whole pictures (about 0.1 ms each). Dotted names are ignored.
-
 Positions are UTM metres, never compared between two grids: the zone's number and hemisphere. The letter of
 ``"10S"`` is the latitude band (C to M south, N to X north).
 """
@@ -42,9 +41,8 @@ class Places:
     `path`; `east_m`, `north_m` in UTM metres and `heading_deg` clockwise from north, NaN where unknown;
     `utm_zone` such as ``"10S"``, empty for mock coordinates; `city`; `place`, the label of the format
     (GSV-Cities ``place_id``, Mapillary SLS ``unique_cluster``), unique only within a city, or -1; `date`, NaT
-    where unknown, the first day where only month or year are known; `note`, often the condition, as in
-    ``"night"``; `key`, the name in its source (panorama id, image key); `sequence` and `frame`, its drive and
-    its number there (Mapillary SLS), else ``""`` and -1; `left_out`, a sentence for each thing left out.
+    where unknown, of a month or year the first day; `note`, often the condition; `key`, the name in its
+    source; `sequence` and `frame`, its drive and number there, else ``""`` and -1; `left_out`, sentences.
     """
 
     path: np.ndarray
@@ -384,10 +382,7 @@ def _undecodable(path: str) -> str | None:
 
 
 class _Csv:
-    """A CSV as text, without blank lines, with the `columns` of one choice (``|``); `good` marks good rows.
-
-    A table `beside` has the same rows, by their ``key``.
-    """
+    """A CSV as text without blank lines: `columns` of one choice (``|``), a table `beside`, by ``key``."""
 
     _ALIASES = dict(latitude="lat", longitude="lon", lng="lon", utm_zone="zone", heading_deg="heading")
     _ALIASES |= dict(east_m="east", easting="east", north_m="north", northing="north")
@@ -760,9 +755,8 @@ def read_positives(path, database: Places, queries: Places) -> list[np.ndarray]:
     """The rows of `database` that answer each of the Q `queries`, ascending int64, as a file lists them.
 
     A ``.csv`` has a line a pair, ``query`` and ``reference``: file names behind as many folders as tell them
-    apart; a query without a line or a reference has no positive. An ``.npy`` is a mask (Q, R), booleans or 0
-    and 1, or row numbers (Q,) or (Q, most) filled up with -1; an ``.npz`` has row numbers, ``indices``, cut
-    by ``offsets`` (Q + 1,).
+    apart; a query without a line or a reference has no positive. An ``.npy`` is a mask (Q, R), or row numbers
+    (Q,) or (Q, most) filled up with -1; an ``.npz`` has row numbers, ``indices``, and ``offsets`` (Q + 1,).
     """
     path = Path(path)
     if check("a file of positives ends as", path.suffix.lower(), choices=_LISTS) == ".csv":

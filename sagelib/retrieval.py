@@ -26,7 +26,6 @@ _TRAINED_ON = 65_536  # descriptors, or 64 for each list where these are more
 SHORTLIST = 128  # candidates of an index, whose distances are then computed exactly
 
 
-# ---------------------------------------------------------------------------------------------------- search
 def search(database_values, query_values, k: int, *, index=None, out=None) -> tuple[np.ndarray, np.ndarray]:
     """Find the k nearest references of every query by Euclidean distance: exactly, or among a shortlist.
 
@@ -119,9 +118,8 @@ def open_index(spec: str, values, folder, key: Mapping) -> faiss.IndexShards:
             faiss.ParameterSpace().set_index_parameters(index, settings)
         except RuntimeError as error:
             (n, width), reason = part.shape, str(error).rpartition(": ")[2]
-            raise ValueError(
-                f"no index {spec!r} of {n} rows of {width} numbers: faiss says {reason}"
-            ) from None
+            words = f"no index {spec!r} of {n} rows of {width} numbers: faiss says {reason}"
+            raise ValueError(words) from None
         opened[start] = index
     for start in starts:
         shards.add_shard(opened[start])
@@ -169,7 +167,6 @@ def _float32(block, what, first_row):
     return block
 
 
-# ---------------------------------------------------------------------------------------------------- recall
 @dataclass(frozen=True)
 class Recall:
     """Recall at k as counts: a query is a hit at k if any of its k nearest references is a positive."""
@@ -257,7 +254,6 @@ def precision_recall(distances, right, answerable) -> pd.DataFrame:
     return pd.DataFrame({"precision": counts["sum"] / counts["count"], "recall": recalls}).reset_index()
 
 
-# ----------------------------------------------------------------------------------------------- differences
 @dataclass(frozen=True)
 class Difference:
     """R@k of b less that of a over the same queries, in percentage points, and its 95 % interval."""
@@ -312,7 +308,6 @@ def resampled_means(values, cells, rng, draws: int, groups=None) -> np.ndarray:
     return (picks @ total) / (picks @ size)
 
 
-# -------------------------------------------------------------------------------------------------- rankings
 def write_rankings(path, *found) -> Path:
     """Write a `rankings_table` of what was `found` to a CSV file that any tool opens."""
     with runs.atomic_path(path) as temporary:
@@ -350,7 +345,6 @@ def rankings_table(indices, distances, database, queries, positives=None) -> pd.
     return pd.DataFrame(table)
 
 
-# ------------------------------------------------------------------------------------------------------- PCA
 @dataclass(frozen=True, kw_only=True)
 class PCA:
     """Principal components of training descriptors: ``y = (x - mean) components.T``, as the authors do."""
