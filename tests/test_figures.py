@@ -314,7 +314,7 @@ def test_recalls_show_value_interval_absence_and_number_of_parameters(gallery):
 def test_numbers_are_written_out(gallery):
     assert {"1.234", "-5.000", "x\n1 x 2"} <= texts(figures.number_grids({"x": np.array([[1.234, -5]])}))
     one = {"hardest_negative": [nan], "positive_similarity": [0.5, 0.7], "positive_distance_m": [3.0, 5.0]}
-    assert {"none", "0.60", "4.0"} <= texts(figures.sampler_comparison({"a": one}))
+    assert {"none", "0.600", "4.0"} <= texts(figures.sampler_comparison({"a": one}))
     shown = texts(gallery["graph_cost"])
     assert {"2.0 s", "400 ms", "6.2 min", "+17.7 %", "not known", "paid once"} <= shown
     assert {"measured here", "estimated here", "the paper's"} <= shown

@@ -469,7 +469,7 @@ def test_killed_at_any_moment_it_goes_on(town, tmp_path, capsys):
     [
         ({"reference": "x"}, "g.yaml: reference or published names 'x'"),
         ({}, "nowhere"),
-        ({"seeds": 3}, "seeds must be a list"),
+        ({"seeds": 3}, "seeds is missing, or no list"),
     ],
 )
 def test_mistakes_at_the_command_are_one_sentence(changes, sentence, tmp_path, capsys):

@@ -325,7 +325,8 @@ def test_a_wrong_value_is_one_sentence(number, name, value, sentence, small_town
         assert name in page, f"{path.name} has no parameter {name}"
         # Not a name that starts with "town": the rendered set is taken as it is.
         small = {"data_folder": str(small_town.parent), "dataset": small_town.name}
-        small |= {"places": 4, "places_per_batch": 2, "similar_places": 1}
+        small |= {"places": 4, "places_per_batch": 2, "similar_places": 1, "max_heading_deg": 0.0}
+        small |= {"photographs_of_each": 2, "view_radius_m": 12.0, "view_heading_deg": 0.0}
         page.update({key: given for key, given in small.items() if key in page and number != "07"})
         page[name] = value
 

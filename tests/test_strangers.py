@@ -216,7 +216,7 @@ class _Elements(HTMLParser):
 def _tsne_page(names, folder):
     maps = {name: np.arange(6.0).reshape(3, 2) + i for i, name in enumerate(names)}
     known = dict.fromkeys(names, (0.1, 0.0, 0.2))
-    chart = figures.tsne_plotly(maps, names, files=names, aid=known)
+    chart = figures.tsne_plotly(maps, names, names=names, aid=known)
     return thumbnail_page(chart, [Image.new("RGB", (8, 8))] * 3)
 
 
@@ -247,8 +247,9 @@ def _hovered_photograph(names, folder):
     for path in paths:
         Image.new("RGB", (8, 8)).save(path)
     values, given = {"m": np.random.default_rng(0).normal(size=(3, 4))}, {"aid": None, "class_aid": None}
-    box = widgets.tsne_explorer(values, np.arange(3), paths, perplexity=2, seed=0, **given)
-    _, chart, photograph = box.children
+    box = widgets.tsne_explorer(values, np.arange(3), paths, names=names, perplexity=2, seed=0, **given)
+    wrapped, photograph = box.children[-1].children
+    [chart] = wrapped.children
     pages = []
     for trace in chart.data:
         trace._dispatch_on_hover(Points([0], [], [], "", 0), InputDeviceState())

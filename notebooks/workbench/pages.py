@@ -54,7 +54,7 @@ def exercise(name: str, cell: str) -> None:
     if any(getattr(node, "value", None) is ... for node in ast.walk(ast.parse(cell))):
         print(f"Exercise {name} is open: put your own for each ... in this cell, and run it again.")
     else:
-        exec(compile(cell, f"exercise {name}", "exec"), get_ipython().user_ns)
+        get_ipython().ex(cell)
 
 
 def read_list(text: str, what: str, kind: type = str, *, least: int = 1) -> list:
