@@ -2,11 +2,11 @@
 
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas
 import pytest
+from IPython.core.interactiveshell import InteractiveShell
 from matplotlib.figure import Figure
 
 from sagelib.runs import load_run
@@ -50,7 +50,7 @@ def test_an_unknown_parameter_stops_the_page():
 
 
 def test_an_exercise_waits_until_it_is_completed(monkeypatch, capsys):
-    shell = SimpleNamespace(user_ns={"known": 2}, register_magic_function=lambda magic, kind: None)
+    shell = InteractiveShell(user_ns={"known": 2})
     monkeypatch.setattr(pages, "get_ipython", lambda: shell)
     pages.exercise("1", "answer = ...\nassert answer == known")
     assert "Exercise 1 is open" in capsys.readouterr().out and "answer" not in shell.user_ns

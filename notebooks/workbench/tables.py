@@ -61,7 +61,11 @@ def read_evaluations(
     Of models by name, as `open_models` gives them, what one's name says of its pictures goes first.
     With `positives`, the text of a rule or the name of a file, only those that counted by it.
     """
-    latest = sorted(runs.find_runs(root, STAGE), key=lambda run: run.manifest["finished"])
+
+    def age(run) -> tuple[str, int]:  # to the second, and within one by the file's own time
+        return run.manifest["finished"], (run.dir / runs.MANIFEST).stat().st_mtime_ns
+
+    latest = sorted(runs.find_runs(root, STAGE), key=age)
     evaluations = [e for e in (Evaluation.load(run.dir) for run in latest) if positives in ("", e.positives)]
     by_key = {(e.model, e.dataset, e.context, e.preprocess): e for e in evaluations}
     models = models if isinstance(models, Mapping) else dict.fromkeys(models)
