@@ -22,8 +22,16 @@ from sagelib.images import Preprocess
 from sagelib.places import open_set, open_training_set
 from sagelib.train import TrainConfig, open_run, train
 from townscape.folder import ensure_town
+from workbench import figures
 from workbench.grids import keep
-from workbench.tables import for_print, query_places, results_table, to_markdown, write_table
+from workbench.tables import (
+    for_print,
+    query_places,
+    recall_arrays,
+    results_table,
+    to_markdown,
+    write_table,
+)
 
 HERE = Path(__file__).resolve().parent
 DATA, RUNS, RESULTS = HERE.parent / "data", runs.runs_root(), HERE.parent / "data" / "results"
@@ -81,6 +89,9 @@ def measure_and_keep(models: dict, sets: list, values: dict, folder: Path, name:
     write_table(table, folder / f"{name}.csv")
     write_table(for_print(table), folder / f"{name}.md")
     print(to_markdown(for_print(table)))
+    names = [test.name for test in sets]
+    chart = figures.recall_bars(names, list(models), *recall_arrays(results, list(models), names))
+    (folder / f"{name}.png").write_bytes(figures.to_png(chart))
     frozen = {r.dataset: r for r in results if r.model == FROZEN[-1]}
     places = {test.name: query_places(test.queries) for test in sets}
     against = []
@@ -102,13 +113,16 @@ def ship_town() -> None:
     measure_and_keep(models, [open_set(DATA, "town")], values, RESULTS, "town")
 
 
-def ship_streets(data: Path) -> None:
-    """Train on the street photographs and measure on every set of the folder; the others were never seen."""
+def ship_streets(data: Path, peers: list[str]) -> None:
+    """Train on the street photographs and measure on every set of the folder; the others were never seen.
+
+    `peers` are measured beside, by any name that `sagelib.evaluate.open_model` takes.
+    """
     if not (data / "sf-streets").is_dir():
         raise SystemExit(f"{data} holds no sf-streets: name the folder of the photographs")
     values = yaml.safe_load((HERE / "params" / "sf-streets.yaml").read_text())
     others = sorted({path.parts[-3] for path in data.glob("*/images/test")} - {"sf-streets"})
-    models = evaluate.open_models(("pixels", *FROZEN[-2:], "sage"), [RESULTS])
+    models = evaluate.open_models(("pixels", *FROZEN[-2:], *peers, "sage"), [RESULTS])
     folder = RESULTS / "photographs"
     models |= train_and_keep({"sf-streets": values}, folder, data / "sf-streets")
     sets = [open_set(data, name) for name in ("sf-streets", *others)]
@@ -119,8 +133,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     words = "of sf-streets and sets beside it: train and measure on these instead of the town"
     parser.add_argument("--photographs", type=Path, metavar="FOLDER", help=words)
-    folder = parser.parse_args().photographs
-    ship_streets(folder) if folder else ship_town()
+    words = "a further model for the photographs, such as module:function of your own; may be repeated"
+    parser.add_argument("--peer", action="append", default=[], metavar="MODEL", help=words)
+    options = parser.parse_args()
+    ship_streets(options.photographs, options.peer) if options.photographs else ship_town()
     return 0
 
 

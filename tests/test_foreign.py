@@ -1,11 +1,16 @@
 """Other people's networks, by name: a hub folder made here, a module, their pictures, their mistakes."""
 
+import os
 import sys
+from pathlib import Path
 from urllib.error import URLError
 
 import numpy as np
+import peers
 import pytest
+import skimage.data
 import torch
+from PIL import Image
 from test_evaluate import write_set
 
 from sagelib.describe import Descriptors, model_fingerprint, preprocess_of
@@ -193,3 +198,15 @@ def test_each_mistake_is_one_sentence(hub, tmp_path, monkeypatch, name, error, s
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "cache"))
     with pytest.raises(error, match=sentence):
         open_model(name.format(hub=hub, tmp=tmp_path))
+
+
+def test_the_peer_of_the_tables_of_photographs_is_the_network_that_it_should_be():
+    data = Path(os.environ.get("SAGE_DATA", "."))
+    if not (data.parent / "weights" / peers.ARCHIVE).is_file():
+        pytest.skip("SAGE_DATA names no folder of photographs with weights beside it")
+    model = peers.MobileNetV2(data.parent / "weights" / peers.ARCHIVE, cells=2).eval()
+    pictures = [Image.fromarray(picture) for picture in (skimage.data.chelsea(), skimage.data.coffee())]
+    batch = torch.stack([Preprocess(224, mode="antialias")(picture) for picture in pictures])
+    with torch.no_grad():
+        assert model.classify(batch).argmax(1).tolist() == [286, 968]  # a cat and espresso; 0 is "background"
+        assert model(batch).shape == (2, 4 * (64 + 96 + 160 + 320))
