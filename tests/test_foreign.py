@@ -209,4 +209,4 @@ def test_the_peer_of_the_tables_of_photographs_is_the_network_that_it_should_be(
     batch = torch.stack([Preprocess(224, mode="antialias")(picture) for picture in pictures])
     with torch.no_grad():
         assert model.classify(batch).argmax(1).tolist() == [286, 968]  # a cat and espresso; 0 is "background"
-        assert model(batch).shape == (2, 4 * (64 + 96 + 160 + 320))
+        assert model(batch).shape == (2, 4 * (96 + 160 + 160 + 320))
