@@ -6,17 +6,23 @@ alone. The second, cheaper, sends these through the head in batches composed as 
 
 import contextlib
 import hashlib
+import itertools
+import os
 import re
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -27,6 +33,8 @@ from sagelib.images import IMAGENET_MEAN, IMAGENET_STD, Preprocess, Views, load_
 from sagelib.places import names_in_order
 
 FLUSH_S = 2.0  # progress is recorded this often: a kill costs this much work and one batch
+MEASURED = 2048  # pictures from which on precision and threads are measured
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}  # of autocast
 FORMAT = 2  # of the stores; those of another one are made anew
 LIBRARIES = ("sagelib", "torch", "timm", "torchvision", "peft")  # whose modules are what their classes say
 PLAIN = (bool, int, float, str, type(None), tuple, list, dict)
@@ -152,7 +160,7 @@ class RowStore:
 
     def __init__(self, path):
         self.path = Path(path)
-        if not all((self.path / name).exists() for name in ("manifest.json", "rows.npy")):
+        if not self.finished(self.path):
             raise FileNotFoundError(f"there are no finished {type(self).__name__} in {path}")
         self.manifest = runs.read_json(self.path / "manifest.json", "skipped")
         self.values = runs.load_array(self.path / "rows.npy", "r")
@@ -160,54 +168,83 @@ class RowStore:
     def __len__(self) -> int:
         return len(self.values)
 
-    @classmethod
-    def make(cls, folder, label: str, key: dict, n: int, blocks: Callable, *, bar: bool = False, **facts):
-        """The n rows of `key`, written now where they are missing; a second process waits for the first.
+    @staticmethod
+    def finished(path: Path) -> bool:
+        """Whether a folder holds all rows."""
+        return (path / "manifest.json").exists() and (path / "rows.npy").exists()
 
-        They lie in ``folder/<label>-<hash of key>``. `blocks`, called with the numbers of rows read and
-        skipped before, iterates over positions, values (None where there are none), and a dict with ``row``,
-        ``path`` and ``reason`` of each row that is skipped. The `facts` go into the manifest, too.
+    @classmethod
+    def make(cls, folder, label: str, key: dict, n: int, blocks: Callable, *, batch=None, bar=False, **facts):
+        """The n rows of `key`, written now where they are missing; another call of the same waits.
+
+        They lie in ``folder/<label>-<hash of key>``. The processes of one launch make a share each, cut at
+        multiples of `batch`; without it the main process makes all. `blocks`, called with the numbers of rows
+        read and skipped before, and the end of the share, iterates over positions, values (None where there
+        are none), a dict with ``row``, ``path`` and ``reason`` of each row that is skipped, and the seconds
+        that it waited. The `facts` go into the manifest, too.
         """
-        path = Path(folder) / f"{label}-{runs.fingerprint([FORMAT, key])}"
+        path, state = Path(folder) / f"{label}-{runs.fingerprint([FORMAT, key])}", launched()
         path.mkdir(parents=True, exist_ok=True)
-        with runs.alone(path):
-            with contextlib.suppress(FileNotFoundError):
-                return cls(path)
-            with tqdm(total=n, unit="img", desc=label, disable=not bar) as shown:
-                cls._write(path, {**key, **facts}, n, blocks, shown)
-            return cls(path)
+        size, batches = batch or n, -(-n // (batch or n))
+        ends = np.linspace(0, batches, min(state.num_processes, batches) + 1).astype(int) * size
+        cuts = np.minimum(ends, n).tolist()
+        shares = [(path / f".rows-{a}-{b}.npy", a, b) for a, b in itertools.pairwise(cuts)]
+        with runs.alone(path) if state.is_main_process else contextlib.nullcontext():
+            if not shared(cls.finished(path)):
+                for share in shares[state.process_index :: state.num_processes]:
+                    with tqdm(total=share[2] - share[1], unit="img", desc=label, disable=not bar) as shown:
+                        cls._write(*share, blocks, shown)
+                state.wait_for_everyone()
+                if state.is_main_process:
+                    cls._join(path, [part for part, *_ in shares], n, {**key, **facts})
+            state.wait_for_everyone()
+        return cls(path)
 
     @staticmethod
-    def _write(path, facts, n, blocks, shown):
-        part, progress = path / ".rows.part.npy", path / ".progress.json"
-        values, state, flushed = None, {"read": 0, "skipped": [], "seconds": 0.0}, time.perf_counter()
-        if part.exists() and progress.exists():
-            values, state = np.lib.format.open_memmap(part, mode="r+"), runs.read_json(progress)
-        shown.update(state["read"])
-        for positions, block, skipped in blocks(state["read"], len(state["skipped"])):
+    def _write(part, start, stop, blocks, shown):
+        progress, values, flushed = part.with_suffix(".json"), None, time.perf_counter()
+        state = {"read": start, "skipped": [], "seconds": 0.0, "waited": 0.0}
+        if progress.exists():
+            state = runs.read_json(progress)
+            values = np.lib.format.open_memmap(part, mode="r+") if part.exists() else None
+        shown.update(state["read"] - start)
+        for positions, block, skipped, waited in blocks(state["read"], len(state["skipped"]), stop):
             if block is not None:
                 if values is None:
-                    values = runs.new_array(part, block.dtype, (n, *block.shape[1:]))
-                values[positions] = block
+                    values = runs.new_array(part, block.dtype, (stop - start, *block.shape[1:]))
+                values[positions - start] = block
             state["read"] += len(positions) + len(skipped)
             state["skipped"] += skipped
+            state["waited"] += waited
             shown.update(len(positions) + len(skipped))
             now = time.perf_counter()
-            if values is not None and (now - flushed >= FLUSH_S or state["read"] == n):
-                values.flush()
+            if now - flushed >= FLUSH_S or state["read"] == stop:
+                if values is not None:
+                    values.flush()
                 state["seconds"] += now - flushed
                 runs.write_json(progress, state)
+                shown.set_postfix_str(f"waiting {state['waited'] / state['seconds']:.0%} of the time")
                 flushed = now
-        if values is None:
-            raise ValueError(f"none of the {n} pictures decodes; the first: {state['skipped'][0]['reason']}")
-        if state["skipped"]:
-            runs.save_array(path / "rows.npy", values[: n - len(state["skipped"])])
-        del values  # a mapped file cannot be renamed on Windows
-        runs.write_json(path / "manifest.json", {**state, **facts})
-        if not state["skipped"]:
-            part.replace(path / "rows.npy")
-        part.unlink(missing_ok=True)
-        progress.unlink()
+
+    @staticmethod
+    def _join(path, parts, n, facts):
+        states = [runs.read_json(part.with_suffix(".json")) for part in parts]
+        skipped = sum((state["skipped"] for state in states), [])
+        if len(skipped) == n:
+            raise ValueError(f"none of the {n} pictures decodes; the first: {skipped[0]['reason']}")
+        facts |= {name: sum(state[name] for state in states) for name in ("seconds", "waited")}
+        runs.write_json(path / "manifest.json", {"skipped": skipped, **facts})
+        if len(parts) == 1 and not skipped:
+            parts[0].replace(path / "rows.npy")
+        else:
+            pairs = [(runs.load_array(p, "r"), s) for p, s in zip(parts, states, strict=True) if p.exists()]
+            kept = [values[: len(values) - len(state["skipped"])] for values, state in pairs]
+            with runs.atomic_path(path / "rows.npy") as new:
+                shape = sum(map(len, kept)), *kept[0].shape[1:]
+                np.concatenate(kept, out=runs.new_array(new, kept[0].dtype, shape))
+            del pairs, kept  # a mapped file cannot be removed on Windows
+        for part in path.glob(".rows-*"):
+            part.unlink()
 
 
 class _Batches(Dataset):
@@ -238,29 +275,38 @@ class _Batches(Dataset):
 
 
 def _of_pictures(
-    paths, preprocess, compute, dtype, advice, size, workers, on_error, start, n_skipped, order=None
+    paths, preprocess, compute, dtype, advice, size, workers, on_error, start, n_skipped, stop, order=None
 ):
     """Blocks of a `RowStore`: what `compute` makes of batches of `size` pictures, one shape at a time.
 
-    With an `order` of the rows, a batch is what a descriptor depends on, and is given as it is.
+    A thread reads the next batch meanwhile. With an `order` of the rows, a batch is what a descriptor depends
+    on, and is given as it is.
     """
     whole, order = order is not None, np.arange(len(paths)) if order is None else order
-    batches, own = _Batches(paths, preprocess, order[start:], size), torch.Generator()  # not torch's global
-    for rows, stacks, failures in DataLoader(batches, None, num_workers=workers, generator=own):
-        if failures and (whole or on_error == "raise"):
-            raise ValueError(failures[min(failures)])
-        if whole and len(stacks) > 1:
-            raise ValueError(f"{paths[rows[0]]} and others of its batch differ in shape: use resize='square'")
-        positions, values = order[start - n_skipped :][: len(rows)], None
-        while stacks:
-            at, images = stacks.pop()
-            some, images = compute(images), None
-            values = some.new_empty(len(rows), *some.shape[1:]) if values is None else values
-            values[at] = some
-        if rows:
-            values = _stored(values, dtype, [paths[row] for row in rows], advice)
-        yield positions, values, [{"row": r, "path": paths[r], "reason": s} for r, s in failures.items()]
-        start, n_skipped = start + len(rows) + len(failures), n_skipped + len(failures)
+    batches, own = _Batches(paths, preprocess, order[start:stop], size), torch.Generator()  # not the global
+    coming = iter(DataLoader(batches, None, num_workers=workers, generator=own))
+    with ThreadPoolExecutor(1) as thread:
+        ready, began = thread.submit(next, coming, None), time.perf_counter()
+        while batch := ready.result():
+            waited, (rows, stacks, failures) = time.perf_counter() - began, batch
+            ready, batch = thread.submit(next, coming, None), None
+            if failures and (whole or on_error == "raise"):
+                raise ValueError(failures[min(failures)])
+            if whole and len(stacks) > 1:
+                first = paths[rows[0]]
+                raise ValueError(f"{first} and others of its batch differ in shape: use resize='square'")
+            positions, values = order[start - n_skipped :][: len(rows)], None
+            while stacks:
+                at, images = stacks.pop()
+                some, images = compute(images), None
+                values = some.new_empty(len(rows), *some.shape[1:]) if values is None else values
+                values[at] = some
+            if rows:
+                values = _stored(values, dtype, [paths[row] for row in rows], advice)
+            skipped = [{"row": r, "path": paths[r], "reason": s} for r, s in failures.items()]
+            yield positions, values, skipped, waited
+            start, n_skipped = start + len(rows) + len(failures), n_skipped + len(failures)
+            began = time.perf_counter()
 
 
 def _stored(values: Tensor, dtype: str, paths, advice: str) -> np.ndarray:
@@ -282,6 +328,11 @@ class Descriptors(RowStore):
         return self.manifest["context"]
 
     @property
+    def precision(self) -> str:
+        """Of the network that made them."""
+        return self.manifest.get("precision", "float32")
+
+    @property
     def rows(self) -> np.ndarray:
         """Which images of the Places that were given have a descriptor, in order; shape (n,)."""
         return np.setdiff1d(np.arange(self.manifest["n_given"]), [s["row"] for s in self.manifest["skipped"]])
@@ -292,14 +343,14 @@ class Descriptors(RowStore):
         return places[self.rows].replace(left_out=(*places.left_out, *reasons)) if reasons else places
 
 
-def _computing(model, device, context: Context, whole: bool) -> Callable:
+def _computing(model, device, context: Context, whole: bool, lower) -> Callable:
     """What describes a batch of images; the first one shows whether the model has such a context."""
     unknown = not hasattr(model, "embed")
 
     def compute(images):
         nonlocal unknown
         images = images.to(device)
-        values = describe_batch(model, images)
+        values = describe_batch(model, images, autocast=lower)
         if unknown and mixes_images(model, images[0]) != whole:
             blind = "has no InteractHead and does not look at the other images of a batch: take none"
             looks = "looks at the other images of a batch: take solo, sorted-n or shuffled-n"
@@ -326,9 +377,13 @@ def describe(
     loader: str = "",
     on_error: str = "raise",
     fingerprint: "ModelFingerprint | None" = None,
+    precision: str | None = None,
     progress: bool = True,
 ) -> Descriptors:
     """Describe pictures, streaming to disk; what was described before, or begun, is found again.
+
+    The next batch is read while the network computes; the bar says how long that waits all the same. The
+    processes of ``accelerate launch``, which all call this alike, describe a share of the pictures each.
 
     Parameters
     ----------
@@ -343,13 +398,16 @@ def describe(
     context, anchors, seed, loader : str or Context, array (m, D), int, str
         See `Context`, `choose_anchors` (default: the model's own) and `Context.batches`.
     batch_size, workers : int
-        Pictures at once, and processes that decode them: results differ by rounding at most.
+        Pictures at once, and processes that decode them (0: a thread): results differ by rounding at most.
     dtype : {"float16", "float32"}
         Of the stored values. float16 rounds distances between unit vectors by less than 1e-3.
     on_error : {"raise", "skip"}
         A picture that does not decode is a ValueError, or has no row, see `Descriptors.kept`.
     fingerprint : ModelFingerprint, optional
         Of `model`, where the caller has it: making it reads all weights.
+    precision : {"float32", "bfloat16"}, optional
+        Of the network; descriptors are found by it, too. Default: float32, or of 2,048 pictures and more what
+        is measured to be fastest here. Queries take that of their references, ``references.precision``.
     """
     context, preprocess = Context.parse(context), preprocess_of(model, preprocess)
     runs.check("dtype", dtype, choices=("float16", "float32"))
@@ -371,12 +429,26 @@ def describe(
         key |= {"context": str(context), **drawn}
         batches = context.batches(names_in_order(places), seed=seed, loader=loader)
         order, batch_size = np.concatenate(batches), context.n or 1
-    how = (paths, preprocess, _computing(model, device, context, whole))
-    how += (dtype, advice, batch_size, workers, on_error)
-    blocks = partial(_of_pictures, *how, order=order)
     lack = f"not enough memory to describe {batch_size} pictures at a time on {device}: lower batch_size"
-    with runs.memory_errors(lack + f", or the {context.n} of context {context}" * bool(context.n)):
-        base = Descriptors.make(folder, key["context"], key, len(paths), blocks, bar=progress)
+    lack += f", or the {context.n} of context {context}" * bool(context.n)
+    with runs.memory_errors(lack), contextlib.ExitStack() as after:
+        after.callback(torch.set_num_threads, torch.get_num_threads())
+        chosen = {"precision": precision or "float32", "threads": torch.get_num_threads()}
+        measures = precision is None and not whole and len(paths) >= MEASURED
+        if launched(device).is_main_process and measures:
+            measured = Path(folder) / f"speed-{runs.fingerprint(key)}.json"  # for the next such call
+            if not measured.exists():
+                _, stacks, _ = _Batches(paths, preprocess, np.arange(batch_size), batch_size)[0]
+                runs.write_json(measured, _fastest(model, stacks[0][1], device) if stacks else chosen)
+            chosen = runs.read_json(measured)
+        chosen = shared(chosen)
+        torch.set_num_threads(chosen["threads"])
+        lower = PRECISIONS[runs.check("precision", chosen["precision"], choices=tuple(PRECISIONS))]
+        key |= {"precision": chosen["precision"]} if lower else {}
+        how = (paths, preprocess, _computing(model, device, context, whole, lower))
+        how += (dtype, advice, batch_size, workers, on_error)
+        blocks, batch = partial(_of_pictures, *how, order=order), None if whole else batch_size
+        base = Descriptors.make(folder, key["context"], key, len(paths), blocks, batch=batch, bar=progress)
         if base.manifest["skipped"] and on_error == "raise":
             raise ValueError(f"{base.manifest['skipped'][0]['reason']} (on_error='skip' leaves it out)")
         if whole or context.kind == "none":
@@ -395,7 +467,25 @@ def describe(
     return made
 
 
-def _through_head(model, values, names, context, anchors, seed, loader, dtype, device, start=0, _=0):
+def _fastest(model, images, device) -> dict:
+    """Precision and threads that describe some images soonest, of those with like results; best of three."""
+    images = (images if device.type == "cuda" else images[:4]).to(device)
+    best, exact, threads = {"seconds": np.inf}, describe_batch(model, images), torch.get_num_threads()
+    for precision, n in itertools.product(PRECISIONS, sorted({1, threads})):
+        torch.set_num_threads(n)
+        for _ in range(3):
+            began = time.perf_counter()
+            values = describe_batch(model, images, autocast=PRECISIONS[precision])
+            near = float(torch.nn.functional.cosine_similarity(values, exact).min()) > 0.99
+            seconds = time.perf_counter() - began
+            if seconds < best["seconds"] and (near or precision == "float32"):
+                best = {"precision": precision, "threads": n, "seconds": seconds}
+            if seconds > 3 * best["seconds"]:  # bfloat16 may be 18 times slower
+                break
+    return best
+
+
+def _through_head(model, values, names, context, anchors, seed, loader, dtype, device, start=0, *_):
     """Rows of stored descriptors in their context, batch by batch, without the first `start`."""
     if anchors is not None:
         anchors = torch.as_tensor(np.asarray(anchors, np.float32), device=device)
@@ -404,7 +494,7 @@ def _through_head(model, values, names, context, anchors, seed, loader, dtype, d
             batch = torch.from_numpy(np.asarray(values[rows], np.float32)).to(device)
             with evaluating(model):
                 batch = in_context(model, batch, context, anchors).float()
-            yield rows, _stored(batch, dtype, [names[row] for row in rows], f"context {context}"), []
+            yield rows, _stored(batch, dtype, [names[row] for row in rows], f"context {context}"), [], 0.0
         start -= len(rows)
 
 
@@ -418,7 +508,7 @@ def compose(
     """
     out = np.empty(values.shape, np.float32) if out is None else out
     how = (Context.parse(context), anchors, seed, loader, str(out.dtype), move_to(model, device))
-    for rows, block, _ in _through_head(model, values, names, *how):
+    for rows, block, *_ in _through_head(model, values, names, *how):
         out[rows] = block
     return out
 
@@ -501,7 +591,9 @@ def open_tokens(
     key = {"prefix": model.backbone.prefix_fingerprint(), "data": pictures_fingerprint(places)}
     key |= {"preprocess": repr(preprocess), "autocast": str(autocast)}
     grid = model.backbone.grid((1, 3, *size))
-    return TokenStore.make(folder, "tokens", key, len(paths), blocks, bar=progress, grid=grid)
+    return TokenStore.make(
+        folder, "tokens", key, len(paths), blocks, batch=batch_size, bar=progress, grid=grid
+    )
 
 
 class ModelFingerprint(NamedTuple):
@@ -591,11 +683,25 @@ def _digest(path, *stat):
         return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
+def launched(device="auto") -> PartialState:
+    """The processes of ``accelerate launch`` or ``torchrun``, or this one alone."""
+    # The others wait while the main process works alone; torch would give up after minutes.
+    cpu = str(device) == "cpu" or not torch.cuda.is_available()
+    return PartialState(cpu=cpu, timeout=timedelta(days=7))
+
+
+def shared(value):
+    """The main process's value, in every process."""
+    return broadcast_object_list([value])[0]
+
+
 def pick_device(name: str | torch.device = "auto") -> torch.device:
     """The device of that name, if there is one; ``auto``: CUDA where it is, then Apple's MPS, then CPU."""
     cuda, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
     runs.check("device", str(name).partition(":")[0], choices=("auto", "cpu", "cuda", "mps"))
     device = torch.device(("cuda" if cuda else "mps" if mps else "cpu") if name == "auto" else name)
+    if device == torch.device("cuda"):  # of several processes each has its own
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     if (device.type == "cuda" and (device.index or 0) >= cuda) or (device.type == "mps" and not mps):
         sees = f"PyTorch {torch.__version__} sees {cuda} CUDA devices and {'an' if mps else 'no'} MPS here"
         raise ValueError(f"device is {str(device)!r}, but {sees}: use device='auto', or a build for your GPU")

@@ -15,7 +15,7 @@ import yaml
 
 from sagelib import describe as describing
 from sagelib import retrieval, runs
-from sagelib.describe import Context, Descriptors, describe
+from sagelib.describe import PRECISIONS, Context, Descriptors, describe
 from sagelib.images import Preprocess, load_image
 from sagelib.model import build_model, load_foreign
 from sagelib.places import BENCHMARKS, Places, TestSet
@@ -132,7 +132,8 @@ def evaluate(
     config |= dict(preprocess=describing.describe_callable(preprocess), on_error=on_error)
     config["pca"] = None if pca is None else runs.fingerprint(pca)
     config["ks"] = [runs.check("k", k, 1, whole=True) for k in ks]
-    config |= {"index": index} if index else {}
+    faster = {"index": index, "precision": options.get("precision")}
+    config |= {key: value for key, value in faster.items() if value}
     data = data_fingerprint(test_set)
     seed_of_context = seed if context.kind == "shuffled" else None
     if name is None:  # another preprocess, seed or model of the same name is another run, not a conflict
@@ -149,6 +150,7 @@ def evaluate(
     options |= dict(dtype=dtype, device=device, seed=seed, on_error=on_error)
     store = Path(root) / "descriptors"
     references = describe(model, test_set.database, store, loader="database", **options)
+    options["precision"] = references.precision
     queries = describe(model, test_set.queries, store, loader="queries", **options)
     row_of = np.full(len(test_set.database), -1)  # of each reference, unless it was skipped
     row_of[references.rows] = np.arange(len(references))
@@ -267,7 +269,8 @@ def locate(
     if context.kind == "anchors":
         anchors = torch.from_numpy(runs.load_array(descriptors.path / "anchors.npy")).to(device)
     image = preprocess(load_image(photo))[None].to(device)
-    value = describing.describe_batch(model, image, context, anchors=anchors).cpu().numpy()
+    precision = PRECISIONS[descriptors.precision]
+    value = describing.describe_batch(model, image, context, anchors=anchors, autocast=precision).cpu().numpy()
     key = {"descriptors": descriptors.manifest, "pca": None}
     built = retrieval.open_index(index, descriptors.values, descriptors.path, key) if index else None
     indices, distances = search(descriptors.values, value, min(k, len(descriptors)), index=built)

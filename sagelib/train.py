@@ -24,7 +24,6 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,8 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import yaml
-from accelerate import PartialState
-from accelerate.utils import broadcast, broadcast_object_list, gather_object, reduce
+from accelerate.utils import broadcast, gather_object, reduce
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 from torch.utils.checkpoint import checkpoint
@@ -41,7 +39,7 @@ from tqdm.auto import tqdm
 
 from sagelib import runs
 from sagelib.backbone import read_checkpoint as read_weights
-from sagelib.describe import describe_batch, in_context, open_tokens, pick_device
+from sagelib.describe import describe_batch, in_context, launched, open_tokens, pick_device, shared
 from sagelib.graph import GeoVisualGraph
 from sagelib.images import MODES, Preprocess, TrainTransform, Views, loader
 from sagelib.model import SAGE
@@ -214,7 +212,7 @@ def open_run(root, name: str, config: TrainConfig, *, mined=None, labelled=None,
     """The `Run` ``root/train/name`` of this configuration on these data: new, to be resumed, or finished."""
     data = {"mined": mined, "labelled": labelled, "validation": validation}
     prints = {key: None if value is None else value.fingerprint() for key, value in data.items()}
-    processes, device = _processes(device)
+    processes, device = launched(device), pick_device(device)
     with processes.main_process_first():  # it makes the directory, the others read it
         facts = {"data_fingerprint": runs.fingerprint(prints), "device": device}
         run = Run.open(root, "train", name, config.identity(), seed=config.seed, **facts)
@@ -297,7 +295,7 @@ class _Training:
         from pytorch_metric_learning import losses, miners
 
         self.config, self.run, self.folder, self.state = config, run, folder, _State()
-        self.processes, self.device = _processes(device)
+        self.processes, self.device = launched(device), pick_device(device)
         self.main, self.world = self.processes.is_main_process, self.processes.num_processes
         self.progress, self.dtype, self.writer = progress and self.main, PRECISIONS[config.precision], None
         self.autocast = partial(torch.autocast, self.device.type, self.dtype, enabled=self.dtype is not None)
@@ -333,7 +331,7 @@ class _Training:
             answer = min((len(sampler) for sampler in self.samplers.values()), default=None)
         except ValueError as error:
             answer = error
-        self.batches = _share(answer)
+        self.batches = shared(answer)
         if isinstance(self.batches, ValueError):
             raise self.batches
 
@@ -397,11 +395,11 @@ class _Training:
             plans = None
             if self.main:
                 plans = self.plan(name, epoch)
-                _share(None)
+                shared(None)
             else:  # describe what the main process asks for, until it asks no more
-                while (images := _share(None)) is not None:
+                while (images := shared(None)) is not None:
                     self.describe(source, images, self.config.graph_context)
-            state.plans[name] = _share(plans)
+            state.plans[name] = shared(plans)
         state.sums["epoch"] = Counter()
         state.epoch_seconds = {"refresh": time.perf_counter() - began, "train": 0.0}
 
@@ -410,7 +408,7 @@ class _Training:
         sampler, described, epochs = self.samplers[name], [], [epoch]
 
         def describe(images: np.ndarray) -> np.ndarray:
-            _share(images)
+            shared(images)
             described.append((images, self.describe(self.sources[name], images, self.config.graph_context)))
             return described[-1][1]
 
@@ -579,7 +577,7 @@ class _Training:
             if self.main:
                 found = recall(search(*values, k=20)[0], self.positives, n_references=len(values[0]))
                 measured = runs.plain({"hits": found.hits, "queries": found.n_queries, "context": context})
-            measured = _share(measured)
+            measured = shared(measured)
             measured["recall"] = {k: 100 * n / measured["queries"] for k, n in measured["hits"].items()}
             line |= measured
             score = [measured["hits"][k] for k in ("1", "5", "10")]
@@ -689,8 +687,7 @@ class _Images:
         if config.cache_limit_gb is not None:
             options = {"limit_gb": config.cache_limit_gb, "batch_size": config.describe_batch}
             options |= {"workers": config.workers, "autocast": training.dtype, "progress": training.progress}
-            with training.processes.main_process_first():  # it computes them, the others find them
-                self.store = open_tokens(training.folder, training.model, places, preprocess=kept, **options)
+            self.store = open_tokens(training.folder, training.model, places, preprocess=kept, **options)
 
     def plain(self, rows: np.ndarray) -> Iterator[tuple[Tensor, tuple[int, int]]]:
         """Tokens (n, T, M) and grid of some images as they are, `describe_batch` at a time."""
@@ -717,18 +714,6 @@ class _Images:
             with training.autocast():
                 tokens = backbone.prefix(images.to(training.device))
             yield tokens.float(), backbone.grid(images)
-
-
-def _processes(device: str) -> tuple[PartialState, torch.device]:
-    """The processes of ``accelerate launch`` or ``torchrun``, or one, and the device of this one."""
-    # The others wait while the main process builds a graph; torch would give up after minutes.
-    state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=timedelta(days=7))
-    return state, state.device if state.num_processes > 1 else pick_device(device)
-
-
-def _share(value: Any) -> Any:
-    """The main process's value, in every process."""
-    return broadcast_object_list([value])[0]
 
 
 def write_checkpoint(folder: Path, serial: int, content: dict) -> None:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from launch import outputs, start_two
 from PIL import Image
 
 from sagelib import describe as describe_module
@@ -212,7 +214,7 @@ def test_two_at_once_describe_once(places, tmp_path):
     assert model.embedded == N and np.array_equal(a.values, b.values)
 
 
-def test_only_one_batch_of_images_lives_in_memory(places, tmp_path):
+def test_only_the_batch_at_work_and_the_next_live_in_memory(places, tmp_path):
     alive = []
 
     class Watched(Headed):
@@ -221,7 +223,9 @@ def test_only_one_batch_of_images_lives_in_memory(places, tmp_path):
             return super().embed(images)
 
     def preprocess(picture):
-        assert not any(batch() is not None for batch in alive), "an earlier batch is still there"
+        assert sum(batch() is not None for batch in alive) <= 1, (
+            "a batch before the one at work is still there"
+        )
         return Preprocess(14)(picture)
 
     describe(Watched(), places, tmp_path / "d", preprocess=preprocess, batch_size=2, **QUIET)
@@ -238,6 +242,66 @@ def test_the_model_returns_to_the_mode_it_was_in(places, tmp_path):
     a = describe(model, places, tmp_path / "a", **QUIET)
     assert model.training and not model.project.training
     assert np.array_equal(a.values, describe(model, places, tmp_path / "b", **QUIET).values)
+
+
+# --------------------------------------------------------------------------------------------------- speed
+def test_the_next_batch_is_read_while_the_network_is_at_work(places, tmp_path):
+    at_work, read = threading.Event(), threading.Event()
+
+    class Watched(Headed):
+        def embed(self, images):
+            at_work.set()
+            last = self.embedded + len(images) == N
+            assert last or read.wait(60), "nothing was read meanwhile"
+            at_work.clear(), read.clear()
+            return super().embed(images)
+
+    def preprocess(picture):
+        if at_work.is_set():
+            read.set()
+        return Preprocess(14)(picture)
+
+    made = describe(Watched(), places, tmp_path / "d", preprocess=preprocess, batch_size=2, **QUIET)
+    assert 0 <= made.manifest["waited"] <= made.manifest["seconds"]
+
+
+class Precise(Headed):
+    """A model with a time and an error of its own in each precision and number of threads."""
+
+    slow, error = {}, 0.0
+
+    def embed(self, images):
+        lower = torch.is_autocast_enabled("cpu")
+        time.sleep(self.slow.get((lower, torch.get_num_threads()), 0.0))
+        return super().embed(images).float() + (self.error * torch.arange(32) if lower else 0)
+
+
+@pytest.mark.parametrize(
+    ("slow", "error", "expected"),
+    [
+        ({(False, 1): 0.2, (True, 1): 0.01}, 0.0, "bfloat16"),
+        ({(False, 1): 0.01, (True, 1): 0.2}, 0.0, "float32"),
+        ({(False, 1): 0.2, (True, 1): 0.01}, 1.0, "float32"),  # fast and wrong
+    ],
+)
+def test_precision_is_measured_and_the_descriptors_are_found_by_it(
+    places, tmp_path, monkeypatch, slow, error, expected
+):
+    monkeypatch.setattr(describe_module, "MEASURED", N)
+    model, threads = Precise(), torch.get_num_threads()
+    model.slow, model.error = {(lower, n): s for (lower, _), s in slow.items() for n in {1, threads}}, error
+    made = describe(model, places, tmp_path, **QUIET)
+    assert made.precision == expected and torch.get_num_threads() == threads
+    named = describe(model, places, tmp_path, precision=expected, **QUIET)
+    model.slow, embedded = {}, model.embedded  # another measurement might say something else
+    assert describe(model, places, tmp_path, **QUIET).path == made.path == named.path
+    assert model.embedded == embedded
+    other = "float32" if expected == "bfloat16" else "bfloat16"
+    assert describe(model, places, tmp_path, precision=other, **QUIET).path != made.path
+    few = describe(model, places[:4], tmp_path, **QUIET)
+    assert few.precision == "float32", "nothing is measured for a few pictures"
+    with pytest.raises(ValueError, match="precision must be one of float32, bfloat16, got 'float16'"):
+        describe(model, places, tmp_path, precision="float16", **QUIET)
 
 
 # ---------------------------------------------------------------------------------------------- interruption
@@ -262,7 +326,8 @@ SLOW = """
 
     torch.set_num_threads(1)
     for out in outs:
-        module.describe(Slow(), read_folder(folder), out, batch_size=3, device="cpu", progress=False)
+        places = read_folder(folder, check_pictures=False)
+        module.describe(Slow(), places, out, batch_size=3, device="cpu", progress=False)
 """
 
 
@@ -294,6 +359,41 @@ def test_killed_and_continued_gives_equal_bytes(tmp_path):
     assert 2 * batches < len(log.read_text().split()) <= 2 * batches + 4
     whole, killed = (next((tmp_path / name).iterdir()) / "rows.npy" for name in ("whole", "killed"))
     assert killed.read_bytes() == whole.read_bytes() and killed.parent.name == whole.parent.name
+
+
+def killed_in_the_middle(start, log, batches):
+    """Start, and kill all once so many batches are in the log."""
+    processes, deadline = start(), time.monotonic() + 600
+    while not log.exists() or len(log.read_text().split()) < batches:
+        assert all(p.poll() is None for p in processes) and time.monotonic() < deadline, "never came so far"
+        time.sleep(0.01)
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def test_two_processes_describe_a_share_each_and_give_the_bytes_of_one(tmp_path):
+    places = write_pictures(tmp_path / "pictures", n=40)
+    for row in (3, 38):  # one in each share
+        Path(places.path[row]).write_bytes(b"not a picture")
+    script, log = tmp_path / "slow.py", tmp_path / "log"
+    script.write_text(textwrap.dedent(SLOW).replace("device=", "on_error='skip', device="))
+
+    def arguments(pause, out):
+        return [str(x) for x in (script, tmp_path / "pictures", log, pause, tmp_path / out)]
+
+    killed_in_the_middle(lambda: start_two(arguments(0.2, "two")), log, 4)
+    assert len(list((tmp_path / "two").glob("*/.rows-*.npy"))) == 2 and not list(
+        tmp_path.glob("two/*/rows.npy")
+    )
+    outputs(start_two(arguments(0, "two")))
+    assert 14 <= len(log.read_text().split()) <= 14 + 4, "no more was done twice than what was at work"
+    subprocess.run([sys.executable, *arguments(0, "one")], check=True)
+    two, one = (Descriptors(next((tmp_path / name).iterdir())) for name in ("two", "one"))
+    assert (two.path / "rows.npy").read_bytes() == (one.path / "rows.npy").read_bytes()
+    assert two.path.name == one.path.name and two.manifest["skipped"] == one.manifest["skipped"]
+    assert two.rows.tolist() == [i for i in range(40) if i not in (3, 38)]
+    assert {p.name for p in two.path.iterdir()} - {".lock"} == {"manifest.json", "rows.npy"}
 
 
 class Stopping(Headed):

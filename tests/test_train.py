@@ -2,11 +2,7 @@
 
 import dataclasses
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import make_sets
@@ -14,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from launch import outputs, start_two
 from pytorch_metric_learning.losses import MultiSimilarityLoss
 from pytorch_metric_learning.miners import MultiSimilarityMiner
 
@@ -341,25 +338,9 @@ sys.exit(train.main(sys.argv[1:]))
 
 def train_by_two(arguments: list[str], meanwhile=lambda: None) -> list[str]:
     """What two processes of one training say."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": path}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", WATCHED, *arguments],
-            env={**os.environ, **group, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in "01"
-    ]
+    started = start_two(["-c", WATCHED, *arguments])
     meanwhile()
-    output = [process.communicate(timeout=300)[0] for process in started]
-    assert [process.returncode for process in started] == [0, 0], output
-    return output
+    return outputs(started)
 
 
 def test_two_processes_train_like_one(tmp_path, town, mined, validation):
