@@ -438,7 +438,8 @@ def describe(
         if launched(device).is_main_process and measures:
             measured = Path(folder) / f"speed-{runs.fingerprint(key)}.json"  # for the next such call
             if not measured.exists():
-                _, stacks, _ = _Batches(paths, preprocess, np.arange(batch_size), batch_size)[0]
+                first = np.arange(min(batch_size, len(paths)))
+                _, stacks, _ = _Batches(paths, preprocess, first, batch_size)[0]
                 runs.write_json(measured, _fastest(model, stacks[0][1], device) if stacks else chosen)
             chosen = runs.read_json(measured)
         chosen = shared(chosen)
