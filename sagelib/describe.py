@@ -25,17 +25,18 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from sagelib import runs
-from sagelib.images import IMAGENET_MEAN, IMAGENET_STD, Preprocess, Views, load_image
+from sagelib.images import IMAGENET_STD, Preprocess, Views, load_image
 from sagelib.places import names_in_order
 
 FLUSH_S = 2.0  # progress is recorded this often: a kill costs this much work and one batch
 MEASURED = 2048  # pictures from which on precision and threads are measured
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}  # of autocast
 FORMAT = 2  # of the stores; those of another one are made anew
+FILES = ("manifest.json", "rows.npy")  # of a finished store
 LIBRARIES = ("sagelib", "torch", "timm", "torchvision", "peft")  # whose modules are what their classes say
 PLAIN = (bool, int, float, str, type(None), tuple, list, dict)
 NO_SETTINGS = ("training", "weights", "pretrained", "preprocessing")  # on which no descriptor depends
@@ -56,8 +57,7 @@ class Context:
     n: int | None = None
 
     def __post_init__(self):
-        known = self.kind in ("none", "solo", "sorted", "shuffled", "anchors")
-        if not known or (self.n or 0) < self.batched or not (self.batched or self.n is None):
+        if not re.fullmatch(r"none|solo|anchors|(sorted|shuffled)-[1-9]\d*", str(self)):
             raise ValueError(f"context {str(self)!r} is unknown; {CONTEXTS}")
 
     @property
@@ -68,10 +68,8 @@ class Context:
     @classmethod
     def parse(cls, text: "str | Context") -> "Context":
         """Read ``none``, ``solo``, ``sorted-8``, ``shuffled-8`` or ``anchors``."""
-        match = re.fullmatch(r"([a-z]+)(?:-(\d+))?", str(text))
-        if match is None:
-            raise ValueError(f"context {text!r} is unknown; {CONTEXTS}")
-        return cls(match[1], int(match[2]) if match[2] else None)
+        kind, _, n = str(text).partition("-")
+        return cls(kind, int(n)) if n.isdecimal() else cls(str(text))
 
     def __str__(self):
         return self.kind if self.n is None else f"{self.kind}-{self.n}"
@@ -160,7 +158,7 @@ class RowStore:
 
     def __init__(self, path):
         self.path = Path(path)
-        if not self.finished(self.path):
+        if not all((self.path / name).exists() for name in FILES):
             raise FileNotFoundError(f"there are no finished {type(self).__name__} in {path}")
         self.manifest = runs.read_json(self.path / "manifest.json", "skipped")
         self.values = runs.load_array(self.path / "rows.npy", "r")
@@ -168,32 +166,26 @@ class RowStore:
     def __len__(self) -> int:
         return len(self.values)
 
-    @staticmethod
-    def finished(path: Path) -> bool:
-        """Whether a folder holds all rows."""
-        return (path / "manifest.json").exists() and (path / "rows.npy").exists()
-
     @classmethod
-    def make(cls, folder, label: str, key: dict, n: int, blocks: Callable, *, batch=None, bar=False, **facts):
+    def make(cls, folder, label: str, key: dict, n: int, blocks: Callable, *, batch=None, bar="", **facts):
         """The n rows of `key`, written now where they are missing; another call of the same waits.
 
         They lie in ``folder/<label>-<hash of key>``. The processes of one launch make a share each, cut at
         multiples of `batch`; without it the main process makes all. `blocks`, called with the numbers of rows
         read and skipped before, and the end of the share, iterates over positions, values (None where there
         are none), a dict with ``row``, ``path`` and ``reason`` of each row that is skipped, and the seconds
-        that it waited. The `facts` go into the manifest, too.
+        that it waited. The `facts` go into the manifest, too, and `bar` before a bar of progress.
         """
         path, state = Path(folder) / f"{label}-{runs.fingerprint([FORMAT, key])}", launched()
         path.mkdir(parents=True, exist_ok=True)
-        size, batches = batch or n, -(-n // (batch or n))
-        ends = np.linspace(0, batches, min(state.num_processes, batches) + 1).astype(int) * size
-        cuts = np.minimum(ends, n).tolist()
-        shares = [(path / f".rows-{a}-{b}.npy", a, b) for a, b in itertools.pairwise(cuts)]
+        cuts = np.append(np.arange(0, n, batch or n), n)  # the ends of batches
+        ends = cuts[np.linspace(0, len(cuts) - 1, min(state.num_processes, len(cuts) - 1) + 1).astype(int)]
+        shares = [(path / f".rows-{a}-{b}.npy", a, b) for a, b in itertools.pairwise(ends.tolist())]
         with runs.alone(path) if state.is_main_process else contextlib.nullcontext():
-            if not shared(cls.finished(path)):
-                for share in shares[state.process_index :: state.num_processes]:
-                    with tqdm(total=share[2] - share[1], unit="img", desc=label, disable=not bar) as shown:
-                        cls._write(*share, blocks, shown)
+            if not shared(all((path / name).exists() for name in FILES)):
+                for part, start, stop in shares[state.process_index :: state.num_processes]:
+                    with tqdm(total=stop - start, unit="img", desc=bar, disable=not bar) as shown:
+                        cls._write(part, start, stop, blocks, shown)
                 state.wait_for_everyone()
                 if state.is_main_process:
                     cls._join(path, [part for part, *_ in shares], n, {**key, **facts})
@@ -204,9 +196,8 @@ class RowStore:
     def _write(part, start, stop, blocks, shown):
         progress, values, flushed = part.with_suffix(".json"), None, time.perf_counter()
         state = {"read": start, "skipped": [], "seconds": 0.0, "waited": 0.0}
-        if progress.exists():
-            state = runs.read_json(progress)
-            values = np.lib.format.open_memmap(part, mode="r+") if part.exists() else None
+        if part.exists() and progress.exists():
+            values, state = np.lib.format.open_memmap(part, mode="r+"), runs.read_json(progress)
         shown.update(state["read"] - start)
         for positions, block, skipped, waited in blocks(state["read"], len(state["skipped"]), stop):
             if block is not None:
@@ -240,38 +231,29 @@ class RowStore:
             pairs = [(runs.load_array(p, "r"), s) for p, s in zip(parts, states, strict=True) if p.exists()]
             kept = [values[: len(values) - len(state["skipped"])] for values, state in pairs]
             with runs.atomic_path(path / "rows.npy") as new:
-                shape = sum(map(len, kept)), *kept[0].shape[1:]
-                np.concatenate(kept, out=runs.new_array(new, kept[0].dtype, shape))
-            del pairs, kept  # a mapped file cannot be removed on Windows
+                rows = runs.new_array(new, kept[0].dtype, (n - len(skipped), *kept[0].shape[1:]))
+                np.concatenate(kept, out=rows)
+                rows.flush()
+            del pairs, kept, rows  # a mapped file cannot be removed on Windows
         for part in path.glob(".rows-*"):
             part.unlink()
 
 
-class _Batches(Dataset):
-    """Batches of pictures: rows, their images by shape, and {row: sentence} of those that do not decode."""
-
-    def __init__(self, paths, preprocess, order, size):
-        self.paths, self.preprocess = paths, preprocess
-        self.rows = [order[i : i + size].tolist() for i in range(0, len(order), size)]
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, number):
-        images, failures = {}, {}
-        for row in self.rows[number]:
-            more = (row,) if getattr(self.preprocess, "takes_index", False) else ()
-            try:
-                picture = load_image(self.paths[row])
-            except (OSError, ValueError) as error:
-                failures[row] = str(error)
-            else:
-                images[row] = self.preprocess(picture, *more)
-        shapes = [image.shape for image in images.values()]
-        alike = [[i for i, other in enumerate(shapes) if other == shape] for shape in dict.fromkeys(shapes)]
-        images = list(images.items())
-        stacks = [(at, torch.stack([images[i][1] for i in at])) for at in alike]
-        return [row for row, _ in images], stacks, failures
+def _read(paths, preprocess, rows):
+    """A batch of pictures: rows, their images by shape, and {row: sentence} of those that do not decode."""
+    images, failures = {}, {}
+    for row in rows:
+        more = (row,) if getattr(preprocess, "takes_index", False) else ()
+        try:
+            picture = load_image(paths[row])
+        except (OSError, ValueError) as error:
+            failures[row] = str(error)
+        else:
+            images[row] = preprocess(picture, *more)
+    shapes = [image.shape for image in images.values()]
+    alike = [[i for i, other in enumerate(shapes) if other == shape] for shape in dict.fromkeys(shapes)]
+    rows, images = list(images), list(images.values())
+    return rows, [(at, torch.stack([images[i] for i in at])) for at in alike], failures
 
 
 def _of_pictures(
@@ -283,8 +265,9 @@ def _of_pictures(
     on, and is given as it is.
     """
     whole, order = order is not None, np.arange(len(paths)) if order is None else order
-    batches, own = _Batches(paths, preprocess, order[start:stop], size), torch.Generator()  # not the global
-    coming = iter(DataLoader(batches, None, num_workers=workers, generator=own))
+    batches = [order[i : min(i + size, stop)].tolist() for i in range(start, stop, size)]
+    read, own = partial(_read, paths, preprocess), torch.Generator()  # not torch's global
+    coming = iter(DataLoader(batches, None, num_workers=workers, collate_fn=read, generator=own))
     with ThreadPoolExecutor(1) as thread:
         ready, began = thread.submit(next, coming, None), time.perf_counter()
         while batch := ready.result():
@@ -323,14 +306,8 @@ def _stored(values: Tensor, dtype: str, paths, advice: str) -> np.ndarray:
 class Descriptors(RowStore):
     """Descriptors on disk, `values` (n, D) float16 or float32, of which model, pictures and context."""
 
-    @property
-    def context(self) -> str:
-        return self.manifest["context"]
-
-    @property
-    def precision(self) -> str:
-        """Of the network that made them."""
-        return self.manifest.get("precision", "float32")
+    context = property(lambda self: self.manifest["context"])
+    precision = property(lambda self: self.manifest.get("precision", "float32"))  # of the network
 
     @property
     def rows(self) -> np.ndarray:
@@ -361,25 +338,11 @@ def _computing(model, device, context: Context, whole: bool, lower) -> Callable:
     return compute
 
 
-def describe(
-    model: Callable,
-    places,
-    folder,
-    *,
-    preprocess: Callable | None = None,
-    context: str | Context = "none",
-    anchors: np.ndarray | None = None,
-    batch_size: int = 32,
-    dtype: str = "float16",
-    device: str | torch.device = "auto",
-    workers: int = 0,
-    seed: int = 0,
-    loader: str = "",
-    on_error: str = "raise",
-    fingerprint: "ModelFingerprint | None" = None,
-    precision: str | None = None,
-    progress: bool = True,
-) -> Descriptors:
+def describe(model: Callable, places, folder, *, preprocess: Callable | None = None,
+             context: str | Context = "none", anchors: np.ndarray | None = None, batch_size: int = 32,
+             dtype: str = "float16", device: str | torch.device = "auto", workers: int = 0, seed: int = 0,
+             loader: str = "", on_error: str = "raise", fingerprint: "ModelFingerprint | None" = None,
+             precision: str | None = None, progress: bool = True) -> Descriptors:  # fmt: skip
     """Describe pictures, streaming to disk; what was described before, or begun, is found again.
 
     The next batch is read while the network computes; the bar says how long that waits all the same. The
@@ -393,8 +356,7 @@ def describe(
     places, folder : Places, path
         Pictures of one loader, references or queries. In `folder`, every model, set and context has its own.
     preprocess : callable, optional
-        From a PIL picture to a tensor; default: the model's, see `preprocess_of`. In a batch, images of each
-        shape are described together.
+        From a PIL picture to a tensor; default: the model's, see `preprocess_of`. Shapes may differ.
     context, anchors, seed, loader : str or Context, array (m, D), int, str
         See `Context`, `choose_anchors` (default: the model's own) and `Context.batches`.
     batch_size, workers : int
@@ -404,10 +366,10 @@ def describe(
     on_error : {"raise", "skip"}
         A picture that does not decode is a ValueError, or has no row, see `Descriptors.kept`.
     fingerprint : ModelFingerprint, optional
-        Of `model`, where the caller has it: making it reads all weights.
+        Of `model`, where it is at hand.
     precision : {"float32", "bfloat16"}, optional
-        Of the network; descriptors are found by it, too. Default: float32, or of 2,048 pictures and more what
-        is measured to be fastest here. Queries take that of their references, ``references.precision``.
+        Of the network. Default: what is fastest here, by a measurement that is kept in `folder`, for 2,048
+        pictures and more, else float32. For queries give that of their references, ``references.precision``.
     """
     context, preprocess = Context.parse(context), preprocess_of(model, preprocess)
     runs.check("dtype", dtype, choices=("float16", "float32"))
@@ -431,25 +393,22 @@ def describe(
         order, batch_size = np.concatenate(batches), context.n or 1
     lack = f"not enough memory to describe {batch_size} pictures at a time on {device}: lower batch_size"
     lack += f", or the {context.n} of context {context}" * bool(context.n)
+    main, threads = launched(device).is_main_process, torch.get_num_threads()
+    key, fingerprint = shared([key, fingerprint])  # may be random, see `model_fingerprint`
     with runs.memory_errors(lack), contextlib.ExitStack() as after:
-        after.callback(torch.set_num_threads, torch.get_num_threads())
-        chosen = {"precision": precision or "float32", "threads": torch.get_num_threads()}
-        measures = precision is None and not whole and len(paths) >= MEASURED
-        if launched(device).is_main_process and measures:
-            measured = Path(folder) / f"speed-{runs.fingerprint(key)}.json"  # for the next such call
-            if not measured.exists():
-                first = np.arange(min(batch_size, len(paths)))
-                _, stacks, _ = _Batches(paths, preprocess, first, batch_size)[0]
-                runs.write_json(measured, _fastest(model, stacks[0][1], device) if stacks else chosen)
-            chosen = runs.read_json(measured)
-        chosen = shared(chosen)
-        torch.set_num_threads(chosen["threads"])
-        lower = PRECISIONS[runs.check("precision", chosen["precision"], choices=tuple(PRECISIONS))]
-        key |= {"precision": chosen["precision"]} if lower else {}
+        after.callback(torch.set_num_threads, threads)
+        if precision is None and not whole and len(paths) >= MEASURED:
+            kept = Path(folder) / f"speed-{runs.fingerprint(key)}.json"  # for the next such call
+            first = partial(_read, paths, preprocess, range(len(paths))[:batch_size])
+            precision, threads = shared(_fastest(kept, model, first, device) if main else None)
+        torch.set_num_threads(threads)
+        lower = PRECISIONS[runs.check("precision", precision or "float32", choices=tuple(PRECISIONS))]
+        key |= {"precision": precision} if lower else {}
         how = (paths, preprocess, _computing(model, device, context, whole, lower))
         how += (dtype, advice, batch_size, workers, on_error)
         blocks, batch = partial(_of_pictures, *how, order=order), None if whole else batch_size
-        base = Descriptors.make(folder, key["context"], key, len(paths), blocks, batch=batch, bar=progress)
+        label = key["context"]
+        base = Descriptors.make(folder, label, key, len(paths), blocks, batch=batch, bar=label * progress)
         if base.manifest["skipped"] and on_error == "raise":
             raise ValueError(f"{base.manifest['skipped'][0]['reason']} (on_error='skip' leaves it out)")
         if whole or context.kind == "none":
@@ -461,28 +420,33 @@ def describe(
             key |= {"anchors": runs.fingerprint(anchors)}
         names, facts = names_in_order(places[base.rows]), {"embedding_seconds": base.manifest["seconds"]}
         how = (model, base.values, names, context, anchors, seed, loader, dtype, device)
-        blocks = partial(_through_head, *how)
-        made = Descriptors.make(folder, str(context), key, len(base), blocks, bar=progress, **facts)
+        blocks, bar = partial(_through_head, *how), str(context) * progress
+        made = Descriptors.make(folder, str(context), key, len(base), blocks, bar=bar, **facts)
     if context.kind == "anchors" and not (made.path / "anchors.npy").exists():
         runs.save_array(made.path / "anchors.npy", anchors)  # to describe one more picture, later
     return made
 
 
-def _fastest(model, images, device) -> dict:
-    """Precision and threads that describe some images soonest, of those with like results; best of three."""
-    images = (images if device.type == "cuda" else images[:4]).to(device)
-    best, exact, threads = {"seconds": np.inf}, describe_batch(model, images), torch.get_num_threads()
-    for precision, n in itertools.product(PRECISIONS, sorted({1, threads})):
-        torch.set_num_threads(n)
-        for _ in range(3):
-            began = time.perf_counter()
-            values = describe_batch(model, images, autocast=PRECISIONS[precision])
-            near = float(torch.nn.functional.cosine_similarity(values, exact).min()) > 0.99
-            seconds = time.perf_counter() - began
-            if seconds < best["seconds"] and (near or precision == "float32"):
-                best = {"precision": precision, "threads": n, "seconds": seconds}
-            if seconds > 3 * best["seconds"]:  # bfloat16 may be 18 times slower
-                break
+def _fastest(kept: Path, model, read, device) -> list:
+    """Precision and threads that describe images soonest and alike, the best of three; `kept` in a file."""
+    if kept.exists():
+        return runs.read_json(kept)
+    best, fastest, threads = ["float32", torch.get_num_threads()], np.inf, torch.get_num_threads()
+    for _, images in read()[1][:1]:
+        images = (images if device.type == "cuda" else images[:4]).to(device)
+        exact = describe_batch(model, images)
+        for precision, n in itertools.product(PRECISIONS, sorted({1, threads})):
+            torch.set_num_threads(n)
+            for _ in range(3):
+                began = time.perf_counter()
+                values = describe_batch(model, images, autocast=PRECISIONS[precision])
+                near = float(torch.nn.functional.cosine_similarity(values, exact).min()) > 0.99
+                seconds = time.perf_counter() - began
+                if seconds < fastest and near:
+                    best, fastest = [precision, n], seconds
+                if seconds > 3 * fastest:  # bfloat16 may be 18 times slower
+                    break
+    runs.write_json(kept, best)
     return best
 
 
@@ -545,10 +509,7 @@ def choose_anchors(descriptors, m: int, method: str = "sample", seed: int = 0) -
 class TokenStore(RowStore):
     """Tokens after a backbone's frozen prefix, `values` (N, T, M) float16: what no training changes."""
 
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of the patches."""
-        return tuple(self.manifest["grid"])
+    grid = property(lambda self: tuple(self.manifest["grid"]))  # rows and columns of the patches
 
     def __getitem__(self, rows: np.ndarray) -> Tensor:
         """The tokens (n, T, M), float32, of rows (n,)."""
@@ -560,14 +521,8 @@ def open_tokens(
 ) -> TokenStore:
     """The stored tokens of `places`, computed now where they are missing.
 
-    Parameters
-    ----------
-    preprocess : Preprocess or Views
-        With V views, row ``V i + v`` is version v of image i.
-    limit_gb : float
-        Gigabytes (1e9 bytes) that this store may take; more is a ValueError.
-    autocast : torch.dtype, optional
-        Lower precision in which the prefix runs.
+    With a `preprocess` of V `Views`, row ``V i + v`` is version v of image i. A store of over `limit_gb`
+    gigabytes (1e9 bytes) is a ValueError. `autocast` is a lower precision in which the prefix runs, or None.
     """
     plain, views = (preprocess.plain, preprocess.count) if isinstance(preprocess, Views) else (preprocess, 1)
     size = (plain.image_size,) * 2 if isinstance(plain.image_size, int) else plain.image_size
@@ -585,16 +540,11 @@ def open_tokens(
         raise ValueError(f"{need}, more than cache_limit_gb = {limit_gb:g}; raise it, or set it to None")
     how = (paths, preprocess, prefix, "float16", "set cache_limit_gb to None", batch_size, workers, "raise")
 
-    def blocks(*done):
-        print(need) if progress else None
-        return _of_pictures(*how, *done)
-
     key = {"prefix": model.backbone.prefix_fingerprint(), "data": pictures_fingerprint(places)}
     key |= {"preprocess": repr(preprocess), "autocast": str(autocast)}
     grid = model.backbone.grid((1, 3, *size))
-    return TokenStore.make(
-        folder, "tokens", key, len(paths), blocks, batch=batch_size, bar=progress, grid=grid
-    )
+    how, bar = partial(_of_pictures, *how), need * progress
+    return TokenStore.make(folder, "tokens", key, len(paths), how, batch=batch_size, bar=bar, grid=grid)
 
 
 class ModelFingerprint(NamedTuple):
@@ -734,10 +684,9 @@ def baseline_pixels(images: Tensor) -> Tensor:
     Images are (B, 1, H, W) grey, or (B, 3, H, W) RGB with ImageNet normalisation. The inner product of two
     descriptors is the correlation of their thumbnails.
     """
-    if images.shape[1] == 3:  # to grey by Rec. 601, as Pillow's "L"
-        colours = (IMAGENET_MEAN, IMAGENET_STD, (0.299, 0.587, 0.114))
-        mean, std, grey = (torch.tensor(c, device=images.device).view(3, 1, 1) for c in colours)
-        images = ((images * std + mean) * grey).sum(dim=1, keepdim=True)
+    if images.shape[1] == 3:  # to grey by Rec. 601, as Pillow's "L", less a constant
+        grey = images.new_tensor(IMAGENET_STD) * images.new_tensor((0.299, 0.587, 0.114))
+        images = torch.einsum("bchw,c->bhw", images, grey)[:, None]
     pixels = torch.nn.functional.adaptive_avg_pool2d(images, 32).flatten(1)
     return torch.nn.functional.normalize(pixels - pixels.mean(dim=1, keepdim=True), dim=1)
 

@@ -73,7 +73,7 @@ class Evaluation:
         return Recall(self.hits, self.n_queries, self.n_without_positive, self.per_query_rank)
 
     def rankings(self) -> pd.DataFrame:
-        """What every query found, a row each query and rank; see `sagelib.retrieval.write_rankings`."""
+        """What every query found, a row each query and rank; see `sagelib.retrieval.rankings_table`."""
         table = pd.read_csv(self.path / "rankings.csv")
         return table[table["query_path"].str.startswith(self.folder)]
 
@@ -82,25 +82,12 @@ class Evaluation:
         return f"{self.model} on {self.dataset} ({self.split}), context {self.context}: {self.recall}{inside}"
 
 
-def evaluate(
-    model: Callable,
-    test_set: TestSet,
-    root,
-    *,
-    name: str | None = None,
-    model_name: str | None = None,
-    preprocess: Callable | None = None,
-    context: str | Context = "none",
-    anchors: np.ndarray | None = None,
-    pca: PCA | None = None,
-    index: str | None = None,
-    ks: Sequence[int] = KS,
-    dtype: str = "float16",
-    device: str | torch.device = "auto",
-    seed: int = 0,
-    on_error: str = "raise",
-    **options,
-) -> Evaluation:
+def evaluate(model: Callable, test_set: TestSet, root, *, name: str | None = None,
+             model_name: str | None = None, preprocess: Callable | None = None,
+             context: str | Context = "none", anchors: np.ndarray | None = None, pca: PCA | None = None,
+             index: str | None = None, ks: Sequence[int] = KS, dtype: str = "float16",
+             device: str | torch.device = "auto", seed: int = 0, on_error: str = "raise",
+             **options) -> Evaluation:  # fmt: skip
     """Describe a test set, search it, count recall, and keep all of it in a run directory.
 
     ``root/evaluate/<name>/`` gets result.json, ranks.npy (of first positives), rankings.csv and a manifest;
@@ -164,7 +151,9 @@ def evaluate(
     counted = recall(indices, positives, ks, n_references=len(references))
     search_s, sides = time.perf_counter() - began, {"database": references, "queries": queries}
     parts = {name: d.kept(getattr(test_set, name)) for name, d in sides.items()}
-    retrieval.write_rankings(run.path("rankings.csv"), indices, distances, *parts.values(), positives)
+    table = retrieval.rankings_table(indices, distances, *parts.values(), positives)
+    with runs.atomic_path(run.path("rankings.csv")) as temporary:
+        table.to_csv(temporary, index=False)
     runs.save_array(run.path("ranks.npy"), counted.per_query_rank)
     head_s = sum(d.manifest["seconds"] for d in sides.values() if "embedding_seconds" in d.manifest)
     embed_s = sum(d.manifest.get("embedding_seconds", d.manifest["seconds"]) for d in sides.values())
@@ -212,8 +201,7 @@ def _in_database(database, queries, indices, distances) -> int:
 def compare(a: Evaluation, b: Evaluation, k: int = 1, seed: int = 0, *, groups=None) -> Difference:
     """R@k of b less that of a over the same queries, by `paired_bootstrap`; other pictures are refused."""
     for what in ("dataset", "data_fingerprint"):
-        of_a, of_b = getattr(a, what), getattr(b, what)
-        if of_a != of_b:
+        if (of_a := getattr(a, what)) != (of_b := getattr(b, what)):
             names = f"{a.path.name} and {b.path.name}"
             raise ValueError(f"{names} cannot be compared: {what} is {of_a} and {of_b}")
     return paired_bootstrap(a.recall, b.recall, k, seed, groups=groups)
@@ -241,19 +229,11 @@ def predict(model: Callable, database: Places, queries: Places, root, *, k: int 
 def locate(
     photo, descriptors: Descriptors, places: Places, model, k=5, *, preprocess=None, index=None, device="auto"
 ) -> pd.DataFrame:
-    """Find where a photograph was taken: the k nearest of a described folder.
+    """Find where a photograph, a path or a PIL image, was taken: the k nearest of a described folder.
 
-    Parameters
-    ----------
-    photo, index, device : path or PIL image, str or None, str or torch.device
-        The last two as for `evaluate`.
-    descriptors, places, model, preprocess : Descriptors, Places, callable, callable
-        What was described and by what, or a ValueError, in a context without a batch: none, solo or anchors.
-
-    Returns
-    -------
-    DataFrame
-        rank, path, distance (of descriptors), east_m, north_m, utm_zone, heading_deg, row (of `places`).
+    The `descriptors` must be of these places, model and preprocess (or it is a ValueError), in a context
+    without a batch: none, solo or anchors; `index` and `device` are as for `evaluate`. A DataFrame of rank,
+    path, distance (of descriptors), east_m, north_m, utm_zone, heading_deg and row (of `places`).
     """
     context, preprocess = Context.parse(descriptors.context), describing.preprocess_of(model, preprocess)
     if context.batched:
@@ -270,10 +250,10 @@ def locate(
         anchors = torch.from_numpy(runs.load_array(descriptors.path / "anchors.npy")).to(device)
     image = preprocess(load_image(photo))[None].to(device)
     precision = PRECISIONS[descriptors.precision]
-    value = describing.describe_batch(model, image, context, anchors=anchors, autocast=precision).cpu().numpy()
-    key = {"descriptors": descriptors.manifest, "pca": None}
+    value = describing.describe_batch(model, image, context, anchors=anchors, autocast=precision).cpu()
+    key, k = {"descriptors": descriptors.manifest, "pca": None}, min(k, len(descriptors))
     built = retrieval.open_index(index, descriptors.values, descriptors.path, key) if index else None
-    indices, distances = search(descriptors.values, value, min(k, len(descriptors)), index=built)
+    indices, distances = search(descriptors.values, value.numpy(), k, index=built)
     rows = descriptors.rows[indices[0][found := indices[0] >= 0]]
     columns = {"path": places.path[rows], "distance": distances[0][found]}
     columns |= {n: getattr(places, n)[rows] for n in ("east_m", "north_m", "utm_zone", "heading_deg")}

@@ -32,20 +32,17 @@ def search(database_values, query_values, k: int, *, index=None, out=None) -> tu
     faiss proposes candidates from float32 inner products. Their distances are computed again in float64 and
     sorted by (distance, row), over ever more candidates until float32 rounding cannot have hidden one: the
     result is that of a float64 brute force (where over 1,024 references tie, the last are in faiss's order).
-    An `index` proposes a shortlist, whose distances are as exact.
+    An `index` (`open_index`) proposes a shortlist, whose distances are as exact.
 
     Parameters
     ----------
     database_values, query_values : arrays (N, D) and (Q, D), float16 or float32, may be memmaps
         Finite and below 1e15; they are converted to float32 block by block, never as a whole.
-    k : int
-    index : faiss index of `database_values`, optional, see `open_index`
-    out : two arrays (Q, k), int64 and float32, optional
-        Where the results go, such as memmaps.
+    out : two arrays (Q, k), int64 and float32, such as memmaps, optional
 
     Returns
     -------
-    indices, distances : arrays (Q, k), int64 and float32
+    indices, distances : arrays (Q, k), int64 and float32; they are `out`, if given
         Rows of `database_values`, nearest first, and Euclidean distances; -1 and inf where fewer are found.
     """
     shapes = np.shape(database_values), np.shape(query_values)
@@ -89,7 +86,7 @@ def open_index(spec: str, values, folder, key: Mapping) -> faiss.IndexShards:
     ----------
     spec : str
         ``Flat``, ``SQfp16``, ``HNSW32``, ``IVF1024,PQ64``, ...; after a semicolon settings of the search, as
-        in ``IVF1024,PQ64;nprobe=32``. By default a quarter of the lists is searched.
+        in ``IVF1024,PQ64;nprobe=32``. By default half of the lists is searched.
     values : array (N, D), may be a memmap
     folder, key : path, mapping
         Where the files lie, and all that `values` depend on: the index of others is not found.
@@ -114,12 +111,11 @@ def open_index(spec: str, values, folder, key: Mapping) -> faiss.IndexShards:
             how = getattr(faiss, "IO_FLAG_MMAP_IFC", faiss.IO_FLAG_MMAP)
             index = faiss.read_index(str(path / "rows.faiss"), how)
             if lists := faiss.try_extract_index_ivf(index):
-                lists.nprobe = -(-lists.nlist // 4)
+                lists.nprobe = -(-lists.nlist // 2)
             faiss.ParameterSpace().set_index_parameters(index, settings)
         except RuntimeError as error:
-            (n, width), reason = part.shape, str(error).rpartition(": ")[2]
-            words = f"no index {spec!r} of {n} rows of {width} numbers: faiss says {reason}"
-            raise ValueError(words) from None
+            words = f"no index {spec!r} of {len(part)} rows of {part.shape[1]} numbers: faiss says "
+            raise ValueError(words + str(error).rpartition(": ")[2]) from None
         opened[start] = index
     for start in starts:
         shards.add_shard(opened[start])
@@ -281,8 +277,7 @@ def paired_bootstrap(a: Recall, b: Recall, k=1, seed=0, *, groups=None, draws: i
     other, and the honest interval is wider. Recalls over different queries raise a ValueError.
     """
     for what in ("n_queries", "n_without_positive"):
-        of_a, of_b = getattr(a, what), getattr(b, what)
-        if of_a != of_b:
+        if (of_a := getattr(a, what)) != (of_b := getattr(b, what)):
             raise ValueError(f"{what} is {of_a} for a and {of_b} for b: compare over the same queries")
     change = b.hit(k).astype(int) - a.hit(k).astype(int)
     n, gained, lost = len(change), int((change > 0).sum()), int((change < 0).sum())
@@ -306,13 +301,6 @@ def resampled_means(values, cells, rng, draws: int, groups=None) -> np.ndarray:
     size, total = np.bincount(member), np.bincount(member, weights=values)
     picks = rng.multinomial(len(size), np.full(len(size), 1 / len(size)), size=draws)
     return (picks @ total) / (picks @ size)
-
-
-def write_rankings(path, *found) -> Path:
-    """Write a `rankings_table` of what was `found` to a CSV file that any tool opens."""
-    with runs.atomic_path(path) as temporary:
-        rankings_table(*found).to_csv(temporary, index=False)
-    return Path(path)
 
 
 def rankings_table(indices, distances, database, queries, positives=None) -> pd.DataFrame:

@@ -197,13 +197,10 @@ def build_model_of(config: TrainConfig) -> SAGE:
         except TypeError as error:
             raise ValueError(f"no model can be built of these options: {error}") from error
     model.preprocessing = {"image_size": config.validation_size, "mode": config.preprocess}
-    for name, module in model.named_modules():
-        if config.dropout is None or name.startswith(("backbone.vit", "backbone.cnn")):
-            continue  # the frozen network's own are 0 and stay so
-        if isinstance(module, nn.Dropout):
-            module.p = config.dropout
-        elif isinstance(module, nn.MultiheadAttention):
-            module.dropout = config.dropout
+    for name, module in model.named_modules() if config.dropout is not None else ():
+        rate = {nn.Dropout: "p", nn.MultiheadAttention: "dropout"}.get(type(module))
+        if rate and not name.startswith(("backbone.vit", "backbone.cnn")):  # the frozen network's own stay 0
+            setattr(module, rate, config.dropout)
     return model
 
 
@@ -243,10 +240,7 @@ def train(config: TrainConfig, run: Run, *, mined: Places | None = None, labelle
     `validation` is measured before the first step and at every epoch's end, on descriptors of one image
     each: without a head as they are, with a head alone or over its anchors. A `model` is trained in place of
     the configuration's. `tokens` is the folder of kept tokens, shared by runs; by default beside the stages.
-
-    Raises
-    ------
-    ValueError, FloatingPointError, MemoryError : too few data; a loss not finite; memory that runs out
+    Too few data raise a ValueError, a loss that is not finite a FloatingPointError.
     """
     if run.finished:
         return TrainResult(run, load_trained(run), run.metrics)
@@ -257,12 +251,10 @@ def train(config: TrainConfig, run: Run, *, mined: Places | None = None, labelle
         raise ValueError("the labelled places carry no labels: give them as mined places")
     if config.train_context == "half" and len(data) < 2:
         raise ValueError("train_context 'half' needs both sources, labelled and mined: take 'batch' with one")
-    advice = (
-        f"not enough memory for {config.places_per_batch} places x {config.images_per_place} images a source "
-        f"at {config.image_size} pixels: set gradient_checkpointing to a few images (now "
-        f"{config.gradient_checkpointing}), which changes no result, or lower places_per_batch, image_size; "
-        f"if it happened while describing, lower describe_batch (now {config.describe_batch})"
-    )
+    size = f"{config.places_per_batch} places x {config.images_per_place} images"
+    advice = f"not enough memory for {size} at {config.image_size} pixels: set gradient_checkpointing to a "
+    advice += f"few images (now {config.gradient_checkpointing}), or lower places_per_batch, image_size or "
+    advice += f"describe_batch (now {config.describe_batch})"
     folder = Path(tokens) if tokens is not None else run.dir.parent.parent / "tokens"
     with torch.random.fork_rng(list(range(torch.cuda.device_count()))), runs.memory_errors(advice):
         return _Training(config, run, data, validation, model, folder, device, progress).fit()
@@ -373,8 +365,7 @@ class _Training:
     def some_images(self, name: str, n: int) -> tuple[_Images, np.ndarray]:
         """The last source and `n` of its images, the same in every epoch and process."""
         *_, source = self.sources.values()
-        total = len(source.places)
-        if n > total:
+        if n > (total := len(source.places)):
             raise ValueError(f"{name} asks for {n} training images, and there are {total}: lower it")
         return source, np.sort(rng(self.config.seed, name).permutation(total)[:n])
 
@@ -440,9 +431,8 @@ class _Training:
             both = np.intersect1d(images, images_before)
             kept = (p[np.isin(p, both).all(axis=1)] for p in (pairs, pairs_before))
             now, then = (set(map(tuple, p.tolist())) for p in kept)
-            facts |= dict(
-                edges_gained=len(now - then), edges_lost=len(then - now), edges_kept=len(now & then)
-            )
+            facts |= {"edges_gained": len(now - then), "edges_lost": len(then - now)}
+            facts["edges_kept"] = len(now & then)
         seen[name] = (torch.from_numpy(images), torch.from_numpy(pairs))
         return facts
 
@@ -608,8 +598,7 @@ class _Training:
         """The metrics, and the model with its best weights."""
         state, refresh = self.state, self.state.seconds["refresh"]
         metrics = dict(epochs=state.epoch, steps=state.step, stopped_early=state.epoch < self.config.epochs)
-        metrics["final_loss"] = float(np.mean([loss for loss, _ in state.tail]))
-        metrics["plateau"] = self.plateau()
+        metrics |= {"final_loss": float(np.mean([x for x, _ in state.tail])), "plateau": self.plateau()}
         metrics["seconds"] = {key: round(value, 2) for key, value in state.seconds.items()}
         metrics["refresh_share"] = refresh / max(1e-9, refresh + state.seconds["train"])
         metrics["trained_parameters"] = sum(p.numel() for p in self.trained)
@@ -639,8 +628,7 @@ class _Training:
             f"plateau at {value:.3f} where all similarities are zero, and positives only {gap:.3f} more "
             "alike than negatives: nothing was learned. Try dropout=0, data_init=256, lr=1e-3, or more steps."
         )
-        sentence = sentence if there else ""
-        return {"value": value, "loss": loss, "gap": gap, "ended_there": there, "sentence": sentence}
+        return {"value": value, "loss": loss, "gap": gap, "ended_there": there, "sentence": sentence * there}
 
     def save_checkpoint(self) -> None:
         """Write everything that the rest of the training depends on; keep the last two."""

@@ -3,7 +3,6 @@
 import math
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,7 +13,7 @@ from sagelib.evaluate import published
 from sagelib.images import Preprocess, load_image
 from sagelib.model import SAGE
 from sagelib.places import Places, open_set, pairwise_m
-from sagelib.retrieval import write_rankings
+from sagelib.retrieval import rankings_table
 from workbench import analysis
 
 
@@ -197,8 +196,8 @@ def ranked(tmp_path):
     indices = np.array([[9, 0, 1], [2, 3, 4], [0, 9, 8], [5, 6, 7]])
     distances = np.array([[0.1, 0.3, 0.4], [0.2, 0.5, 0.6], [0.7, 0.8, 0.9], [0.3, 0.4, 0.5]])
     positives = [np.array([0, 1]), np.array([1, 2, 3]), np.array([4, 5, 6]), np.array([], int)]
-    path = write_rankings(tmp_path / "r.csv", indices, distances, database, queries, positives)
-    return pd.read_csv(path), database, queries, positives
+    table = rankings_table(indices, distances, database, queries, positives)
+    return table, database, queries, positives
 
 
 def test_rankings_as_arrays(ranked):

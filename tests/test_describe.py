@@ -1,6 +1,7 @@
 """Description: equal bytes after a kill, batches of contexts, stores found by their key, the first model."""
 
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -36,7 +37,7 @@ from sagelib.describe import (
 )
 from sagelib.images import Preprocess, load_image
 from sagelib.interact import InteractHead
-from sagelib.places import Places, folder_name
+from sagelib.places import Places, folder_name, read_folder
 
 N = 11
 QUIET = {"device": "cpu", "progress": False}
@@ -304,6 +305,16 @@ def test_precision_is_measured_and_the_descriptors_are_found_by_it(
         describe(model, places, tmp_path, precision="float16", **QUIET)
 
 
+def test_the_script_for_a_gpu_measures_what_it_is_given(capsys):
+    script = Path(__file__).parent / "benchmarks" / "bench_gpu.py"
+    names = {"S": "vit_small_patch14_dinov2"}
+    [row] = runpy.run_path(str(script))["table"]("cpu", names, 28, batch=2, width=64, backend="eager")
+    assert row.pop("network") == "S" and len(row) == 5 and min(row.values()) > 0
+    if not torch.cuda.is_available():
+        runpy.run_path(str(script), run_name="__main__")
+        assert capsys.readouterr().out == "no GPU is at hand: nothing was measured\n"
+
+
 # ---------------------------------------------------------------------------------------------- interruption
 SLOW = """
     import sys, time
@@ -313,7 +324,8 @@ SLOW = """
     from sagelib.images import Preprocess
 
     module.FLUSH_S = 0.0
-    folder, log, pause, *outs = sys.argv[1:]
+    folder, log, pauses, *outs = sys.argv[1:]
+    pauses = [float(seconds) for seconds in pauses.split(",")]  # before each batch, and before all after them
 
     class Slow(torch.nn.Module):
         preprocess = Preprocess(14)
@@ -321,7 +333,7 @@ SLOW = """
         def embed(self, images):
             with open(log, "a") as stream:
                 stream.write(f"{len(images)}\\n")
-            time.sleep(float(pause))
+            time.sleep(pauses.pop(0) if len(pauses) > 1 else pauses[0])
             return torch.nn.functional.normalize(images.flatten(1)[:, :64].cumsum(1), dim=1)
 
     torch.set_num_threads(1)
@@ -361,34 +373,33 @@ def test_killed_and_continued_gives_equal_bytes(tmp_path):
     assert killed.read_bytes() == whole.read_bytes() and killed.parent.name == whole.parent.name
 
 
-def killed_in_the_middle(start, log, batches):
-    """Start, and kill all once so many batches are in the log."""
-    processes, deadline = start(), time.monotonic() + 600
-    while not log.exists() or len(log.read_text().split()) < batches:
-        assert all(p.poll() is None for p in processes) and time.monotonic() < deadline, "never came so far"
-        time.sleep(0.01)
-    for process in processes:
-        process.kill()
-        process.wait()
-
-
 def test_two_processes_describe_a_share_each_and_give_the_bytes_of_one(tmp_path):
-    places = write_pictures(tmp_path / "pictures", n=40)
+    write_pictures(tmp_path / "pictures", n=40)
+    places = read_folder(tmp_path / "pictures")
     for row in (3, 38):  # one in each share
         Path(places.path[row]).write_bytes(b"not a picture")
     script, log = tmp_path / "slow.py", tmp_path / "log"
     script.write_text(textwrap.dedent(SLOW).replace("device=", "on_error='skip', device="))
 
-    def arguments(pause, out):
-        return [str(x) for x in (script, tmp_path / "pictures", log, pause, tmp_path / out)]
+    def arguments(pauses, out):
+        return [str(x) for x in (script, tmp_path / "pictures", log, pauses, tmp_path / out)]
 
-    killed_in_the_middle(lambda: start_two(arguments(0.2, "two")), log, 4)
-    assert len(list((tmp_path / "two").glob("*/.rows-*.npy"))) == 2 and not list(
-        tmp_path.glob("two/*/rows.npy")
-    )
-    outputs(start_two(arguments(0, "two")))
-    assert 14 <= len(log.read_text().split()) <= 14 + 4, "no more was done twice than what was at work"
-    subprocess.run([sys.executable, *arguments(0, "one")], check=True)
+    processes, deadline = start_two(arguments("0,0,0,600", "two")), time.monotonic() + 300
+    try:  # each comes to its fourth batch, and stays there
+        while not log.exists() or len(log.read_text().split()) < 8:
+            assert all(p.poll() is None for p in processes) and time.monotonic() < deadline, (
+                "never came there"
+            )
+            time.sleep(0.01)
+    finally:
+        for process in reversed(processes):
+            process.kill()
+            process.communicate()
+    with pytest.raises(FileNotFoundError, match="there are no finished Descriptors in"):
+        Descriptors(next((tmp_path / "two").iterdir()))
+    outputs(start_two(arguments("0", "two")))
+    assert len(log.read_text().split()) == 14 + 2, "each did again the batch at which it was killed, no more"
+    subprocess.run([sys.executable, *arguments("0", "one")], check=True)
     two, one = (Descriptors(next((tmp_path / name).iterdir())) for name in ("two", "one"))
     assert (two.path / "rows.npy").read_bytes() == (one.path / "rows.npy").read_bytes()
     assert two.path.name == one.path.name and two.manifest["skipped"] == one.manifest["skipped"]

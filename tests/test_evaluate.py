@@ -163,7 +163,7 @@ def test_unfinished_evaluations_do_not_look_finished(data, tmp_path, monkeypatch
 
     with monkeypatch.context() as patch:
         patch.setattr(
-            module.retrieval, "write_rankings", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt)
+            module.retrieval, "rankings_table", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt)
         )
         with pytest.raises(KeyboardInterrupt):
             evaluate(Noisy(), open_set(data, "aligned"), tmp_path, progress=False)

@@ -13,10 +13,10 @@ from sagelib.retrieval import (
     Recall,
     open_index,
     paired_bootstrap,
+    rankings_table,
     recall,
     search,
     wilson_interval,
-    write_rankings,
 )
 
 
@@ -294,7 +294,7 @@ def test_rankings_file(tmp_path):
     queries = positions([tmp_path / "q/x.jpg", tmp_path / "q/y.jpg"], [3, 90], ["10S", "10S"])
     indices = np.array([[1, 0, 2], [2, 1, -1]])
     distances = np.array([[0.1, 0.2, 0.3], [0.4, 0.5, np.inf]])
-    write_rankings(tmp_path / "r.csv", indices, distances, database, queries, [[0], []])
+    rankings_table(indices, distances, database, queries, [[0], []]).to_csv(tmp_path / "r.csv", index=False)
     table = pd.read_csv(tmp_path / "r.csv")
     assert len(table) == 5  # the padded rank has no line
     first = table[table["query"] == 0]

@@ -530,7 +530,7 @@ def test_the_bytes_are_told_and_refused_above_the_limit(tmp_path, kept, mined, c
         kept(mined, limit_gb=0.0008)
     assert not (tmp_path / "tokens").exists()
     kept(mined, limit_gb=0.0009, progress=True)
-    assert "0.000836 GB on disk" in capsys.readouterr().out
+    assert "0.000836 GB on disk" in capsys.readouterr().err, "the bar says it"
 
 
 def test_a_killed_build_goes_on_and_other_things_get_other_stores(kept, small_model, mined, monkeypatch):

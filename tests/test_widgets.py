@@ -15,7 +15,7 @@ from plotly.callbacks import InputDeviceState, Points
 
 from sagelib.graph import GeoVisualGraph
 from sagelib.places import Places, TestSet
-from sagelib.retrieval import write_rankings
+from sagelib.retrieval import rankings_table
 from workbench import analysis, widgets
 
 PNG = b"\x89PNG"
@@ -87,7 +87,7 @@ def review(tmp_path, street):
     positives = test_set.positives()
     wrong = np.array([np.setdiff1d(np.arange(30), rows)[:3] for rows in positives])
     alike, table = np.full((3, 3), 0.5), tmp_path / "rankings.csv"
-    write_rankings(table, wrong, alike, database, queries, positives)
+    rankings_table(wrong, alike, database, queries, positives).to_csv(table, index=False)
     names = dict(path=tmp_path, model="sage", dataset="</script>", context="none")
     result = SimpleNamespace(**names, rankings=lambda: pd.read_csv(table))
     return result, test_set, analysis.suspects(result.rankings(), database, queries, positives, count=0)
@@ -112,7 +112,8 @@ def test_the_review_page_is_whole_and_a_script_in_a_name_or_a_note_is_text(tmp_p
     assert any(row["query_path"].endswith("<script>alert(1)<!--.png") for row in rows)
     right = np.array([rows[:3] for rows in test_set.positives()])
     places = test_set.database, test_set.queries
-    write_rankings(tmp_path / "rankings.csv", right, np.full((3, 3), 0.5), *places, test_set.positives())
+    table = rankings_table(right, np.full((3, 3), 0.5), *places, test_set.positives())
+    table.to_csv(tmp_path / "rankings.csv", index=False)
     text = widgets.write_review(result, test_set, tmp_path, count=0).read_text()
     assert "nothing to review" in text and "<section" not in text
     shown, found = (

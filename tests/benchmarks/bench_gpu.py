@@ -16,49 +16,51 @@ from sagelib.describe import describe_batch
 from sagelib.model import build_model
 
 NAMES = {"ViT-B/14": "vit_base_patch14_dinov2", "ViT-L/14": "vit_large_patch14_dinov2"}
-SIDE, BATCH = 322, 64
+NO_GPU = "no GPU is at hand: nothing was measured"
 
 
-def seconds(call, rounds: int = 10) -> float:
+def seconds(call, device: str, rounds: int = 10) -> float:
     """The fastest of some rounds, after two to warm up."""
-    times = []
+    wait, times = torch.cuda.synchronize if device == "cuda" else (lambda: None), []
     for _ in range(rounds + 2):
-        torch.cuda.synchronize()
+        wait()
         began = time.perf_counter()
         call()
-        torch.cuda.synchronize()
+        wait()
         times.append(time.perf_counter() - began)
     return min(times[2:])
 
 
-def table() -> list[dict]:
-    """A row for each network."""
-    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    peak = 2 * 8192**3 / seconds(lambda: a @ a)
-    images, rows = torch.randn(BATCH, 3, SIDE, SIDE, device="cuda"), []
-    for title, name in NAMES.items():
-        model = build_model(name, pretrained=False, interact=False).cuda().eval()
+def table(
+    device="cuda", names=NAMES, side: int = 322, batch: int = 64, width: int = 8192, **how
+) -> list[dict]:
+    """A row for each network; the matrices of the card's rate are `width` wide, `how` is to compile."""
+    a = torch.randn(width, width, device=device, dtype=torch.bfloat16)
+    peak = 2 * width**3 / seconds(lambda: a @ a, device)
+    images, rows = torch.randn(batch, 3, side, side, device=device), []
+    for title, name in names.items():
+        model = build_model(name, pretrained=False, interact=False).to(device).eval()
         half = partial(describe_batch, model, images, autocast=torch.bfloat16)
-        rates = {"float32": seconds(partial(describe_batch, model, images)), "bfloat16": seconds(half)}
+        rates = {"float32": seconds(partial(describe_batch, model, images), device)}
+        rates["bfloat16"] = seconds(half, device)
         for block in model.backbone.vit.blocks:
-            block.compile()
-        rates["compiled"] = seconds(half)
+            block.compile(**how)
+        rates["compiled"] = seconds(half, device)
         # Two operations a weight and token; attention adds 4 x tokens x width a token and block.
-        vit, tokens = model.backbone.vit, (SIDE // 14) ** 2 + 1
-        width, depth = vit.embed_dim, len(vit.blocks)
-        work = 2 * sum(p.numel() for p in vit.blocks.parameters()) * tokens + 4 * depth * width * tokens**2
-        row = {f"{key} images/s": round(BATCH / value) for key, value in rates.items()}
+        vit, tokens = model.backbone.vit, (side // 14) ** 2 + 1
+        attention = 4 * len(vit.blocks) * vit.embed_dim * tokens**2
+        work = 2 * sum(p.numel() for p in vit.blocks.parameters()) * tokens + attention
+        row = {f"{key} images/s": round(batch / value, 1) for key, value in rates.items()}
         row["compiled over float32"] = round(rates["float32"] / rates["compiled"], 2)
-        row["share of the card's rate"] = round(BATCH * work / rates["compiled"] / peak, 3)
+        row["share of the card's rate"] = round(batch * work / rates["compiled"] / peak, 3)
         rows.append({"network": title, **row})
     return rows
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is at hand")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_GPU)
 def test_gpu(benchmark):
-    for row in benchmark.pedantic(table, rounds=1):
-        print(row)
+    print("", *benchmark.pedantic(table, rounds=1), sep="\n")
 
 
 if __name__ == "__main__":
-    print(*table() if torch.cuda.is_available() else ["no GPU is at hand: nothing was measured"], sep="\n")
+    print(*table() if torch.cuda.is_available() else [NO_GPU], sep="\n")

@@ -34,8 +34,9 @@ SF_XL = 2_805_840  # images of the map of San Francisco XL (Berton et al., 2022)
 def settings_of(rows: int) -> list[str]:
     """Indexes to compare: lists by the root of the number of references, in powers of two."""
     lists = 2 ** round(np.log2(rows**0.5))
-    fine = ("HNSW32", f"IVF{lists},PQ64;nprobe={lists // 8}")  # long to make, HNSW with all rows in memory
-    coarse = [f"IVF{lists},PQ128x4fs;nprobe={lists // part}" for part in (16, 8, 4, 2)]
+    codes = f"IVF{lists},PQ128x4fs", f"PCAR256,IVF{lists},PQ128x4fs"  # 64 bytes, of 1024 numbers or of 256
+    coarse = [f"{code};nprobe={lists // part}" for code in codes for part in (8, 4, 2)]
+    fine = ("HNSW32", f"IVF{lists},PQ64")  # long to make, HNSW with all rows in memory
     return [*coarse, *(fine if rows <= 100_000 else ())]
 
 
