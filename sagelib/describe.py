@@ -223,7 +223,7 @@ class RowStore:
         skipped = sum((state["skipped"] for state in states), [])
         if len(skipped) == n:
             raise ValueError(f"none of the {n} pictures decodes; the first: {skipped[0]['reason']}")
-        facts |= {name: sum(state[name] for state in states) for name in ("seconds", "waited")}
+        facts |= {name: max(state[name] for state in states) for name in ("seconds", "waited")}
         runs.write_json(path / "manifest.json", {"skipped": skipped, **facts})
         if len(parts) == 1 and not skipped:
             parts[0].replace(path / "rows.npy")
