@@ -58,6 +58,8 @@ PUBLISHED = pd.DataFrame(
     [("GeM", "none", 680, 60.0), ("SAGE", "sorted", 8448, 94.5), ("BoQ", "none", 12288, 93.8)],
     columns=["label", "context", "dim", "recall"],
 )
+SHIFT = pd.DataFrame({"shift": [0, 0.3], "R@1": [70.0, 60], "low": [60.0, 50], "high": [80.0, 70]})
+SHIFT = SHIFT.assign(model="gem2x2:tf_efficientnet_lite2", dataset="gardens-point")
 GALLERY = {
     "place_map": call(
         EAST, NORTH, group=["reference", "query"] * 40, heading_deg=[90, nan] * 40, title="Town"
@@ -97,7 +99,8 @@ GALLERY = {
         [4, nan, nan, 17.7],
         **PAID,
     ),
-    "context_audit": call({"one": AUDIT, "two": AUDIT, "three": AUDIT}),
+    "context_audit": call(dict.fromkeys(("town, a-head-over-anchors-of-a-long-name", "two", "three"), AUDIT)),
+    "sideways_shift": call(SHIFT),
     "ablation_figure": call(
         ["full", "no SoftP", "not run"], SEEDS, [nan, -2.5, nan], [nan, -4, nan], [nan, -1, nan], **ABLATION
     ),
@@ -183,11 +186,14 @@ def test_nothing_global_changes_and_a_figure_draws_itself_in_a_notebook():
     import matplotlib.pyplot as plt
 
     before, opened = dict(matplotlib.rcParams), plt.get_fignums()
-    png = figures.loss_curve([0, 1], [2, 1], plateau=1.5)._repr_png_()
+    (shown,) = figures.loss_curve([0, 1], [2, 1], plateau=1.5)._repr_mimebundle_().items()
+    png = base64.b64decode(shown[1])
     draw("pair_matrices")
     assert dict(matplotlib.rcParams) == before and plt.get_fignums() == opened
-    assert png.startswith(b"\x89PNG")
-    assert png == figures.to_png(figures.loss_curve([0, 1], [2, 1], plateau=1.5)), "the same bytes again"
+    assert shown[0] == "image/png" and png.startswith(b"\x89PNG")
+    assert png == figures.draw(figures.loss_curve([0, 1], [2, 1], plateau=1.5)), "the same bytes again"
+    ((kind, picture),) = figures.contact_sheet(IMAGES[:1], [""])._repr_mimebundle_().items()
+    assert kind == "image/jpeg" and base64.b64decode(picture).startswith(b"\xff\xd8\xff")
 
 
 def test_the_colours_differ_for_the_colour_blind():
@@ -280,8 +286,8 @@ def test_a_contact_sheet_shows_every_image_once_of_whatever_kind():
     for axis, image in zip(shown, IMAGES, strict=False):
         np.testing.assert_array_equal(axis.get_images()[0].get_array(), image)
     for image in (Image.fromarray(IMAGES[0]), IMAGES[0] / 255.0, IMAGES[0][..., 0]):
-        figures.to_png(figures.contact_sheet([image], [""]))
-        figures.to_png(figures.heatmap_scales([image], [np.eye(4)], scale=(0, 1), title=""))
+        figures.draw(figures.contact_sheet([image], [""]))
+        figures.draw(figures.heatmap_scales([image], [np.eye(4)], scale=(0, 1), title=""))
 
 
 def test_the_nearest_are_where_they_are_and_as_far_as_they_are():

@@ -184,7 +184,7 @@ def test_minimal_detectable_difference_has_the_power_it_names():
     ("difference", "options", "sentence"),
     [
         ((12.4, 8.1, 16.9), {}, "SAGE finds 12.4 points [8.1, 16.9] more than GeM."),
-        ((-2.0, -3.5, -0.5), {}, "SAGE finds 2.0 points [0.5, 3.5] less than GeM."),
+        (tuple(np.array([-2.0, -3.5, -0.5])), {}, "SAGE finds 2.0 points [0.5, 3.5] less than GeM."),
         (
             (-0.02, -0.035, -0.005),
             {"verb": "draws negatives", "unit": "of cosine", "words": ("harder", "easier"), "digits": 3},

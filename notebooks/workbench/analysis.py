@@ -301,15 +301,11 @@ def graph_cost_table(logs: Mapping[str, Iterable[Mapping]], published: pd.DataFr
         made = epochs[epochs["refreshed_epoch"] == epochs["epoch"]]
         described, images = made["described_images"], int(made["images"].iloc[0])
         cost = {"who": name, "schedule": made["schedule"].iloc[0], "kind": "measured"}
-        cost |= {
-            "seconds": made["refresh"].mean(),
-            "added_pct": 100 * made["refresh"].sum() / epochs["train"].sum(),
-        }
+        cost["seconds"] = made["refresh"].mean()
+        cost["added_pct"] = 100 * made["refresh"].sum() / epochs["train"].sum()
         measured.append(cost | {"context": f"{described.mean():,.0f} of {images:,} images described"})
         seconds = images * made["seconds_describe"].sum() / max(described.sum(), 1)
-        context = (
-            f"all {images:,} images, at the rate of that log; no training with schedule static was timed"
-        )
+        context = f"all {images:,} images, at the rate of that log; no static training was timed"
         cost = {"who": name, "schedule": "static", "kind": "estimated", "seconds": seconds}
         estimated.append(cost | {"context": context})
     if any(cost["schedule"] == "static" for cost in measured):

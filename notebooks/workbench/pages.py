@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from IPython import get_ipython
+from IPython.display import HTML, display
 
 from sagelib.runs import UNFINISHED, Run, atomic_path, check, fingerprint, now, plain, runs_root, write_json
 
 NOTEBOOKS = Path(__file__).resolve().parents[1]
+# On a narrow page sentences break between words, and names in the first columns of a table anywhere.
+STYLE = """<style>.jp-OutputArea-output pre {word-break: normal; overflow-wrap: anywhere}
+.jp-OutputArea-output :is(th, td:nth-child(-n+2)) {overflow-wrap: anywhere}</style>"""
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", dict: "a mapping"}
 
 
@@ -27,6 +31,7 @@ def start_page(namespace: Mapping[str, Any], **allowed: float | Sequence | None)
         os.chdir(NOTEBOOKS)
     if shell := get_ipython():
         shell.register_magic_function(exercise, "cell")
+        display(HTML(STYLE))
     kinds = namespace.get("__annotations__", {})
     # papermill sets what it is given in a cell of its own, which begins with this comment.
     given = [cell for cell in namespace.get("In", []) if cell.startswith("# Parameters\n")][-1:]

@@ -261,13 +261,8 @@ def to_latex(table: pd.DataFrame, caption: str | None = None) -> str:
     cells, numbers = _texts(table)
     style = cells.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis=1)
     columns, place = "".join("r" if n else "l" for n in numbers), "t" if caption else None
-    latex = style.to_latex(
-        hrules=True,
-        column_format=columns,
-        caption=caption,
-        position=place,
-        position_float=place and "centering",
-    )
+    placed = {"caption": caption, "position": place, "position_float": place and "centering"}
+    latex = style.to_latex(hrules=True, column_format=columns, **placed)
     # Behind a line's end or a rule, a bracket would be read as its argument, and a star as its other form.
     return re.sub(r"^(?=[\[*])", "{}", latex, flags=re.M)
 
@@ -356,4 +351,4 @@ def verdict(
         power = f"; one of less than about {unseen:.{digits}f} would mostly go unseen" if unseen else ""
         return f"No difference between {one} and {other} is shown: {found}{power}."
     ends = "{:.{d}f}, {:.{d}f}".format(*sorted((abs(low), abs(high))), d=digits)
-    return f"{one} {verb} {abs(value):.{digits}f} {unit} [{ends}] {words[value < 0]} than {other}."
+    return f"{one} {verb} {abs(value):.{digits}f} {unit} [{ends}] {words[int(value < 0)]} than {other}."

@@ -270,7 +270,7 @@ def patch_matcher(query, reference, query_patches, reference_patches, grid):
 
     row, column = (_slider(n // 2, 0, n - 1) for n in grid)
     box = _interactive(show, row=row, column=column)
-    box.layout.width = "calc(100% - 345px)"  # the wide picture must not squeeze the one that takes the clicks
+    box.layout.flex = "1 1 420px"  # where a page is too narrow for both, below the one that takes the clicks
 
     def clicked(_trace, points, _state) -> None:
         if points.xs:
@@ -278,7 +278,8 @@ def patch_matcher(query, reference, query_patches, reference_patches, grid):
             row.value = min(int(points.ys[0] * grid[0] / height), grid[0] - 1)
 
     clickable.data[0].on_click(clicked)
-    return ipywidgets.HBox([ipywidgets.Box([clickable], layout={"flex": "0 0 340px"}), box])
+    sides = [ipywidgets.Box([clickable], layout={"flex": "0 0 340px"}), box]
+    return ipywidgets.HBox(sides, layout={"flex_flow": "row wrap"})
 
 
 def heatmap_chooser(pictures: Sequence, maps: Mapping[str, tuple], names: Sequence[str]):
@@ -339,9 +340,8 @@ def tsne_explorer(
         trace.on_hover(hovered)
     widest = max(min(30, len(place) - 1), perplexity)
     controls = dict(perplexity=_slider(perplexity, 2, widest), seed=_slider(seed, 0, max(9, seed)))
-    beside = ipywidgets.HBox(
-        [ipywidgets.Box([chart], layout={"flex": "1 1 0", "min_width": "0"}), photograph]
-    )
+    room = {"flex": "1 1 0", "min_width": "0", "display": "block"}  # a block is no wider than the page leaves
+    beside = ipywidgets.HBox([ipywidgets.Box([chart], layout=room), photograph])
     return ipywidgets.VBox([_interactive(show, **controls), waiting, beside])
 
 
@@ -363,7 +363,7 @@ def live_curve(read_log: Callable, *, plateau: float, every_s: float = 2.0) -> I
     def draw() -> None:
         steps = pd.DataFrame([row for row in read_log() if row.get("kind") == "step"])
         if len(steps):
-            picture.value = figures.to_png(figures.loss_curve(steps["step"], steps["loss"], plateau=plateau))
+            picture.value = figures.draw(figures.loss_curve(steps["step"], steps["loss"], plateau=plateau))
 
     def keep_drawing() -> None:
         while not stop.wait(every_s):

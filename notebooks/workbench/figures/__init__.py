@@ -26,10 +26,11 @@ from workbench.figures.pictures import (
 )
 from workbench.figures.results import (
     ablation_figure, aid_bars, context_audit, graph_cost, loss_curve, mass_bars, methods_compared,
-    precision_recall, recall_bars, recall_per_epoch, recall_vs_dim, recall_vs_parameters, training_rates,
+    precision_recall, recall_bars, recall_per_epoch, recall_vs_dim, recall_vs_parameters, sideways_shift,
+    training_rates,
 )
-from workbench.figures.style import PALETTE, RIGHT, STYLE, WRONG, to_png
+from workbench.figures.style import PALETTE, RIGHT, STYLE, WRONG, draw
 
 for _name, _value in list(globals().items()):  # draw in one style, and leave matplotlib's as it was
-    if isinstance(_value, FunctionType) and _value not in (rc_context, to_png):
+    if isinstance(_value, FunctionType) and _value not in (rc_context, draw):
         globals()[_name] = rc_context(STYLE)(_value)

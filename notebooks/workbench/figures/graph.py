@@ -28,7 +28,7 @@ def graph_map(east_m, north_m, edges, weight, *, radius_m, cliques=(), node_labe
         look = {"cmap": AFFINITY, "linewidths": np.clip(400 / len(edges), 0.5, 2.5), "alpha": 0.85}
         lines = axis.add_collection(LineCollection(at[edges[order]], array=weight[order], **look))
         figure.colorbar(lines, cax=axis.inset_axes([1.02, 0, 0.025, 1]), label=AFFINITY_NAME)
-    axis.scatter(*at.T, s=np.clip(6000 / len(at), 6, 60), color="#666666", linewidths=0, zorder=2)
+    axis.scatter(*at.T, s=np.clip(2500 / len(at), 6, 60), color="#666666", linewidths=0, zorder=2)
     for i, clique in enumerate(cliques):
         axis.scatter(*at[list(clique)].T, s=95, edgecolors="white", linewidths=1, zorder=3, **style.mark(i))
     for label, point in zip(node_labels, at, strict=False):

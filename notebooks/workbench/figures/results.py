@@ -1,5 +1,6 @@
 """Results: recalls with their intervals, training, costs, ablations, and the audit of contexts."""
 
+import textwrap
 from collections.abc import Mapping
 
 import numpy as np
@@ -112,19 +113,10 @@ def methods_compared(groups: Mapping[str, pd.DataFrame]) -> Figure:
         if "low" in table:
             ends = style.error_bars(table["recall"], table["low"], table["high"])
             left.errorbar(table["recall"], y, xerr=ends, fmt="none", ecolor=BLACK, capsize=3, zorder=2)
-        for which, face, label in (
-            (alone, tint, "one image alone"),
-            (~alone, "white", "depends on its batch"),
-        ):
-            look = {
-                "s": 60,
-                "facecolors": face,
-                "edgecolors": tint,
-                "linewidths": 1.8,
-                "label": label,
-                "zorder": 3,
-            }
-            left.scatter(table["recall"][which], y[which], **look)
+        kinds = (alone, tint, "one image alone"), (~alone, "white", "depends on its batch")
+        for which, face, label in kinds:
+            look = {"s": 60, "facecolors": face, "edgecolors": tint, "linewidths": 1.8, "label": label}
+            left.scatter(table["recall"][which], y[which], zorder=3, **look)
         left.set(yticks=y, yticklabels=table["label"], ylim=(len(table) - 0.4, -0.6), xlabel="R@1 (%)")
         left.set_title(title, loc="left", fontsize=12)
         right.barh(y, table["dim"].astype("Float64").fillna(1), color=tint, alpha=0.45, height=0.6)
@@ -254,7 +246,7 @@ def context_audit(audits: Mapping[str, Mapping]) -> Figure:
     ``shuffled`` (m, r), NaN not run; ``none`` (head off), ``solo`` (batches of one), ``anchors`` (a fixed
     set), or None.
     """
-    figure, axes = style.tiles(len(audits), 3, (3.2, 3.6), margin=(1.2, 1.0))
+    figure, axes = style.tiles(len(audits), 3, (3.4, 3.6), margin=(1.2, 1.0))
     for axis, (name, audit) in zip(axes.flat, audits.items(), strict=False):
         n, shuffled = np.asarray(audit["n"]), np.ma.masked_invalid(np.asarray(audit["shuffled"], dtype=float))
         axis.plot(n, audit["sorted"], color=RED, marker="s", label="sorted, as published")
@@ -267,12 +259,27 @@ def context_audit(audits: Mapping[str, Mapping]) -> Figure:
         axis.set_xscale("log", base=2)
         axis.set_xticks(n, [str(v) for v in n])
         axis.margins(y=0.12)
-        axis.set_title(name, fontsize=12)
+        axis.set_title(textwrap.fill(name, 28), fontsize=12)
         axis.set_xlabel("images in a batch")
     for axis in axes[:, 0]:
         axis.set_ylabel("R@1 (%)")
     figure.legend(handles=axes[0, 0].get_legend_handles_labels()[0], **style.LEGEND_BELOW)
     figure.suptitle("The same checkpoint, other company in the batch")
+    return figure
+
+
+def sideways_shift(table: pd.DataFrame) -> Figure:
+    """Draw R@1 and its interval against the shift of the queries, a line for each model and dataset.
+
+    `table` is that of `workbench.probes.sideways_shift`, with the columns model and dataset.
+    """
+    figure, axis = style.panels(7.6, 4.4)
+    for i, (names, rows) in enumerate(table.groupby(["model", "dataset"], sort=False)):
+        shift = 100 * rows["shift"]
+        axis.plot(shift, rows["R@1"], label=",\n".join(names), zorder=3, **mark(i))
+        axis.fill_between(shift, rows["low"], rows["high"], color=mark(i)["color"], alpha=0.1, linewidth=0)
+    axis.set(xlabel="shift of the queries (% of width)", ylabel="R@1 (%)", title="The camera turned sideways")
+    axis.legend(**style.LEGEND_RIGHT)
     return figure
 
 
