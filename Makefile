@@ -69,7 +69,7 @@ test-processors: $(STAMP)  ## every test as on other processors: fewer vector in
 test-faults: $(STAMP)  ## kill every command at random moments, a hundred times in all, and fill its disk
 	SAGE_KILLS=100 $(BIN)/python -m pytest -s tests/test_faults.py tests/test_strangers.py
 
-soak: $(STAMP)  ## describe, search and evaluate for half an hour: memory and open files stay flat
+soak: $(STAMP)  ## describe, index, search and evaluate for half an hour: memory and open files stay flat
 	$(BIN)/python tests/soak.py --minutes 30 --pictures 20000
 
 test-browser: $(STAMP)  ## open every notebook in JupyterLab in a real browser

@@ -160,7 +160,7 @@ class SALAD(nn.Module):
     MLP(patches) (N, m) get one more column of a learned z, the dustbin; Sinkhorn's iterations (3) turn them
     into an assignment R: rows sum to 1, clusters take a mass of 1 each, and the dustbin N - m. Without the
     dustbin, ``V_jk = sum_i R_ik f_ij`` with f = MLP(patches) (N, l), each cluster at unit length; behind a
-    token MLP(cls), also at unit length, the whole is brought to unit length.
+    token MLP(cls), also at unit length, the whole is brought to unit length. Scaled first, columns cancel z.
 
     Parameters
     ----------

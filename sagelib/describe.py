@@ -615,9 +615,9 @@ def preprocess_of(model, preprocess: Callable | None = None) -> Callable:
     return replace(preprocess, multiple=model.backbone.patch) if cut else preprocess
 
 
-def pictures_fingerprint(places) -> str:
+def pictures_fingerprint(*tables) -> str:
     """A short hash of what the files hold, in order: a picture replaced under its name is another one."""
-    return runs.fingerprint([file_digest(path) for path in places.path])
+    return runs.fingerprint([file_digest(path) for places in tables for path in places.path])
 
 
 def file_digest(path) -> str:

@@ -283,8 +283,7 @@ class GeoVisualGraph:
     @cached_property
     def joined(self) -> np.ndarray:
         """(n, n) bool: the nodes that geography joins."""
-        facing = self._facing(*np.ogrid[: len(self), : len(self)])
-        joined = (self.d_geo <= self.rules.radius_m) & facing
+        joined = (self.d_geo <= self.rules.radius_m) & self._facing(*np.ogrid[: len(self), : len(self)])
         np.fill_diagonal(joined, False)
         return joined
 

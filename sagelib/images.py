@@ -215,9 +215,8 @@ class _Pictures(Dataset):
         self.paths, self.transform = paths, transform
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        takes_index = getattr(self.transform, "takes_index", False)
-        picture = load_image(self.paths[index])
-        return self.transform(picture, index) if takes_index else self.transform(picture), index
+        more = (index,) if getattr(self.transform, "takes_index", False) else ()
+        return self.transform(load_image(self.paths[index]), *more), index
 
 
 def loader(places: Places, transform: Callable, *, batches: Iterable[list[int]], workers: int = 0):

@@ -185,8 +185,7 @@ class SAGE(nn.Module, PyTorchModelHubMixin, library_name="sagelib", tags=["visua
     def from_pretrained(cls, name: str | Path, **options) -> "SAGE":
         """A model from a folder of ``save_pretrained`` or :meth:`save_trainable`, or by name from the hub."""
         if Path(name).is_file():
-            reader = "sagelib.weights.load_authors_checkpoint"
-            raise ValueError(f"{name} is a file, not a saved model's folder; {reader} reads released ones")
+            raise ValueError(f"{name} is a file: sagelib.weights.load_authors_checkpoint reads released ones")
         if not Path(name).is_dir():
             hub = {key: options.pop(key) for key in ("revision", "cache_dir", "token") if key in options}
             try:

@@ -114,7 +114,7 @@ def open_index(spec: str, values, folder, key: Mapping) -> faiss.IndexShards:
                 lists.nprobe = -(-lists.nlist // 2)
             faiss.ParameterSpace().set_index_parameters(index, settings)
         except RuntimeError as error:
-            words = f"no index {spec!r} of {len(part)} rows of {part.shape[1]} numbers: faiss says "
+            words = f"{path}: no index {spec!r} of {len(part)} rows of {part.shape[1]} numbers: faiss says "
             raise ValueError(words + str(error).rpartition(": ")[2]) from None
         opened[start] = index
     for start in starts:

@@ -269,18 +269,18 @@ class Run:
 
     @classmethod
     def open(
-        cls, root, stage: str, name: str, config: Mapping, *, seed=None, data_fingerprint=None, device=None
+        cls, root, stage, name, config: Mapping, *, seed=None, data_fingerprint=None, device=None, **more
     ) -> "Run":
         """Open ``root/stage/name`` for this configuration: new, to be resumed, or already finished.
 
-        A directory with work (more than a manifest) of another `config` (a mapping or a dataclass), `seed` or
-        `data_fingerprint` raises `RunConflict`; `device` is merely recorded.
+        A directory with work (beyond a manifest) of another `config` (a mapping or a dataclass), `seed`, hash
+        `data_fingerprint` or `more` hashes raises `RunConflict`; `device` is merely recorded.
         """
         for what, value in (("stage", stage), ("name", name)):
             if not value or value.startswith(".") or any(mark in value for mark in '/\\:*?"<>|'):
                 raise ValueError(f"the {what} of a run must be one plain folder name, got {value!r}")
         path = Path(root) / stage / name / MANIFEST
-        identity = plain({"config": config, "seed": seed, "data_fingerprint": data_fingerprint})
+        identity = plain({"config": config, "seed": seed, "data_fingerprint": data_fingerprint, **more})
         packages = {p: d.version for p in STACK.split() for d in importlib.metadata.distributions(name=p)}
         versions = {"python": platform.python_version(), **packages}
         here = dict(git_commit=_git_commit(), versions=versions, device=device and str(device))
@@ -289,7 +289,7 @@ class Run:
         fresh |= dict(started=now(), **UNFINISHED)
         manifest = read_json(path, *KEYS) if path.exists() else fresh
         finished = manifest["status"] == "finished"
-        changes = differences({key: manifest.get(key) for key in identity}, identity)
+        changes = differences(identity | {k: v for k, v in manifest.items() if k in identity}, identity)
         if changes and (finished or [p.name for p in path.parent.iterdir()] != [MANIFEST]):
             words = "; ".join(f"{key.removeprefix('config.')}: {a!r} -> {b!r}" for key, a, b in changes)
             advice = "choose another name, or remove that folder"

@@ -172,18 +172,16 @@ class SoftProbing(nn.Module):
             weighted = self._weighted(batch)
             for branch, sums in moments.items():
                 out = branch(weighted).flatten(0, 1).double()
-                sums[0] += len(out)
-                sums[1] = sums[1] + out.sum(0)
-                sums[2] = sums[2] + out.square().sum(0)
+                for i, value in enumerate((len(out), out.sum(0), out.square().sum(0))):
+                    sums[i] = sums[i] + value
         self.train(was_training)
         for branch, (n, total, squares) in moments.items():
             if n < 2:
                 raise ValueError("initialise_from needs the patches of at least one image; got none")
             mean = total / n
             scale = (squares / n - mean.square()).clamp_min(1e-12).sqrt()
-            last = branch[-1]
-            last.weight.copy_(last.weight / scale[:, None])
-            last.bias.copy_((last.bias - mean) / scale)
+            branch[-1].weight.copy_(branch[-1].weight / scale[:, None])
+            branch[-1].bias.copy_((branch[-1].bias - mean) / scale)
 
     def _weighted(self, patches: Tensor) -> Tensor:
         return patches if self.weighting is None else patches * (1 + self.weighting(patches))[..., None]

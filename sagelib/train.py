@@ -37,7 +37,7 @@ from torch.distributed.nn.functional import all_gather
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
-from sagelib import runs
+from sagelib import describe, runs
 from sagelib.backbone import read_checkpoint as read_weights
 from sagelib.describe import describe_batch, in_context, launched, open_tokens, pick_device, shared
 from sagelib.graph import GeoVisualGraph
@@ -206,12 +206,14 @@ def build_model_of(config: TrainConfig) -> SAGE:
 
 def open_run(root, name: str, config: TrainConfig, *, mined=None, labelled=None, validation=None,
              device="auto"):  # fmt: skip
-    """The `Run` ``root/train/name`` of this configuration on these data: new, to be resumed, or finished."""
+    """The `Run` ``root/train/name`` of this configuration, tables and pictures: new, begun, or finished."""
     data = {"mined": mined, "labelled": labelled, "validation": validation}
     prints = {key: None if value is None else value.fingerprint() for key, value in data.items()}
     processes, device = launched(device), pick_device(device)
+    tables = (mined, labelled, *((validation.database, validation.queries) if validation else ()))
+    pictures = shared(processes.is_main_process and describe.pictures_fingerprint(*filter(None, tables)))
     with processes.main_process_first():  # it makes the directory, the others read it
-        facts = {"data_fingerprint": runs.fingerprint(prints), "device": device}
+        facts = {"data_fingerprint": runs.fingerprint(prints), "device": device, "pictures": pictures}
         run = Run.open(root, "train", name, config.identity(), seed=config.seed, **facts)
         if processes.is_main_process and not run.finished:
             # Sums of another order have other last digits: bits repeat on so many threads and processes only.
@@ -603,12 +605,11 @@ class _Training:
         metrics["refresh_share"] = refresh / max(1e-9, refresh + state.seconds["train"])
         metrics["trained_parameters"] = sum(p.numel() for p in self.trained)
         if state.best:
-            metrics["best"] = {key: value for key, value in state.best.items() if key != "score"}
-            metrics["start"] = state.start
+            best = {key: value for key, value in state.best.items() if key != "score"}
+            metrics |= {"best": best, "start": state.start}
         if self.main:
-            self.model.save_trainable(self.run.path("last"))
-            if not state.best:
-                self.model.save_trainable(self.run.path("best"))
+            for which in ("last",) if state.best else ("last", "best"):
+                self.model.save_trainable(self.run.path(which))
             self.run.finish(metrics)
             if self.progress and metrics["plateau"]["ended_there"]:
                 tqdm.write(metrics["plateau"]["sentence"])
@@ -664,14 +665,13 @@ class _Images:
     def __init__(self, training: _Training, places: Places, size: int, name: str = "") -> None:
         config = training.config
         self.training, self.places, self.name, self.store, self.views = training, places, name, None, 1
-        self.preprocess = self.transform = kept = Preprocess(size, config.preprocess)
+        self.preprocess = self.transform = Preprocess(size, config.preprocess)
         if name and (config.augment or config.crop):
             options = {"randaugment": config.augment, "crop": config.crop}
             options["autocontrast"] = config.preprocess == "autocontrast"
             options["seed"] = torch_seed(config.seed, "augment", name) % 2**31
             self.transform, self.views = TrainTransform(size, **options), config.views or 1
-        if self.views > 1:
-            kept = Views(self.preprocess, self.transform, self.views)
+        kept = Views(self.preprocess, self.transform, self.views) if self.views > 1 else self.preprocess
         if config.cache_limit_gb is not None:
             options = {"limit_gb": config.cache_limit_gb, "batch_size": config.describe_batch}
             options |= {"workers": config.workers, "autocast": training.dtype, "progress": training.progress}
@@ -733,7 +733,19 @@ def _means(sums: Counter) -> dict[str, float]:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command ``python -m sagelib.train``; several processes: ``accelerate launch -m sagelib.train``."""
-    parser = _parser()
+    parser = argparse.ArgumentParser("python -m sagelib.train", description="Train, or go on training.")
+    add, folder = parser.add_argument, {"type": Path, "metavar": "FOLDER"}
+    add("parameters", type=Path, nargs="?", help="YAML file of fields of TrainConfig; other keys are ignored")
+    add("--data", **folder, help="a set whose training part is mined and whose val part validates")
+    add("--msls", **folder, help="MSLS, mined; its validation cities are left out")
+    add("--gsv", **folder, help="GSV-Cities, as labelled places: half of every batch")
+    add("--validation", **folder, help="a set whose val part validates instead of --data's")
+    add("--on-error", choices=("raise", "skip"), default="raise", help="skip leaves out what is broken")
+    add("--name", required=True, help="of the run")
+    add("--runs", **folder, default=Path("data/runs"), help="of all runs (data/runs)")
+    add("--tokens", **folder, help="of stored tokens (tokens beside the runs)")
+    add("--device", default="auto", help="auto, cpu, cuda or mps")
+    add("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="such as lr=1e-4 augment=0")
     options, first = parser.parse_args(arguments), os.environ.get("RANK", "0") == "0"
     try:
         values, ignored = _fields(options.parameters, options.set)
@@ -753,21 +765,15 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m sagelib.train", description="Train, or go on training.")
-    add, folder = parser.add_argument, {"type": Path, "metavar": "FOLDER"}
-    add("parameters", type=Path, nargs="?", help="YAML file of fields of TrainConfig; other keys are ignored")
-    add("--data", **folder, help="a set whose training part is mined and whose val part validates")
-    add("--msls", **folder, help="MSLS, mined; its validation cities are left out")
-    add("--gsv", **folder, help="GSV-Cities, as labelled places: half of every batch")
-    add("--validation", **folder, help="a set whose val part validates instead of --data's")
-    add("--on-error", choices=("raise", "skip"), default="raise", help="skip leaves out what is broken")
-    add("--name", required=True, help="of the run")
-    add("--runs", **folder, default=Path("data/runs"), help="of all runs (data/runs)")
-    add("--tokens", **folder, help="of stored tokens (tokens beside the runs)")
-    add("--device", default="auto", help="auto, cpu, cuda or mps")
-    add("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="such as lr=1e-4 augment=0")
-    return parser
+class _EachKeyOnce(yaml.SafeLoader):
+    """YAML in which a key that stands twice in a mapping is an error, not overwritten."""
+
+    def construct_mapping(self, node, deep=False):
+        first = {}
+        for key, _ in node.value:
+            if first.setdefault(str(key.value), key) is not key:
+                raise yaml.MarkedYAMLError(None, None, f"the key {key.value} stands twice", key.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def read_parameters(path: Path) -> dict[str, Any]:
@@ -776,7 +782,7 @@ def read_parameters(path: Path) -> dict[str, Any]:
     try:
         if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
             raise ValueError("aliases, *NAME, are not read: write the value out")
-        values = yaml.safe_load(text) or {}
+        values = _EachKeyOnce(text).get_single_data() or {}
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # also of a day that does not exist
         line = f", line {mark.line + 1}" if (mark := getattr(error, "problem_mark", None)) else ""
         raise ValueError(f"{path}{line}: this is not YAML ({getattr(error, 'problem', error)})") from None

@@ -52,11 +52,10 @@ def load_authors_checkpoint(path: str | Path) -> SAGE:
 
 def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The authors' names to ours, without what they never use; an unknown name stays as it is."""
-
-    def ours(name: str) -> str:
-        return next((re.sub(p, to, name) for p, to in RENAMED if re.fullmatch(p, name)), name)
-
-    return {ours(n): t for n, t in state.items() if not any(re.fullmatch(p, n) for p in DROPPED)}
+    state = {n: tensor for n, tensor in state.items() if not any(re.fullmatch(p, n) for p in DROPPED)}
+    for pattern, to in RENAMED:
+        state = {re.sub(rf"\A{pattern}\Z", to, name): tensor for name, tensor in state.items()}
+    return state
 
 
 def _recognise(state: dict[str, Tensor], path: str | Path) -> dict:

@@ -1,4 +1,4 @@
-"""Describe, fit, search and evaluate in a loop: memory and open files stay flat, and results are identical.
+"""Describe, fit, index, search and evaluate in a loop: memory and open files stay flat, results identical.
 
     python tests/soak.py --minutes 30 --pictures 20000      # what `make soak` runs
 
@@ -20,10 +20,11 @@ from sagelib.describe import describe
 from sagelib.evaluate import evaluate, open_model
 from sagelib.images import Preprocess
 from sagelib.places import open_set, open_training_set
-from sagelib.retrieval import PCA, search
+from sagelib.retrieval import PCA, open_index, search
 from townscape.folder import write_town
 
 A_TOWN = 400  # pictures of a training town that every town has
+INDEX = "IVF8,Flat"
 WARM_UP = 2  # rounds, in which libraries fill their caches
 
 
@@ -35,9 +36,11 @@ def a_round(model, places, test_set, folder: Path) -> str:
     pca.save(folder / "pca.safetensors")
     small = PCA.load(folder / "pca.safetensors").transform(database)
     found = [search(values, values[:200], 10) for values in (database.values, small)]
-    result = evaluate(model, test_set, folder, pca=pca, **how)
+    index = open_index(INDEX, database.values, database.path, database.manifest)
+    found.append(search(database.values, database.values[:200], 10, index=index))
+    results = [evaluate(model, test_set, folder, pca=pca, index=spec, **how) for spec in (None, INDEX)]
     arrays = [np.asarray(database.values), small, *(array for pair in found for array in pair)]
-    return runs.fingerprint([*arrays, result.per_query_rank])
+    return runs.fingerprint([*arrays, *(result.per_query_rank for result in results)])
 
 
 def main() -> int:

@@ -60,10 +60,12 @@ def test_every_parameter_and_input_gets_a_finite_gradient(name, options):
     cls.requires_grad_(), patches.requires_grad_()
     target = torch.randn(3, module.out_dim, generator=torch.Generator().manual_seed(5))
     (module(cls, patches, grid) * target).sum().backward()
-    for key, parameter in module.named_parameters():
-        assert parameter.grad is not None and parameter.grad.isfinite().all(), key
-        # A shift of all of a query's keys cancels in the softmax, so the key third of that bias gets nothing.
-        assert parameter.grad.abs().max() > 0, key
+    sizes = {key: parameter.grad.abs().max() for key, parameter in module.named_parameters()}
+    for key, size in sizes.items():
+        # Sinkhorn scales columns first, and so takes back what is added to all scores of one.
+        cancelled = name == "salad" and key in ("dustbin", "scores.3.bias")
+        share = size / max(sizes.values())  # False for a NaN
+        assert (share < 1e-6) if cancelled else (1e-6 < share <= 1), key
     read = {"cls": [cls], "salad": [cls, patches]}.get(name, [patches])
     for tensor in read:
         assert tensor.grad.isfinite().all() and tensor.grad.abs().max() > 0

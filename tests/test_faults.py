@@ -28,7 +28,7 @@ import yaml
 from PIL import Image
 from safetensors import safe_open
 
-from sagelib import describe, evaluate, runs
+from sagelib import describe, evaluate, retrieval, runs
 from sagelib import train as training
 from sagelib.images import Preprocess
 from sagelib.model import SAGE
@@ -107,6 +107,14 @@ def reduced(folder, town):
     evaluate.evaluate(model, open_set(town.parent, town.name), folder, pca=PCA.load(file), **HOW)
 
 
+def indexed(folder, town):
+    """An index in four files."""
+    retrieval._SHARD_ROWS = 5000
+    retrieval.faiss.omp_set_num_threads(1)  # the sums of k-means have an order
+    values = runs.rng(0, "rows").normal(size=(20_000, 32)).astype(np.float32)
+    retrieval.open_index("IVF64,Flat", values, folder, {"of": "these"})
+
+
 def measured(folder, town):
     grid, rows = folder / "two.yaml", {"full": {}, "uniform": {"prefer": "random"}}
     base = {**TINY, "epochs": 1, "augment": None, "cache_limit_gb": 1.0}
@@ -124,8 +132,8 @@ def page_run(folder, town):
     return reproduce.main(["--parameters", str(parameters), "--out", str(folder / "out"), "--only", "01"])
 
 
-KINDS = {f.__name__: f for f in (town_rendered, described, trained, reduced, measured, page_run)}
-SHARES = dict(zip(KINDS, (18, 18, 18, 18, 18, 10), strict=True))  # of a hundred kills
+KINDS = {f.__name__: f for f in (town_rendered, described, trained, reduced, indexed, measured, page_run)}
+SHARES = dict(zip(KINDS, (15, 15, 15, 15, 15, 15, 10), strict=True))  # of a hundred kills
 QUICK = [name for name in KINDS if name != "page_run"]  # whose commands start no other program
 
 
@@ -176,7 +184,7 @@ def assert_nothing_half(folder: Path, whole: dict) -> None:
         _read(path)
     for name, value in contents(folder).items():
         done = name.endswith("manifest.json") and '"status": "unfinished"' not in value
-        if done or name.endswith((".npy", ".jpg", ".csv")):
+        if done or name.endswith((".npy", ".jpg", ".csv", ".faiss")):
             assert value == whole[name], f"{name} is not that of an undisturbed run"
 
 

@@ -382,6 +382,12 @@ def test_other_data_under_the_same_name_are_refused_before_any_training(done, da
     trainings = len(runs.find_runs(root, "train", finished=None))
     with pytest.raises(runs.RunConflict, match="another configuration"):
         run_grid(grid_of(), root, mined=data["mined"], test_sets=[other], device="cpu", progress=False)
+    picture = Path(data["mined"].path[0])
+    whole = picture.read_bytes()
+    picture.write_bytes(whole + b"\0")
+    with pytest.raises(runs.RunConflict, match="pictures"):
+        run_grid(grid_of(), root, **data, device="cpu", progress=False)
+    picture.write_bytes(whole)
     assert len(runs.find_runs(root, "train", finished=None)) == trainings
 
 

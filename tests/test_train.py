@@ -242,6 +242,15 @@ def test_a_finished_run_is_found_and_another_configuration_refused(learned, mine
         open_run(root, "run", dataclasses.replace(config, lr=1e-3), **data)
     with pytest.raises(runs.RunConflict, match="data_fingerprint"):
         open_run(root, "run", config, mined=mined[:-1], validation=validation)
+    picture = Path(validation.queries.path[0])
+    whole = picture.read_bytes()
+    picture.write_bytes(whole + b"\0")
+    with pytest.raises(runs.RunConflict, match="pictures"):
+        open_run(root, "run", config, **data)
+    del (old := runs.load_run(root / "train" / "run")).manifest["pictures"]  # one that did not know its own
+    old.save_manifest()
+    assert open_run(root, "run", config, **data).finished
+    picture.write_bytes(whole)
     # How the work is done is no part of what a run is.
     assert open_run(root, "run", dataclasses.replace(config, log_every=7), **data).finished
 
@@ -611,12 +620,14 @@ def test_not_enough_memory(tmp_path, mined, monkeypatch, error):
     [
         (None, "there is no such file"),
         ("a: [1", "line 1: this is not YAML"),
+        ("lr: 1\n'lr': 2", r"line 2: this is not YAML \(the key lr stands twice"),
+        ("lr: 1\na: {b: [{seed: 0, seed: 1}]}", r"line 2: this is not YAML \(the key seed stands twice"),
         ("- 1", "must hold lines of the form NAME: VALUE, and is a list"),
         ("lr: -1.0", "lr must be a number above 0, got -1.0"),
         ("aggregator_options: {foo: 1}", "no model can be built of these options: .*'foo'"),
         ("tau: -1.0e-9\nfallback: null", "lower places_per_batch by .*prune less"),
     ],
-    ids=["no file", "no YAML", "a list", "out of range", "a wrong option", "all pruned"],
+    ids=["no file", "no YAML", "twice", "twice within", "a list", "range", "a wrong option", "all pruned"],
 )
 def test_wrong_parameter_files_get_one_sentence(tmp_path, town, capsys, text, words):
     parameters = tmp_path / "file.yaml"

@@ -27,7 +27,7 @@ NAMED = (
 HEAD = "# Versions that the tests ran on\n\n`make test-versions` writes a line for each Python and kind.\n\n"
 HEAD += "| Python | versions | of | tests | result | day |\n|---|---|---|---|---|---|\n"
 RESOLUTION = {"lowest": "lowest-direct", "newest": "highest"}
-UNIT = ("-q", "-p", "no:cacheprovider", "-m", "not browser")
+UNIT = ("-p", "no:cacheprovider", "-m", "not browser")
 
 
 def main() -> int:
@@ -56,6 +56,8 @@ def run(python: str, kind: str, folder: Path, tests: list[str]) -> bool:
         venv.create(folder / "uv", with_pip=True)
         subprocess.run([uv.with_name("pip"), "install", "--quiet", "uv"], check=True)
     environment = os.environ | {"UV_CACHE_DIR": str(folder / "cache"), "UV_LINK_MODE": "hardlink"}
+    pyenv = Path(os.environ.get("PYENV_ROOT", "~/.pyenv")).expanduser() / "versions"
+    environment["PYENV_VERSION"] = ":".join(path.name for path in pyenv.glob("3.*"))  # else they do not start
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = [line for extra in project["optional-dependencies"].values() for line in extra]
     (folder / "requirements.txt").write_text("\n".join(project["dependencies"] + extras) + "\n")

@@ -47,6 +47,7 @@ from sagelib.describe import (
     open_tokens,
     own_anchors,
     pick_device,
+    pictures_fingerprint,
 )
 from sagelib.evaluate import data_fingerprint, published
 from sagelib.images import Preprocess
@@ -228,9 +229,9 @@ class _Job:
         facts = {"configuration": configuration, "training": self.name, "dataset": test_set.name}
         facts |= {"rule": str(test_set.rule), "split": self.grid.split}
         facts |= self.grid.measurement(configuration)
-        if not self.name:
-            facts |= _frozen_facts(self.config) | {"foundation": self.foundation}
+        facts |= {} if self.name else _frozen_facts(self.config) | {"foundation": self.foundation}
         known = dict(seed=self.config.seed, data_fingerprint=data_fingerprint(test_set))
+        known |= {"pictures": pictures_fingerprint(self.mined)} if self.name else {}
         return runs.Run.open(self.root, STAGE, name, facts, **known)
 
 
@@ -304,10 +305,8 @@ def run_grid(
             raise RuntimeError("a training was killed, perhaps for want of memory: lower workers") from None
     if failed:
         listed = "; ".join(f"{name}: {error}" for name, error in failed.items())
-        raise RuntimeError(
-            f"{len(failed)} of {len(trainings)} trainings failed, the others are finished; call again to "
-            "retry. " + listed
-        )
+        words = f"{len(failed)} of {len(trainings)} trainings failed, the others are finished"
+        raise RuntimeError(f"{words}; call again to retry. {listed}")
     return load_grid(grid, root)
 
 
