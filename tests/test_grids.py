@@ -2,6 +2,7 @@
 what is kept."""
 
 import dataclasses
+import shutil
 import subprocess
 import sys
 import time
@@ -420,6 +421,18 @@ def test_a_cluster_gives_the_numbers_of_one_process(data, tmp_path, done):
     with cluster, distributed.Client(cluster) as client, joblib.parallel_config("dask"):
         results = run_grid(two, tmp_path, **data, device="cpu", progress=False)
         assert sum(client.run(lambda: "torch" in sys.modules).values()) == 2, "both worked"
+    for key, ranks in results.ranks.items():
+        np.testing.assert_array_equal(ranks, done[1].ranks[key])
+
+
+def test_a_backend_that_gives_its_results_at_the_end_will_do(data, done):
+    class Late(joblib.parallel.SequentialBackend):  # as Ray's
+        supports_return_generator = False
+
+    joblib.register_parallel_backend("late", Late)
+    shutil.rmtree(next((done[0] / "ablate").glob("*no-weighting*")))  # is measured again
+    with joblib.parallel_config("late"):
+        results = run_grid(grid_of(), done[0], **data, device="cpu", progress=False)
     for key, ranks in results.ranks.items():
         np.testing.assert_array_equal(ranks, done[1].ranks[key])
 

@@ -9,7 +9,7 @@ reference.
 Configurations with one frozen prefix share its stored tokens; equal trainings, within a grid or across grids,
 are one run. A descriptor measured here depends on its image alone (and on fixed anchors), never on its batch.
 
-Trainings run in joblib's processes: inside ``with joblib.parallel_config("dask", ...)`` on a cluster.
+Trainings run in joblib's processes: inside ``with joblib.parallel_config("dask")`` (or "ray") on a cluster.
 """
 
 import argparse
@@ -294,7 +294,9 @@ def run_grid(
     failed, caller = {}, (platform.node(), os.getpid())
     shown = dict(unit="training", desc=grid.name, disable=not progress)
     with tqdm(total=len(jobs), initial=len(jobs) - len(waiting), **shown) as bar:
-        pool = joblib.Parallel(n_jobs=workers, return_as="generator_unordered", batch_size=1)
+        early = joblib.parallel.get_active_backend()[0].supports_return_generator  # Ray's waits for the last
+        how = "generator_unordered" if early else "list"
+        pool = joblib.Parallel(n_jobs=workers, return_as=how, batch_size=1)
         try:
             for name, error in pool(joblib.delayed(_run)(job, caller) for job in waiting):
                 bar.update()
