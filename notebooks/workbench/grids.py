@@ -295,8 +295,7 @@ def run_grid(
     shown = dict(unit="training", desc=grid.name, disable=not progress)
     with tqdm(total=len(jobs), initial=len(jobs) - len(waiting), **shown) as bar:
         early = joblib.parallel.get_active_backend()[0].supports_return_generator  # Ray's waits for the last
-        how = "generator_unordered" if early else "list"
-        pool = joblib.Parallel(n_jobs=workers, return_as=how, batch_size=1)
+        pool = joblib.Parallel(workers, return_as="generator_unordered" if early else "list", batch_size=1)
         try:
             for name, error in pool(joblib.delayed(_run)(job, caller) for job in waiting):
                 bar.update()
