@@ -30,7 +30,7 @@ def tsne(descriptors, *, perplexity: float, seed: int) -> np.ndarray:
     """Map descriptors (n, D) to the plane, (n, 2), by t-SNE (van der Maaten and Hinton, JMLR 2008).
 
     Unit rows, their first 50 principal components. The start is the first two of these with noise of a tenth
-    of their spread, which the seed decides. `perplexity`, below n: how many neighbours a point minds, about.
+    of their spread, which the seed decides. `perplexity` (below n): roughly how many neighbours count.
     """
     import threadpoolctl
     from sklearn.decomposition import PCA
