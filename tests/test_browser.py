@@ -102,7 +102,7 @@ ACTS = {
 }
 TOO_WIDE = """() => {
     const notebook = document.querySelector('.jp-Notebook').getBoundingClientRect();
-    const drawn = [...document.querySelectorAll('.jp-OutputArea table, .js-plotly-plot, .jp-OutputArea img')];
+    const drawn = [...document.querySelectorAll('.jp-OutputArea :is(table, img, .main-svg)')];
     const wide = drawn.filter(one => one.getBoundingClientRect().right > notebook.right + 2);
     return wide.map(one => one.outerHTML.slice(0, 80));
 }"""
@@ -159,6 +159,7 @@ def test_a_notebook_runs_in_jupyterlab_and_its_widgets_change_what_is_shown(lab,
         page.screenshot(path=f"{shots}/{Path(name).stem}.png")
     if os.environ.get("SAGE_BROWSER") == "all":
         page.set_viewport_size({"width": 1000, "height": 1600})
+        page.wait_for_function("document.querySelector('.jp-Notebook').getBoundingClientRect().right <= 1000")
         page.wait_for_timeout(1000)  # plotly follows the page's width a moment later
         assert not page.evaluate(TOO_WIDE), f"{name} runs out of a page of 1000 pixels"
     page.close()

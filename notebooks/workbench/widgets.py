@@ -333,15 +333,16 @@ def tsne_explorer(
             source = f"data:image/jpeg;base64,{style.jpeg(load_image(paths[index]), 200)}"
             photograph.value = f'<img src="{source}"><br>{html.escape(names[index])}'
 
-    chart = go.FigureWidget(draw(perplexity, seed))
-    chart.layout.autosize, waiting = True, ipywidgets.HTML()
+    chart, waiting = go.FigureWidget(draw(perplexity, seed)), ipywidgets.HTML()
     photograph = ipywidgets.HTML("hover over a point to see its photograph", layout={"flex": "0 0 210px"})
     for trace in chart.data:
         trace.on_hover(hovered)
     widest = max(min(30, len(place) - 1), perplexity)
     controls = dict(perplexity=_slider(perplexity, 2, widest), seed=_slider(seed, 0, max(9, seed)))
-    room = {"flex": "1 1 0", "min_width": "0", "display": "block"}  # a block is no wider than the page leaves
+    chart._config = chart._config | {"responsive": True}  # as wide as its block, however the page is resized
+    room = {"flex": "1 1 420px", "min_width": "0", "display": "block"}
     beside = ipywidgets.HBox([ipywidgets.Box([chart], layout=room), photograph])
+    beside.layout.flex_flow = "row wrap"
     return ipywidgets.VBox([_interactive(show, **controls), waiting, beside])
 
 

@@ -269,10 +269,7 @@ def context_audit(audits: Mapping[str, Mapping]) -> Figure:
 
 
 def sideways_shift(table: pd.DataFrame) -> Figure:
-    """Draw R@1 and its interval against the shift of the queries, a line for each model and dataset.
-
-    `table` is that of `workbench.probes.sideways_shift`, with the columns model and dataset.
-    """
+    """Draw R@1 and its interval against the shift of the queries, of `workbench.probes.sideways_shift`."""
     figure, axis = style.panels(7.6, 4.4)
     for i, (names, rows) in enumerate(table.groupby(["model", "dataset"], sort=False)):
         shift = 100 * rows["shift"]
