@@ -346,7 +346,7 @@ def describe(model: Callable, places, folder, *, preprocess: Callable | None = N
     """Describe pictures, streaming to disk; what was described before, or begun, is found again.
 
     The next batch is read while the network computes; the bar says how long that waits all the same. The
-    processes of ``accelerate launch``, which all call this alike, describe a share of the pictures each.
+    processes of one ``accelerate launch`` or ``torchrun``, which all call this alike, do a share each.
 
     Parameters
     ----------
