@@ -732,7 +732,7 @@ def _means(sums: Counter) -> dict[str, float]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command ``python -m sagelib.train``; several processes: ``accelerate launch -m``, ``torchrun -m``."""
+    """The command ``python -m sagelib.train``; several processes: ``accelerate launch`` or ``torchrun``."""
     parser = argparse.ArgumentParser("python -m sagelib.train", description="Train, or go on training.")
     add, folder = parser.add_argument, {"type": Path, "metavar": "FOLDER"}
     add("parameters", type=Path, nargs="?", help="YAML file of fields of TrainConfig; other keys are ignored")
