@@ -85,8 +85,8 @@ def open_index(spec: str, values, folder, key: Mapping) -> faiss.IndexShards:
     Parameters
     ----------
     spec : str
-        ``Flat``, ``SQfp16``, ``HNSW32``, ``IVF1024,PQ64``, ...; after a semicolon settings of the search, as
-        in ``IVF1024,PQ64;nprobe=32``. By default half of the lists is searched.
+        ``Flat``, ``SQfp16``, ``HNSW32``, ``PCAR256,IVF1024,PQ128x4fs`` (good for millions), ...; after it
+        settings of the search, as in ``IVF1024,PQ64;nprobe=32``. By default half of the lists is searched.
     values : array (N, D), may be a memmap
     folder, key : path, mapping
         Where the files lie, and all that `values` depend on: the index of others is not found.

@@ -146,10 +146,8 @@ def test_index(benchmark):
     lines = benchmark.pedantic(table, rounds=1)
     show(lines, ROWS)
     exact, *indexes = lines
-    good = [
-        x for x in indexes if exact["R@1"] - x["R@1"] <= 1 and 16 * x["bytes/image"] <= exact["bytes/image"]
-    ]
-    assert good, "none loses at most 1 point at 1/16 of the memory"
+    small = [x for x in indexes if 16 * x["bytes/image"] <= exact["bytes/image"] and x["times as fast"] >= 10]
+    assert any(exact["R@1"] - x["R@1"] <= 1 for x in small), "none loses at most 1 point at 1/16 of the memory"
 
 
 if __name__ == "__main__":
