@@ -105,7 +105,7 @@ def evaluate(model: Callable, test_set: TestSet, root, *, name: str | None = Non
     context, pca, ks : str or Context, PCA, sequence of int
         See `context_of`; applied to descriptors before the search; ranks at which recall is counted.
     index : str, optional
-        For large maps, as ``PCAR256,IVF1024,PQ128x4fs``, see `sagelib.retrieval.open_index`; default: exact search.
+        For large maps, ``PCAR256,IVF1024,PQ128x4fs``, see `sagelib.retrieval.open_index`; default: exact.
     """
     context, preprocess = context_of(context, test_set.name), describing.preprocess_of(model, preprocess)
     own_name = getattr(model, "name", None) or getattr(model, "__name__", None) or type(model).__name__

@@ -147,7 +147,7 @@ def test_index(benchmark):
     show(lines, ROWS)
     exact, *indexes = lines
     small = [x for x in indexes if 16 * x["bytes/image"] <= exact["bytes/image"] and x["times as fast"] >= 10]
-    assert any(exact["R@1"] - x["R@1"] <= 1 for x in small), "none loses at most 1 point at 1/16 of the memory"
+    assert any(exact["R@1"] - x["R@1"] <= 1 for x in small), "none loses at most a point at 1/16 of memory"
 
 
 if __name__ == "__main__":
