@@ -89,6 +89,7 @@ def retrieval_browser(database: Places, queries: Places, found: Mapping, *, orde
 
     order, east = [int(query) for query in order], [*database.east_m, *queries.east_m]
     chart = go.FigureWidget(retrieval_map(database, queries, found, order[0]))
+    chart._config = chart._config | {"responsive": True}  # as wide as the page, however it is resized
 
     def show(position: int):
         query = order[position]
@@ -339,7 +340,7 @@ def tsne_explorer(
         trace.on_hover(hovered)
     widest = max(min(30, len(place) - 1), perplexity)
     controls = dict(perplexity=_slider(perplexity, 2, widest), seed=_slider(seed, 0, max(9, seed)))
-    chart._config = chart._config | {"responsive": True}  # as wide as its block, however the page is resized
+    chart._config = chart._config | {"responsive": True}
     room = {"flex": "1 1 420px", "min_width": "0", "display": "block"}
     beside = ipywidgets.HBox([ipywidgets.Box([chart], layout=room), photograph])
     beside.layout.flex_flow = "row wrap"
