@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import inspect
 
 import numpy as np
 import oracles
@@ -47,7 +48,10 @@ def eva_for_tests(pretrained=False, **options):
     fixed |= {"rope_rotate_half": True, "rope_rescale_coords": 2.0, "use_fc_norm": False, "img_size": 70}
     for name in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
         options.pop(name, None)
-    return Eva(**{**fixed, **options})
+    values = {**fixed, **options}
+    if "rope_rescale_coords" not in inspect.signature(Eva).parameters:  # of an earlier timm
+        del values["rope_rescale_coords"]
+    return Eva(**values)
 
 
 @register_model

@@ -139,7 +139,7 @@ QUICK = [name for name in KINDS if name != "page_run"]  # whose commands start n
 
 # -- what a folder holds --------------------------------------------------------------------------------
 TIMED = ("wall_time_s", "images_per_s", "refresh_share", "training_s", "started", "finished", "rendered_now")
-TIMED += ("git_commit",)  # somebody may commit meanwhile
+TIMED += ("waited", "git_commit")  # somebody may commit meanwhile
 
 
 def _clean(value):
