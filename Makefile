@@ -90,7 +90,7 @@ lab: $(STAMP)  ## JupyterLab on a copy of the notebooks, in lab/
 	$(BIN)/python -m jupyterlab lab
 
 bench: $(STAMP)  ## speeds and memory, each as a ratio against a named alternative in the same run
-	$(BIN)/python -m pytest tests/benchmarks -o python_files='bench_*.py' --benchmark-only -s
+	$(BIN)/python -m pytest tests/benchmarks -o python_files='bench_*.py' --benchmark-only -s --timeout 0
 
 lint: $(STAMP)  ## ruff on the modules, the tests and the notebooks
 	$(BIN)/python -m ruff check .
