@@ -102,18 +102,19 @@ docs: $(STAMP)  ## pages of the API, in build/docs
 results: $(STAMP)  ## train and evaluate the small runs that come with the workbench (data/results)
 	$(BIN)/python notebooks/ship.py
 
-# The pages run twice more as on other processors, the last time on a town that is rendered so too; how far their numbers then lie
-# apart says how far they may be off in a test.
+# The pages run three times more as on other processors, the last time on a town that is rendered so too; how far their numbers then
+# lie apart says how far they may be off in a test.
 notebooks: export OMP_NUM_THREADS = 1
 notebooks: $(STAMP)  ## run the notebooks in place, keep their outputs and record their key numbers
 	runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && \
 	    execute="$(BIN)/python -m jupyter nbconvert --to notebook --execute --ExecutePreprocessor.record_timing=False" && \
 	    SAGE_RUNS="$$runs/here" $$execute --inplace $(NOTEBOOKS) && \
 	    ATEN_CPU_CAPABILITY=default SAGE_RUNS="$$runs/torch" $$execute --output-dir "$$runs/pages" $(NOTEBOOKS) && \
+	    ONEDNN_MAX_CPU_ISA=SSE41 SAGE_RUNS="$$runs/onednn" $$execute --output-dir "$$runs/pages" $(NOTEBOOKS) && \
 	    rm -rf data/town-small && \
 	    NPY_DISABLE_CPU_FEATURES="$(AVX512)" SAGE_RUNS="$$runs/numpy" $$execute --output-dir "$$runs/pages" $(NOTEBOOKS) && \
 	    rm -rf data/town-small && \
-	    $(BIN)/python notebooks/expected.py record "$$runs/here" "$$runs/torch" "$$runs/numpy" $(NOTEBOOKS)
+	    $(BIN)/python notebooks/expected.py record "$$runs/here" "$$runs/torch" "$$runs/onednn" "$$runs/numpy" $(NOTEBOOKS)
 
 clean:  ## remove .venv and caches (never data)
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis *.egg-info
