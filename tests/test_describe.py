@@ -247,19 +247,16 @@ def test_the_model_returns_to_the_mode_it_was_in(places, tmp_path):
 
 # --------------------------------------------------------------------------------------------------- speed
 def test_the_next_batch_is_read_while_the_network_is_at_work(places, tmp_path):
-    at_work, read = threading.Event(), threading.Event()
+    read = threading.Semaphore(0)
 
     class Watched(Headed):
-        def embed(self, images):
-            at_work.set()
-            last = self.embedded + len(images) == N
-            assert last or read.wait(60), "nothing was read meanwhile"
-            at_work.clear(), read.clear()
+        def embed(self, images):  # the first picture of the next batch comes while this one is described
+            due = len(images) + (self.embedded == 0) - (self.embedded + len(images) == N)
+            assert all(read.acquire(timeout=60) for _ in range(due)), "nothing was read meanwhile"
             return super().embed(images)
 
     def preprocess(picture):
-        if at_work.is_set():
-            read.set()
+        read.release()
         return Preprocess(14)(picture)
 
     made = describe(Watched(), places, tmp_path / "d", preprocess=preprocess, batch_size=2, **QUIET)
