@@ -22,16 +22,8 @@ from sagelib.images import Preprocess
 from sagelib.places import open_set, open_training_set
 from sagelib.train import TrainConfig, open_run, train
 from townscape.folder import ensure_town
-from workbench import figures
+from workbench import figures, tables
 from workbench.grids import keep
-from workbench.tables import (
-    for_print,
-    query_places,
-    recall_arrays,
-    results_table,
-    to_markdown,
-    write_table,
-)
 
 HERE = Path(__file__).resolve().parent
 DATA, RUNS, RESULTS = HERE.parent / "data", runs.runs_root(), HERE.parent / "data" / "results"
@@ -85,21 +77,21 @@ def measure_and_keep(models: dict, sets: list, values: dict, folder: Path, name:
     results = [evaluate.evaluate(models[m], test, RUNS, model_name=m, preprocess=look) for test, m in pairs]
     kept = ("manifest.json", "result.json", "ranks.npy")
     keep([result.path for result in results], folder / "evaluate", kept)
-    table = results_table(results, beside=False)
-    write_table(table, folder / f"{name}.csv")
-    write_table(for_print(table), folder / f"{name}.md")
-    print(to_markdown(for_print(table)))
+    table = tables.results_table(results, beside=False)
+    tables.write_table(table, folder / f"{name}.csv")
+    tables.write_table(tables.for_print(table), folder / f"{name}.md")
+    print(tables.to_markdown(tables.for_print(table)))
     names = [test.name for test in sets]
-    chart = figures.recall_bars(names, list(models), *recall_arrays(results, list(models), names))
-    (folder / f"{name}.png").write_bytes(figures.to_png(chart))
+    chart = figures.recall_bars(names, list(models), *tables.recall_arrays(results, list(models), names))
+    (folder / f"{name}.png").write_bytes(figures.draw(chart))
     frozen = {r.dataset: r for r in results if r.model == FROZEN[-1]}
-    places = {test.name: query_places(test.queries) for test in sets}
+    places = {test.name: tables.query_places(test.queries) for test in sets}
     against = []
     for r in results:
         if r.model != FROZEN[-1]:
             difference = evaluate.compare(frozen[r.dataset], r, groups=places[r.dataset])
             against.append({"dataset": r.dataset, "method": r.model, **asdict(difference)})
-    write_table(pandas.DataFrame(against), folder / f"{name}-against-frozen.csv")
+    tables.write_table(pandas.DataFrame(against), folder / f"{name}-against-frozen.csv")
     for row in against:
         print("{dataset}: {method} {points:+.1f} points at R@1 [{low:+.1f}, {high:+.1f}]".format(**row))
 
