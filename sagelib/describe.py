@@ -393,7 +393,7 @@ def describe(model: Callable, places, folder, *, preprocess: Callable | None = N
         order, batch_size = np.concatenate(batches), context.n or 1
     lack = f"not enough memory to describe {batch_size} pictures at a time on {device}: lower batch_size"
     lack += f", or the {context.n} of context {context}" * bool(context.n)
-    main, threads = launched(device).is_main_process, torch.get_num_threads()
+    main, threads, label = launched(device).is_main_process, torch.get_num_threads(), key["context"]
     key, fingerprint = shared([key, fingerprint])  # may be random, see `model_fingerprint`
     with runs.memory_errors(lack), contextlib.ExitStack() as after:
         after.callback(torch.set_num_threads, threads)
@@ -407,7 +407,6 @@ def describe(model: Callable, places, folder, *, preprocess: Callable | None = N
         how = (paths, preprocess, _computing(model, device, context, whole, lower))
         how += (dtype, advice, batch_size, workers, on_error)
         blocks, batch = partial(_of_pictures, *how, order=order), None if whole else batch_size
-        label = key["context"]
         base = Descriptors.make(folder, label, key, len(paths), blocks, batch=batch, bar=label * progress)
         if base.manifest["skipped"] and on_error == "raise":
             raise ValueError(f"{base.manifest['skipped'][0]['reason']} (on_error='skip' leaves it out)")

@@ -97,7 +97,7 @@ def evaluate(model: Callable, test_set: TestSet, root, *, name: str | None = Non
     Parameters
     ----------
     model, preprocess, anchors, dtype, device, seed, on_error, **options
-        As for `describe`.
+        As for `describe`; ``precision`` is float32 if it is not given: the digits of any machine.
     test_set, root : TestSet, path
         From `sagelib.places.open_set`, and a folder of runs.
     name, model_name : str, optional
@@ -135,9 +135,9 @@ def evaluate(model: Callable, test_set: TestSet, root, *, name: str | None = Non
     positives = test_set.positives()  # before the hours of describing, for positions may be unknown
     options |= dict(preprocess=preprocess, context=context, anchors=anchors, fingerprint=fingerprint)
     options |= dict(dtype=dtype, device=device, seed=seed, on_error=on_error)
+    options["precision"] = options.get("precision") or "float32"
     store = Path(root) / "descriptors"
     references = describe(model, test_set.database, store, loader="database", **options)
-    options["precision"] = references.precision
     queries = describe(model, test_set.queries, store, loader="queries", **options)
     row_of = np.full(len(test_set.database), -1)  # of each reference, unless it was skipped
     row_of[references.rows] = np.arange(len(references))
@@ -218,8 +218,9 @@ def predict(model: Callable, database: Places, queries: Places, root, *, k: int 
     """A DataFrame of the references ranked for each query, of which nothing need be known.
 
     Columns: see `sagelib.retrieval.rankings_table`. Descriptors lie in ``root/descriptors/``; options are
-    those of `describe`.
+    those of `describe`, in float32 if no ``precision`` is given.
     """
+    options["precision"] = options.get("precision") or "float32"
     tables, store = {"database": database, "queries": queries}, Path(root) / "descriptors"
     sides = {n: describe(model, table, store, loader=n, **options) for n, table in tables.items()}
     found = search(*(d.values for d in sides.values()), k)

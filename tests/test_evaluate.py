@@ -1,6 +1,8 @@
 """Evaluation end to end against the slow script, a photograph located, models by name, published numbers."""
 
+import importlib.util
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,14 +10,16 @@ import torch
 from PIL import Image
 from slow_recall import slow_recall
 
+from sagelib import describe as describing
 from sagelib import runs
-from sagelib.describe import GreyPixels, baseline_pixels, choose_anchors, describe
+from sagelib.describe import Descriptors, GreyPixels, baseline_pixels, choose_anchors, describe
 from sagelib.evaluate import (
     Evaluation,
     evaluate,
     locate,
     open_model,
     open_models,
+    predict,
     published,
     training_run,
 )
@@ -26,6 +30,7 @@ from sagelib.places import BENCHMARKS, PositiveRule, TestSet, open_set
 from sagelib.retrieval import PCA
 
 PLACES = 96
+NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 
 
 def write_set(root, name, *, aligned=True, n=PLACES, noise=45, seed=0, spacing_m=1000):
@@ -334,3 +339,27 @@ def test_published_counts_are_those_of_the_model():
     assert base == plain["trained, head off"][1] == 1_956_550
     large = counts[counts["backbone"] == "DINOv2 ViT-L"].set_index("context")["trained"]
     assert large["sorted"] - large["none"] == 7_880_192, "the head"
+
+
+def test_what_is_measured_has_the_digits_of_any_machine(tmp_path, monkeypatch):
+    """Extraction takes the precision that is fastest here; a recall and a ranking take float32."""
+    monkeypatch.setattr(describing, "MEASURED", 1)
+    monkeypatch.setattr(describing, "_fastest", lambda *_: ["bfloat16", 1])
+    test_set, how = write_set(tmp_path, "few", n=4), {"preprocess": Preprocess(14), "progress": False}
+    result = evaluate(baseline_pixels, test_set, tmp_path / "runs", **how)
+    predict(baseline_pixels, test_set.database, test_set.queries, tmp_path / "predicted", k=2, **how)
+    stores = [result.path / folder for folder in result.descriptors.values()]
+    stores += (tmp_path / "predicted" / "descriptors").glob("none-*")
+    assert [Descriptors(folder).precision for folder in stores] == ["float32"] * 4
+    assert describe(baseline_pixels, test_set.database, tmp_path / "d", **how).precision == "bfloat16"
+
+
+def test_the_tables_of_shipped_results_are_written(tmp_path, monkeypatch, capsys):
+    specification = importlib.util.spec_from_file_location("ship", NOTEBOOKS / "ship.py")
+    specification.loader.exec_module(ship := importlib.util.module_from_spec(specification))
+    monkeypatch.setattr(ship, "RUNS", tmp_path / "runs")
+    models, values = {n: baseline_pixels for n in ("pixels", ship.FROZEN[-1])}, {"validation_size": 14}
+    out, sets = tmp_path / "out", [write_set(tmp_path, "few", n=4)]
+    ship.measure_and_keep(models, sets, values | {"preprocess": "antialias"}, out, "table")
+    assert {f"table.{ending}" for ending in ("csv", "md", "png")} <= {path.name for path in out.iterdir()}
+    assert "few: pixels +0.0 points" in capsys.readouterr().out
