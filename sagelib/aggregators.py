@@ -157,10 +157,10 @@ class SALAD(nn.Module):
     """Patches assigned to clusters, or to a dustbin, by optimal transport.
 
     Izquierdo and Civera, "Optimal Transport Aggregation for Visual Place Recognition" (CVPR 2024). Scores S =
-    MLP(patches) (N, m) get one more column of a learned z, the dustbin; Sinkhorn's iterations (3) turn them
-    into an assignment R: rows sum to 1, clusters take a mass of 1 each, and the dustbin N - m. Without the
-    dustbin, ``V_jk = sum_i R_ik f_ij`` with f = MLP(patches) (N, l), each cluster at unit length; behind a
-    token MLP(cls), also at unit length, the whole is brought to unit length. Scaled first, columns cancel z.
+    MLP(patches) (N, m) get a learned column z, the dustbin; Sinkhorn's iterations (3) turn them into an
+    assignment R: rows sum to 1, clusters take a mass of 1 each, and the dustbin N - m. As columns are scaled
+    first, z cancels. Without the dustbin, ``V_jk = sum_i R_ik f_ij`` with f = MLP(patches) (N, l), each
+    cluster at unit length; behind a token MLP(cls), also at unit length, the whole has unit length.
 
     Parameters
     ----------
