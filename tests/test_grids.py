@@ -217,7 +217,7 @@ def test_files(tmp_path):
 def test_the_shipped_grids():
     assert {path.stem for path in GRIDS} == set(
         "components sampler adapter aggregator aggregator-rates k-and-P alpha descriptor-size anchors "
-        "graph size components-streets sampler-streets aggregator-streets".split()
+        "graph size components-streets sampler-streets sampler-dense aggregator-streets".split()
     )
     theirs = set(published("ablation")["configuration"])
     for path in GRIDS:

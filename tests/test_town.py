@@ -13,7 +13,7 @@ from PIL import Image
 from scipy.spatial import cKDTree
 
 from sagelib import places
-from townscape.folder import ensure_town, town_labels, write_town
+from townscape.folder import ensure_town, main, town_labels, write_town
 from townscape.plan import (
     CONDITIONS,
     LABELS,
@@ -437,6 +437,25 @@ def test_bad_arguments_of_write_town(tmp_path, changes, words):
 def test_bad_arguments_elsewhere(town, shots, call, words):
     with pytest.raises(ValueError, match=words):
         call(town, shots[0].pose)
+
+
+def test_half_the_spacing_gives_the_same_streets_twice_as_many_training_pictures(tmp_path, monkeypatch):
+    written = {}
+    monkeypatch.setattr(
+        "townscape.folder.write_town", lambda folder, **how: written.update({folder.name: how})
+    )
+    for name, spacing in (("town", []), ("town-dense", ["--spacing", "2"])):
+        assert main([str(tmp_path / name), *spacing]) == 0
+    plain, dense = (
+        [
+            [shot.pose for shot in plan_shots(Plan(1000, how["config"]), part, images)]
+            for part, images in (("train/database", how["train_images_per_town"]), ("test/queries", 120))
+        ]
+        for how in written.values()
+    )
+    assert len(dense[0]) == 2 * len(plain[0]) and dense[1] == plain[1]
+    spans = [np.ptp([[p.east_m, p.north_m] for p in poses[0]], axis=0) for poses in (plain, dense)]
+    assert np.allclose(*spans, atol=30)
 
 
 def test_no_town_is_rendered_into_a_misspelt_folder(tmp_path):

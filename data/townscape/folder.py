@@ -173,7 +173,7 @@ def write_town(
     return folder
 
 
-def ensure_town(data_folder, name: str, *, images: int | None = None, progress: bool = False) -> Path:
+def ensure_town(data_folder, name: str, *, images=None, spacing_m: float = 4.0, progress=False) -> Path:
     """The folder ``data_folder/name``, rendered first if `name` starts with ``town`` and it is not there yet.
 
     Notebooks call this so that their default data set needs no download; any other name is left to its owner.
@@ -186,6 +186,8 @@ def ensure_town(data_folder, name: str, *, images: int | None = None, progress: 
         ``images_per_town`` of :func:`write_town`, with its two training towns, one for validation and one for
         test. None or 0: the towns of ``DEFAULT_SEEDS``, with ``TRAIN_IMAGES_PER_TOWN`` or ``IMAGES_PER_TOWN``
         pictures each; what is learned on few towns does not carry over to another.
+    spacing_m : float
+        Between training stations: half of it gives the same streets twice as many pictures.
     progress : bool
         Show a bar.
 
@@ -198,10 +200,13 @@ def ensure_town(data_folder, name: str, *, images: int | None = None, progress: 
     if not folder.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {folder.parent.absolute()} to find or render {name} in")
     if name.startswith("town"):
-        options = {"images_per_town": images or IMAGES_PER_TOWN}
+        options = {
+            "config": TownConfig(train_spacing_m=spacing_m),
+            "images_per_town": images or IMAGES_PER_TOWN,
+        }
         if not images:
             options |= {f"{split}_seeds": seeds for split, seeds in DEFAULT_SEEDS.items()}
-            options["train_images_per_town"] = TRAIN_IMAGES_PER_TOWN
+            options["train_images_per_town"] = round(TRAIN_IMAGES_PER_TOWN * 4.0 / spacing_m)
         write_town(folder, **options, workers=joblib.cpu_count(), progress=progress)
     return folder
 
@@ -212,12 +217,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m townscape.folder", description=what)
     parser.add_argument("folder", type=Path, help="its name starts with town")
     parser.add_argument("--images", type=int, help="so many pictures of each of four towns instead")
+    parser.add_argument("--spacing", type=float, default=4.0, help="metres between training stations")
     options = parser.parse_args(arguments)
     if not options.folder.name.startswith("town"):
         parser.error(f"the name of the folder must start with town, got {options.folder.name}")
-    folder = Path(os.path.abspath(options.folder))
+    path = Path(os.path.abspath(options.folder))
     try:
-        ensure_town(folder.parent, folder.name, images=options.images, progress=True)
+        ensure_town(path.parent, path.name, images=options.images, spacing_m=options.spacing, progress=True)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     return 0
