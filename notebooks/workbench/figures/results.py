@@ -270,13 +270,15 @@ def context_audit(audits: Mapping[str, Mapping]) -> Figure:
 
 def sideways_shift(table: pd.DataFrame) -> Figure:
     """Draw R@1 and its interval against the shift of the queries, of `workbench.probes.sideways_shift`."""
-    figure, axis = style.panels(7.6, 4.4)
-    for i, (names, rows) in enumerate(table.groupby(["model", "dataset"], sort=False)):
-        shift = 100 * rows["shift"]
-        axis.plot(shift, rows["R@1"], label=",\n".join(names), zorder=3, **mark(i))
-        axis.fill_between(shift, rows["low"], rows["high"], color=mark(i)["color"], alpha=0.1, linewidth=0)
-    axis.set(xlabel="shift of the queries (% of width)", ylabel="R@1 (%)", title="The camera turned sideways")
-    axis.legend(**style.LEGEND_RIGHT)
+    figure, axes = style.tiles(table["dataset"].nunique(), 2, (4.6, 3.6))
+    for axis, (dataset, found) in zip(axes.flat, table.groupby("dataset", sort=False), strict=False):
+        for i, (name, rows) in enumerate(found.groupby("model", sort=False)):
+            shift, look = 100 * rows["shift"], mark(i)
+            axis.plot(shift, rows["R@1"], label=name, zorder=3, **look)
+            axis.fill_between(shift, rows["low"], rows["high"], color=look["color"], alpha=0.1, linewidth=0)
+        axis.set(xlabel="shift of the queries (% of width)", ylabel="R@1 (%)", title=dataset)
+    figure.legend(handles=axes[0, 0].get_legend_handles_labels()[0], **style.LEGEND_BELOW)
+    figure.suptitle("The camera turned sideways")
     return figure
 
 
