@@ -14,10 +14,10 @@ from IPython.display import HTML, display
 from sagelib.runs import UNFINISHED, Run, atomic_path, check, fingerprint, now, plain, runs_root, write_json
 
 NOTEBOOKS = Path(__file__).resolve().parents[1]
-# On a narrow page sentences break between words, and names in the first columns of a table anywhere.
+# On a narrow page sentences break between words, and long names in the first columns of a table anywhere.
 STYLE = """<style>.jp-OutputArea-output pre {word-break: normal; overflow-wrap: anywhere}
-.jp-OutputArea-output tbody th, .jp-RenderedMarkdown td:nth-child(-n+2):not([align]) {overflow-wrap: anywhere}
-</style>"""
+.jp-OutputArea-output tbody th, .jp-RenderedMarkdown td:nth-child(-n+2):not([align]) {
+    overflow-wrap: anywhere; min-width: 6em}</style>"""
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", dict: "a mapping"}
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from IPython.display import Markdown
 from scipy import optimize, stats
 
 from sagelib import runs
@@ -237,14 +238,19 @@ def for_print(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _texts(table: pd.DataFrame) -> tuple[pd.DataFrame, list[bool]]:
-    """The cells as text, percents with one decimal and missing values empty; which columns are numbers."""
+    """The cells as text, percents with one decimal and missing values empty; which columns are numbers.
+
+    Numbers as text, with thousands or an interval, are numbers too.
+    """
 
     def text(value):
         if pd.isna(value):
             return ""
         return f"{value:.1f}" if isinstance(value, float) else " ".join(str(value).split())
 
-    return table.astype(object).map(text), [pd.api.types.is_numeric_dtype(table[name]) for name in table]
+    cells = table.astype(object).map(text)
+    written = cells.apply(lambda c: c.str.fullmatch(r"((< )?[+-]?[\d.,]+( \[.+\])?)?").all() and c.any())
+    return cells, [pd.api.types.is_numeric_dtype(table[name]) or bool(written[name]) for name in table]
 
 
 def to_markdown(table: pd.DataFrame) -> str:
@@ -254,6 +260,11 @@ def to_markdown(table: pd.DataFrame) -> str:
     lines = [[*map(str, table.columns)], rule, *cells.to_numpy().tolist()]
     lines = [[escape(cell, False).replace("|", "\\|") for cell in line] for line in lines]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def show(table: pd.DataFrame) -> Markdown:
+    """A table as a page shows it: however narrow the page, the ends of an interval stay on one line."""
+    return Markdown(re.sub(r"\[([^][]+), ([^][]+)\]", "[\\1,\u00a0\\2]", to_markdown(table)))
 
 
 def to_latex(table: pd.DataFrame, caption: str | None = None) -> str:
@@ -347,6 +358,7 @@ def verdict(
     value, low, high = difference
     if low <= 0 <= high:
         unseen = (high - low) / 2 * (1 + stats.norm.ppf(0.8) / stats.norm.ppf(0.975))
+        value, low, high = (round(end, digits) + 0.0 for end in (value, low, high))  # not -0
         found = f"{value:+.{digits}f} {unit} [{low:+.{digits}f}, {high:+.{digits}f}]"
         power = f"; one of less than about {unseen:.{digits}f} would mostly go unseen" if unseen else ""
         return f"No difference between {one} and {other} is shown: {found}{power}."

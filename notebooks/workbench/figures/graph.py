@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib.collections import LineCollection
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from workbench.figures import style
 from workbench.figures.maps import count_histogram
@@ -47,7 +48,7 @@ def graph_map(east_m, north_m, edges, weight, *, radius_m, cliques=(), node_labe
 
 def graph_histograms(degree, clique_size, weight) -> Figure:
     """Draw how many neighbours an image has, how large the cliques are, and the affinities of the edges."""
-    figure, (neighbours, sizes, affinities) = style.panels(10.2, 3.5, 1, 3)
+    figure, (neighbours, sizes, affinities) = style.panels(9.2, 3.4, 1, 3)
     count_histogram(neighbours, np.asarray(degree), bars=30)
     neighbours.set(xlabel="neighbours of an image", ylabel="images")
     count_histogram(sizes, np.asarray(clique_size), bars=30)
@@ -62,7 +63,7 @@ def pair_matrices(d_geo_m, d_vis, weight, kept, *, title) -> Figure:
     """Draw arrays (n, n): metres, L2 of descriptors, and their negated product where an edge is `kept`."""
     import seaborn
 
-    figure, axes = style.panels(10.6, 3.7, 1, 3)
+    figure, axes = style.panels(9.2, 3.3, 1, 3)
     for axis, values, scale, label in (
         (axes[0], d_geo_m, "cividis_r", "d_geo (m)"),
         (axes[1], d_vis, "cividis_r", "d_vis (L2)"),
@@ -120,7 +121,7 @@ def sampler_comparison(samplers: Mapping[str, Mapping], *, title="What the sampl
     Of each: ``hardest_negative``, an image's highest cosine with another place of its batch, and
     ``positive_distance_m`` and ``positive_similarity`` of every pair of a place.
     """
-    figure, axes = style.panels(10.2, 1.9 + 0.55 * len(samplers), 1, 3, sharey=True)
+    figure, axes = style.panels(9.2, 1.9 + 0.55 * len(samplers), 1, 3, sharey=True)
     y = np.arange(len(samplers))[::-1]
     for axis, key, label, digits in (
         (axes[0], "hardest_negative", "similarity of the\nhardest negative (cosine)", 3),
@@ -157,7 +158,7 @@ def affinity_change(before, after, stayed, *, k: int) -> Figure:
     low = min([-1.0, *before, *after])
     if len(before):
         dots = weights.hexbin(before, after, gridsize=45, mincnt=1, cmap=AFFINITY, linewidths=0)
-        figure.colorbar(dots, ax=weights, label="edges")
+        figure.colorbar(dots, ax=weights, label="edges", ticks=MaxNLocator("auto", integer=True))
     weights.plot([low, 0], [low, 0], color=RED, linestyle="--", label="as before")
     weights.set(xlabel="W before (m)", ylabel="W after (m)")
     weights.legend(loc="upper left")

@@ -231,7 +231,7 @@ def tsne_figure(coordinates, place, *, aid=None, class_aid=None, title=None) -> 
     `class_aid` to a mapping of class to its own, written beside the most central image of the class.
     """
     place = np.asarray(place)
-    figure, axes = style.tiles(len(coordinates), 4, (2.65, 3.05), margin=(0, 0.4))
+    figure, axes = style.tiles(len(coordinates), 2, (3.9, 3.8), margin=(0, 0.4))
     for axis, (name, points) in zip(axes.flat, coordinates.items(), strict=False):
         for i, label in enumerate(np.unique(place)):
             own, tint = within_fences(points)[place == label], mark(i)["color"]

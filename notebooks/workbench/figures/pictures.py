@@ -87,7 +87,7 @@ def review_page(
     above = [(query, query_caption, BLACK), *zip(retrieved, retrieved_captions, frames, strict=True)]
     below = [(image, text, GREEN) for image, text in zip(positives, positive_captions, strict=True)]
     below = [(None, "the references\ncalled true", ""), *(below or [(None, "none within\nthe radius", "")])]
-    figure = photograph_rows([above, below], "Is the ground truth right?")
+    figure = photograph_rows([above, below], "Is the ground truth right?", tile=1.3)
     figure.set_figheight(figure.get_figheight() + 0.6)  # for the notes
     figure.supxlabel(notes, fontsize=11)
     return figure
@@ -149,8 +149,8 @@ def contributions_pair(query, reference, query_maps, reference_maps, *, captions
     speaks for the match, negative against it. Each method has its own scale, symmetric around zero, as their
     scores differ.
     """
-    columns, width = 1 + len(query_maps), 1.95
-    figure, axes = style.panels(width * columns + 1.0, 2 * width * style.aspect(query) + 1.4, 2, columns)
+    columns, width = 1 + len(query_maps), 1.85
+    figure, axes = style.panels(width * columns, 2 * width * style.aspect(query) + 2.2, 2, columns)
     for axis, image, name in zip(axes[:, 0], (query, reference), ("query", "true reference"), strict=True):
         photograph(axis, image)
         axis.set_title(name, fontsize=12)
@@ -159,10 +159,11 @@ def contributions_pair(query, reference, query_maps, reference_maps, *, captions
         reach = max(*(np.abs(values).max() for values in pair), 1e-12)
         for axis, image, values in zip(column, (query, reference), pair, strict=True):
             picture = overlay(axis, image, values / reach, SIGNED, TwoSlopeNorm(0, -1, 1), 0.68)
-        column[0].set_title(f"{name}\n{captions[name]}", fontsize=12)
-    bar = figure.colorbar(picture, ax=axes, shrink=0.85, ticks=[-1, 0, 1])
+        column[0].set_title(f"{name}\n{captions[name]}".replace(":", ":\n", 1), fontsize=11)
+    where = {"location": "bottom", "shrink": 0.6, "aspect": 40, "ticks": [-1, 0, 1]}
+    bar = figure.colorbar(picture, ax=axes, **where)
     bar.set_ticklabels(["against", "0", "for"])
-    bar.set_label("contribution to the score\n(each method's largest: 1)", fontsize=11)
+    bar.set_label("contribution to the score (each method's largest: 1)", fontsize=11)
     figure.suptitle(title)
     return figure
 

@@ -173,7 +173,7 @@ def precision_recall(curves: Mapping[str, pd.DataFrame]) -> Figure:
         axis.plot(x, y, label=name, **mark(i) | {"marker": ""})
     axis.set(xlim=(0, 101), ylim=(0, 103), xlabel="recall of the queries that have a positive (%)")
     axis.set(ylabel="precision of the answers (%)", title="Answer, or say that it is not in the map?")
-    axis.legend(**style.LEGEND_RIGHT)
+    figure.legend(**style.LEGEND_BELOW | {"ncols": 2})
     return figure
 
 
