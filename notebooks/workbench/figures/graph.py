@@ -6,7 +6,6 @@ import numpy as np
 from matplotlib.collections import LineCollection
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from workbench.figures import style
 from workbench.figures.maps import count_histogram
@@ -158,7 +157,8 @@ def affinity_change(before, after, stayed, *, k: int) -> Figure:
     low = min([-1.0, *before, *after])
     if len(before):
         dots = weights.hexbin(before, after, gridsize=45, mincnt=1, cmap=AFFINITY, linewidths=0)
-        figure.colorbar(dots, ax=weights, label="edges", ticks=MaxNLocator("auto", integer=True))
+        bar = figure.colorbar(dots, ax=weights, label="edges")
+        whole_ticks(bar.ax.yaxis)
     weights.plot([low, 0], [low, 0], color=RED, linestyle="--", label="as before")
     weights.set(xlabel="W before (m)", ylabel="W after (m)")
     weights.legend(loc="upper left")

@@ -34,7 +34,7 @@ def place_map(east_m, north_m, *, group, heading_deg, title) -> Figure:
         )
         axis.add_collection(LineCollection(lines[here], colors=PALETTE[i % 8], linewidths=0.9))
     figure.legend(loc="outside lower center", ncols=4, markerscale=2)
-    figure.suptitle(title)
+    axis.set_title(title)
     return figure
 
 
@@ -60,6 +60,8 @@ def count_histogram(axis, values: np.ndarray, bars: int) -> None:
     step = math.ceil((values.max() - values.min() + 1) / bars)
     edges = np.arange(values.min(), values.max() + step + 1, step) - 0.5
     axis.hist(values, bins=edges, color=BLUE, rwidth=0.92)
+    beside = step * max(0, 5 - len(edges)) / 2  # one or two bars do not fill the axis
+    axis.set_xlim(edges[0] - beside, edges[-1] + beside)
 
 
 def distance_histogram(distance_m, *, radius_m: float) -> Figure:

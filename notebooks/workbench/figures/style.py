@@ -76,7 +76,7 @@ def tiles(n: int, columns: int, tile: tuple[float, float], margin=(0.0, 0.0), **
 def whole_ticks(*axes, most: int | str = "auto") -> None:
     """Ticks at whole numbers alone, on each given ``axis.xaxis`` or ``axis.yaxis``."""
     for axis in axes:
-        axis.set_major_locator(MaxNLocator(most, integer=True))
+        axis.set_major_locator(MaxNLocator(most, integer=True, min_n_ticks=1))
 
 
 def write(axis, text: str, at, offset=(4, 0), **options) -> None:
@@ -110,8 +110,10 @@ def local(east_m, north_m) -> tuple[np.ndarray, list[str]]:
 
 
 def metre_panel(width: float, height: float, east_m, north_m):
-    """A figure with one map, equal metres on both axes, and the positions (n, 2) on it."""
+    """A figure with one map, equal metres on both axes, lower where it is wide, and the positions (n, 2)."""
     at, names = local(east_m, north_m)
+    wide, high = np.maximum(np.ptp(at, axis=0), 1e-9)
+    height = min(height, max(0.8 * width * high / wide + 1.6, 3.2))
     figure, axis = panels(width, height)
     axis.set_aspect("equal", adjustable="datalim" if np.ptp(at, axis=0).min() == 0 else "box")
     axis.set(xlabel=names[0], ylabel=names[1])
