@@ -162,6 +162,7 @@ def affinity_change(before, after, stayed, *, k: int) -> Figure:
     weights.plot([low, 0], [low, 0], color=RED, linestyle="--", label="as before")
     weights.set(xlabel="W before (m)", ylabel="W after (m)")
     weights.legend(loc="upper left")
+    weights.locator_params(nbins=5)
     choice.bar(np.arange(k + 1), np.bincount(stayed, minlength=k + 1), color=BLUE, width=0.92)
     choice.set(xlabel=f"of the {k} images chosen before,\nso many are chosen again", ylabel="cliques")
     whole_ticks(choice.xaxis, choice.yaxis)

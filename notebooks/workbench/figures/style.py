@@ -110,12 +110,15 @@ def local(east_m, north_m) -> tuple[np.ndarray, list[str]]:
 
 
 def metre_panel(width: float, height: float, east_m, north_m):
-    """A figure with one map, equal metres on both axes, lower where it is wide, and the positions (n, 2)."""
+    """A figure with one map, equal metres on both axes, lower where it is wide, and the positions (n, 2).
+
+    What is very long and narrow has empty ground beside it: on an axis as narrow, no number could be read.
+    """
     at, names = local(east_m, north_m)
     wide, high = np.maximum(np.ptp(at, axis=0), 1e-9)
     height = min(height, max(0.8 * width * high / wide + 1.6, 3.2))
     figure, axis = panels(width, height)
-    axis.set_aspect("equal", adjustable="datalim" if np.ptp(at, axis=0).min() == 0 else "box")
+    axis.set_aspect("equal", adjustable="datalim" if max(wide / high, high / wide) > 3 else "box")
     axis.set(xlabel=names[0], ylabel=names[1])
     axis.xaxis.set_major_locator(MaxNLocator(4))
     axis.yaxis.set_major_locator(MaxNLocator(5))
