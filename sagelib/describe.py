@@ -427,7 +427,7 @@ def describe(model: Callable, places, folder, *, preprocess: Callable | None = N
 
 
 def _fastest(kept: Path, model, read, device) -> list:
-    """Precision and threads that describe images soonest and alike, the best of three; `kept` in a file."""
+    """Precision and threads that describe images soonest; bfloat16 must be near, and faster by a fifth."""
     if kept.exists():
         return runs.read_json(kept)
     best, fastest, threads = ["float32", torch.get_num_threads()], np.inf, torch.get_num_threads()
@@ -441,7 +441,7 @@ def _fastest(kept: Path, model, read, device) -> list:
                 values = describe_batch(model, images, autocast=PRECISIONS[precision])
                 near = float(torch.nn.functional.cosine_similarity(values, exact).min()) > 0.99
                 seconds = time.perf_counter() - began
-                if seconds < fastest and near:
+                if near and seconds < fastest * (1 if precision == "float32" else 0.8):
                     best, fastest = [precision, n], seconds
                 if seconds > 3 * fastest:  # bfloat16 may be 18 times slower
                     break

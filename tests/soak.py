@@ -31,6 +31,7 @@ WARM_UP = 2  # rounds, in which libraries fill their caches
 def a_round(model, places, test_set, folder: Path) -> str:
     """A hash of everything that a round finds."""
     how = {"preprocess": Preprocess(32), "device": "cpu", "workers": 2, "progress": False}
+    how["precision"] = "float32"  # else each round measures anew which one is faster
     database = describe(model, places, folder, **how)
     pca = PCA.fit(database, 16)
     pca.save(folder / "pca.safetensors")
