@@ -214,7 +214,7 @@ def test_the_colours_differ_for_the_colour_blind():
 @pytest.mark.parametrize(
     ("words", "name", "arguments"),
     [
-        ("1 queries, 1 retrieved, 2 distance_m", "retrieval_panel", call(IMAGES[:1], [[]], [[3]] * 2, [[1]])),
+        ("1 queries, 1 retrieved, 2 metres", "retrieval_panel", call(IMAGES[:1], [[]], [[3]] * 2, [[1]])),
         ("2 images, 1 captions", "contact_sheet", call(IMAGES[:2], ["a"])),
         ("4 methods, 3 recall", "recall_bars", call("ab", METHODS, RECALL[:3], RECALL, RECALL)),
         ("79 edges, 3 weight", "graph_map", call(EAST, NORTH, EDGES, [1, 2, 3], radius_m=25)),

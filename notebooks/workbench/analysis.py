@@ -249,19 +249,10 @@ def graph_statistics(graph: GeoVisualGraph) -> dict:
 
 
 def batch_statistics(batches, descriptors, east_m, north_m, *, images_per_place: int = 4) -> dict:
-    """How hard the batches of a sampler are, to compare samplers.
+    """How hard the batches of a sampler are, (P * K,) images each, K by K of a place; of n images all told.
 
-    Parameters
-    ----------
-    batches : iterable of (P * K,) int
-        Images, place by place; `images_per_place` is K.
-    descriptors, east_m, north_m : (n, D) and (n,) float
-
-    Returns
-    -------
-    dict of arrays
-        Per image of the batches ``hardest_negative``, the greatest cosine to an image of another place; per
-        pair of images of one place ``positive_similarity`` (cosine) and ``positive_distance_m``.
+    Arrays: per image of the batches ``hardest_negative``, the greatest cosine to an image of another place;
+    per pair of images of one place ``positive_similarity`` (cosine) and ``positive_distance_m``.
     """
     values = []
     for batch in map(np.asarray, batches):

@@ -238,10 +238,7 @@ def for_print(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _texts(table: pd.DataFrame) -> tuple[pd.DataFrame, list[bool]]:
-    """The cells as text, percents with one decimal and missing values empty; which columns are numbers.
-
-    Numbers as text, with thousands or an interval, are numbers too.
-    """
+    """The cells as text, percents with one decimal and missing values empty; which columns are numbers."""
 
     def text(value):
         if pd.isna(value):

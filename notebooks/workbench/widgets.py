@@ -125,13 +125,12 @@ def review_view(database: Places, queries: Places, positives, case: Mapping):
     query, found = case["query"], case["found"]
     near, metres, _ = analysis.by_nearness(database, queries, query, positives[query])
     alike = f"more alike than {case['score']:.0%} of the right first answers are"
+    ranked = [f"#{c['rank']} {'✗✓'[c['positive']]}  {style.metres(c['metres'])}" for c in found]
     return figures.review_page(
         load_image(queries.path[query]),
         [load_image(database.path[one["reference"]]) for one in found],
         [load_image(path) for path in database.path[near[:5]]],
-        retrieved_captions=[
-            f"#{c['rank']} {'✗✓'[c['positive']]}  {style.metres(c['metres'])}" for c in found
-        ],
+        retrieved_captions=ranked,
         positive_captions=[f"a positive  {style.metres(m)}" for m in metres[:5]],
         correct=[one["positive"] for one in found],
         query_caption=f"query {query}",

@@ -41,29 +41,20 @@ def contact_sheet(images, captions, *, columns=6, title=None) -> Figure:
 
 
 def retrieval_panel(
-    queries,
-    retrieved,
-    distance_m,
-    correct,
-    *,
-    query_captions=None,
-    methods=(),
-    truth=None,
-    title=None,
-    tile=1.75,
+    queries, retrieved, metres, correct, *, query_captions=None, methods=(), truth=None, title=None, tile=1.75
 ) -> Figure:
     """Draw Q queries with what was retrieved for them, a row each, tiles `tile` inches wide.
 
-    `retrieved` holds k images of each, in order of rank; `distance_m` (Q, k) metres, NaN unknown; `correct`
+    `retrieved` holds k images of each, in order of rank; `metres` (Q, k), NaN unknown; `correct`
     (Q, k) whether it is a positive: a blue frame and a tick, or a red dashed one and a cross. Names of k
     `methods`, whose first answers they are, stand instead of the ranks. `truth`, an image or None of each,
     fills a last column with a true reference.
     """
-    style.agree(queries=queries, retrieved=retrieved, distance_m=distance_m, correct=correct)
+    style.agree(queries=queries, retrieved=retrieved, metres=metres, correct=correct)
     rows = []
     for q, query in enumerate(queries):
         row = [(query, query_captions[q] if query_captions else "query", BLACK)]
-        found = zip(retrieved[q], distance_m[q], correct[q], strict=True)
+        found = zip(retrieved[q], metres[q], correct[q], strict=True)
         for rank, (image, apart, right) in enumerate(found, start=1):
             mark, frame = ("✓", RIGHT) if right else ("✗", WRONG)
             name = methods[rank - 1] + "\n" if methods else f"#{rank} "

@@ -167,9 +167,7 @@ def precision_recall(curves: Mapping[str, pd.DataFrame]) -> Figure:
     """Draw precision against recall over all thresholds: tables with these two columns, by name."""
     figure, axis = style.panels(7.6, 4.6)
     for i, (name, curve) in enumerate(curves.items()):
-        x, y = (
-            np.append(start, 100 * curve[column]) for start, column in ((0, "recall"), (100, "precision"))
-        )
+        x, y = np.append(0, 100 * curve["recall"]), np.append(100, 100 * curve["precision"])
         axis.plot(x, y, label=name, **mark(i) | {"marker": ""})
     axis.set(xlim=(0, 101), ylim=(0, 103), xlabel="recall of the queries that have a positive (%)")
     axis.set(ylabel="precision of the answers (%)", title="Answer, or say that it is not in the map?")

@@ -110,10 +110,7 @@ def local(east_m, north_m) -> tuple[np.ndarray, list[str]]:
 
 
 def metre_panel(width: float, height: float, east_m, north_m):
-    """A figure with one map, equal metres on both axes, lower where it is wide, and the positions (n, 2).
-
-    What is very long and narrow has empty ground beside it: on an axis as narrow, no number could be read.
-    """
+    """A figure with one map, equal metres on both axes, room beside a narrow one; and positions (n, 2)."""
     at, names = local(east_m, north_m)
     wide, high = np.maximum(np.ptp(at, axis=0), 1e-9)
     height = min(height, max(0.8 * width * high / wide + 1.6, 3.2))
