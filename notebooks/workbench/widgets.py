@@ -264,6 +264,7 @@ def patch_matcher(query, reference, query_patches, reference_patches, grid):
     clickable.update_layout(title={"text": "click a patch", "font": {"size": 13}}, width=330)
     clickable.update_layout(height=330 * height // width + 40, margin={"l": 5, "r": 5, "t": 35, "b": 5})
     clickable.update_xaxes(visible=False).update_yaxes(visible=False)
+    clickable._config = clickable._config | {"displayModeBar": False}  # it would cover the title
 
     def show(row: int, column: int):
         return patch_view(query, reference, query_patches, reference_patches, grid, row, column)
