@@ -261,7 +261,7 @@ def to_markdown(table: pd.DataFrame) -> str:
 
 def show(table: pd.DataFrame) -> Markdown:
     """A table as a page shows it: however narrow the page, the ends of an interval stay on one line."""
-    return Markdown(re.sub(r"\[([^][]+), ([^][]+)\]", "[\\1,\u00a0\\2]", to_markdown(table)))
+    return Markdown(re.sub(r"\[[^][]+\]", lambda found: found[0].replace(" ", "\u00a0"), to_markdown(table)))
 
 
 def to_latex(table: pd.DataFrame, caption: str | None = None) -> str:
