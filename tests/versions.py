@@ -62,7 +62,7 @@ def run(python: str, kind: str, folder: Path, tests: list[str]) -> bool:
     extras = [line for extra in project["optional-dependencies"].values() for line in extra]
     (folder / "requirements.txt").write_text("\n".join(project["dependencies"] + extras) + "\n")
     made = (
-        ["venv", "--quiet", "--clear", "--python", python, here],
+        ["venv", "--quiet", "--clear", "--seed", "--python", python, here],
         [
             *("pip", "install", "--quiet", "--python", here / "bin" / "python", "--only-binary", ":all:"),
             *("--resolution", RESOLUTION[kind], "-r", folder / "requirements.txt"),
