@@ -176,7 +176,7 @@ def judged(file, read):
     """What `read` gives, or None where it refuses with one sentence that names the file."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", module="PIL")  # a picture that decodes in spite of a mistake
+        warnings.filterwarnings("ignore", module="PIL|pyproj")  # a picture that decodes in spite of a mistake
         try:
             return read()
         except (ValueError, OSError) as error:
