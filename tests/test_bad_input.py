@@ -176,7 +176,8 @@ def judged(file, read):
     """What `read` gives, or None where it refuses with one sentence that names the file."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", module="PIL|pyproj")  # a picture that decodes in spite of a mistake
+        # a picture that decodes in spite of a mistake; what an old pyproj says of a single position
+        warnings.filterwarnings("ignore", module="PIL|pyproj")
         try:
             return read()
         except (ValueError, OSError) as error:
