@@ -34,7 +34,7 @@ from sagelib.places import names_in_order
 
 FLUSH_S = 2.0  # progress is recorded this often: a kill costs this much work and one batch
 MEASURED = 2048  # pictures from which on precision and threads are measured
-PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}  # of autocast
+AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16}  # the dtype of each precision
 FORMAT = 2  # of the stores; those of another one are made anew
 FILES = ("manifest.json", "rows.npy")  # of a finished store
 LIBRARIES = ("sagelib", "torch", "timm", "torchvision", "peft")  # whose modules are what their classes say
@@ -402,7 +402,7 @@ def describe(model: Callable, places, folder, *, preprocess: Callable | None = N
             first = partial(_read, paths, preprocess, range(len(paths))[:batch_size])
             precision, threads = shared(_fastest(kept, model, first, device) if main else None)
         torch.set_num_threads(threads)
-        lower = PRECISIONS[runs.check("precision", precision or "float32", choices=tuple(PRECISIONS))]
+        lower = AUTOCAST[runs.check("precision", precision or "float32", choices=tuple(AUTOCAST))]
         key |= {"precision": precision} if lower else {}
         how = (paths, preprocess, _computing(model, device, context, whole, lower))
         how += (dtype, advice, batch_size, workers, on_error)
@@ -434,11 +434,11 @@ def _fastest(kept: Path, model, read, device) -> list:
     for _, images in read()[1][:1]:
         images = (images if device.type == "cuda" else images[:4]).to(device)
         exact = describe_batch(model, images)
-        for precision, n in itertools.product(PRECISIONS, sorted({1, threads})):
+        for precision, n in itertools.product(AUTOCAST, sorted({1, threads})):
             torch.set_num_threads(n)
             for _ in range(3):
                 began = time.perf_counter()
-                values = describe_batch(model, images, autocast=PRECISIONS[precision])
+                values = describe_batch(model, images, autocast=AUTOCAST[precision])
                 near = float(torch.nn.functional.cosine_similarity(values, exact).min()) > 0.99
                 seconds = time.perf_counter() - began
                 if near and seconds < fastest * (1 if precision == "float32" else 0.8):
@@ -616,7 +616,8 @@ def preprocess_of(model, preprocess: Callable | None = None) -> Callable:
 
 def pictures_fingerprint(*tables) -> str:
     """A short hash of what the files hold, in order: a picture replaced under its name is another one."""
-    return runs.fingerprint([file_digest(path) for places in tables for path in places.path])
+    paths = [path for places in tables for path in places.path]
+    return runs.fingerprint([file_digest(path) for path in tqdm(paths, "reading", unit="img", delay=5)])
 
 
 def file_digest(path) -> str:

@@ -15,7 +15,7 @@ import yaml
 
 from sagelib import describe as describing
 from sagelib import retrieval, runs
-from sagelib.describe import PRECISIONS, Context, Descriptors, describe
+from sagelib.describe import AUTOCAST, Context, Descriptors, describe
 from sagelib.images import Preprocess, load_image
 from sagelib.model import build_model, load_foreign
 from sagelib.places import BENCHMARKS, Places, TestSet
@@ -250,7 +250,7 @@ def locate(
     if context.kind == "anchors":
         anchors = torch.from_numpy(runs.load_array(descriptors.path / "anchors.npy")).to(device)
     image = preprocess(load_image(photo))[None].to(device)
-    precision = PRECISIONS[descriptors.precision]
+    precision = AUTOCAST[descriptors.precision]
     value = describing.describe_batch(model, image, context, anchors=anchors, autocast=precision).cpu()
     key, k = {"descriptors": descriptors.manifest, "pca": None}, min(k, len(descriptors))
     built = retrieval.open_index(index, descriptors.values, descriptors.path, key) if index else None

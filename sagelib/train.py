@@ -39,7 +39,7 @@ from tqdm.auto import tqdm
 
 from sagelib import describe, runs
 from sagelib.backbone import read_checkpoint as read_weights
-from sagelib.describe import describe_batch, in_context, launched, open_tokens, pick_device, shared
+from sagelib.describe import AUTOCAST, describe_batch, in_context, launched, open_tokens, pick_device, shared
 from sagelib.graph import GeoVisualGraph
 from sagelib.images import MODES, Preprocess, TrainTransform, Views, loader
 from sagelib.model import SAGE
@@ -49,7 +49,6 @@ from sagelib.runs import Run, check, rng, torch_seed
 from sagelib.sampler import CliqueSampler, PlaceSampler, SamplerConfig
 
 LOSS, MINER = {"alpha": 1.0, "beta": 50.0, "base": 0.0}, {"epsilon": 0.1}  # of the ancestors (CliqueMining)
-PRECISIONS = {None: None, "bfloat16": torch.bfloat16}
 MODEL = "backbone pretrained weights adapter adapter_blocks adapter_options aggregator aggregator_options "
 MODEL = (MODEL + "interact interact_options").split()  # arguments of `SAGE`
 EXECUTION = ("workers", "log_every", "checkpoint_every", "tensorboard")  # change nothing of what comes out
@@ -119,7 +118,7 @@ class TrainConfig(SamplerConfig):
         checked("final_lr dropout", 0, 1)
         checked("crop", None, 1, above=0)
         checked("preprocess", choices=MODES)
-        checked("precision", choices=tuple(PRECISIONS))
+        checked("precision", choices=(None, "bfloat16"))
         checked("train_context", choices=("batch", "half", "solo", "anchors"))
         checked("pretrained interact tensorboard", choices=(True, False))
         types = {"dict": (Mapping, "a mapping of names to values"), "str": (str, "text")}
@@ -291,7 +290,7 @@ class _Training:
         self.config, self.run, self.folder, self.state = config, run, folder, _State()
         self.processes, self.device = launched(device), pick_device(device)
         self.main, self.world = self.processes.is_main_process, self.processes.num_processes
-        self.progress, self.dtype, self.writer = progress and self.main, PRECISIONS[config.precision], None
+        self.progress, self.dtype, self.writer = progress and self.main, AUTOCAST.get(config.precision), None
         self.autocast = partial(torch.autocast, self.device.type, self.dtype, enabled=self.dtype is not None)
         self.loss, self.miner = losses.MultiSimilarityLoss(**LOSS), miners.MultiSimilarityMiner(**MINER)
         self.model = (model if model is not None else build_model_of(config)).to(self.device)

@@ -330,7 +330,7 @@ def test_the_audit_shows_each_context():
     without = AUDIT | {"shuffled": np.full((5, 1), nan), "anchors": None}
     figure = figures.context_audit({"one": AUDIT, "two": without})
     lines, fewer = ({line.get_label(): line.get_ydata() for line in axis.lines} for axis in figure.axes)
-    np.testing.assert_allclose(lines["sorted, as published"], AUDIT["sorted"])
+    np.testing.assert_allclose(lines["sorted by name"], AUDIT["sorted"])
     np.testing.assert_allclose(lines["shuffled: mean"], AUDIT["shuffled"].mean(axis=1))
     assert lines["anchors"][0] == 58.0 and "anchors" not in fewer
 
@@ -351,7 +351,7 @@ def test_the_graph_draws_every_edge_with_its_affinity_and_each_step_what_it_comp
     assert len(lines.get_segments()) == 79
     assert (np.diff(lines.get_array()) >= 0).all(), "the strongest lie on top"
     np.testing.assert_allclose(lines.get_segments()[-1][:, 0], EAST[EDGES[WEIGHT.argmax()]] - 551_000)
-    assert "80 images, 79 edges, 2 places of 3" in texts(gallery["graph_map"])
+    assert "80 images, 79 edges, 2 places of 3 images" in texts(gallery["graph_map"])
     bars = gallery["affinity_change"].axes[1].patches
     assert [bar.get_height() for bar in bars] == [1, 1, 1, 0, 2]
     assert "2 images, 0 edges" in texts(figures.graph_map([0.0, 9.0], [0.0, 0.0], [], [], radius_m=25))

@@ -38,6 +38,7 @@ from tqdm.auto import tqdm
 from sagelib import runs
 from sagelib.backbone import build_backbone
 from sagelib.describe import (
+    AUTOCAST,
     choose_anchors,
     compose,
     describe_batch,
@@ -53,7 +54,7 @@ from sagelib.evaluate import data_fingerprint, published
 from sagelib.images import Preprocess
 from sagelib.places import Places, TestSet, open_set, open_training_set
 from sagelib.retrieval import KS, PCA, Difference, recall, search
-from sagelib.train import PRECISIONS, TrainConfig, build_model_of, open_run, read_parameters, train
+from sagelib.train import TrainConfig, build_model_of, open_run, read_parameters, train
 from townscape.folder import ensure_town
 from workbench.tables import chance_recall, query_places
 
@@ -389,7 +390,7 @@ def _before_head(model, job: _Job, part: str, name: str = "") -> np.ndarray:
     else:
         test_set = next(test_set for test_set in job.test_sets if test_set.name == name)
         places, size = getattr(test_set, part), config.validation_size
-    dtype, rows = PRECISIONS[config.precision], config.describe_batch
+    dtype, rows = AUTOCAST.get(config.precision), config.describe_batch
     store = open_tokens(
         job.tokens,
         model,
@@ -593,7 +594,8 @@ class GridResults:
             return "one seed: it says nothing of others"
         if row["p_holm"] < 0.05:
             return "better" if row["points"] > 0 else "worse"
-        return "no difference shown"
+        clear = row["low"] * row["high"] > 0
+        return "no difference shown" + ": one is, before the correction" * clear
 
     def _mean(self, name: str, dataset: str, k: int) -> float:
         return np.nanmean([self._percent((name, s, dataset), k) for s in self.grid.seeds])

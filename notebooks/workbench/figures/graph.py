@@ -39,8 +39,8 @@ def graph_map(east_m, north_m, edges, weight, *, radius_m, cliques=(), node_labe
     style.write(axis, f"{radius_m:g} m", (x + radius_m, y), (6, 0), va="center", fontsize=11)
     stated = f"{len(at):,} images, {len(edges):,} edges"
     if len(cliques):
-        sizes = sorted({len(clique) for clique in cliques})
-        stated += f", {len(cliques)} places of {sizes[0]}" + (f"-{sizes[-1]}" if len(sizes) > 1 else "")
+        ends = sorted({min(map(len, cliques)), max(map(len, cliques))})
+        stated += f", {len(cliques)} places of {'-'.join(map(str, ends))} images"
     axis.set_title(f"{title}\n{stated}" if title else stated, fontsize=12)
     return figure
 

@@ -164,7 +164,7 @@ def nearest_map(
         label = f"{rank + 1}  {apart}{style.metres(math.dist(place, query))}"
         axis.scatter([], [], s=60, color=BLUE, label=label)
     figure.legend(loc="outside right upper")
-    axis.set_title(title or "Where the nearest photographs were taken")
+    axis.set_title(title or "Where the most similar photographs were taken")
     return figure
 
 

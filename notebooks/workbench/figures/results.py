@@ -247,7 +247,7 @@ def context_audit(audits: Mapping[str, Mapping]) -> Figure:
     figure, axes = style.tiles(len(audits), 3, (3.4, 3.6), margin=(1.2, 1.0))
     for axis, (name, audit) in zip(axes.flat, audits.items(), strict=False):
         n, shuffled = np.asarray(audit["n"]), np.ma.masked_invalid(np.asarray(audit["shuffled"], dtype=float))
-        axis.plot(n, audit["sorted"], color=RED, marker="s", label="sorted, as published")
+        axis.plot(n, audit["sorted"], color=RED, marker="s", label="sorted by name")
         axis.plot(n, shuffled.mean(axis=1), color=BLUE, marker="o", label="shuffled: mean")
         band = {"color": BLUE, "alpha": 0.22, "linewidth": 0, "label": f"shuffled: all {shuffled.shape[1]}"}
         axis.fill_between(n, shuffled.min(axis=1), shuffled.max(axis=1), **band)
@@ -276,7 +276,7 @@ def sideways_shift(table: pd.DataFrame) -> Figure:
             axis.fill_between(shift, rows["low"], rows["high"], color=look["color"], alpha=0.1, linewidth=0)
         axis.set(xlabel="shift of the queries (% of width)", ylabel="R@1 (%)", title=dataset)
     figure.legend(handles=axes[0, 0].get_legend_handles_labels()[0], **style.LEGEND_BELOW)
-    figure.suptitle("The camera turned sideways")
+    figure.suptitle("The queries' windows shifted sideways")
     return figure
 
 
@@ -313,7 +313,7 @@ def ablation_figure(
     right.text(0, y[reference], "  the full method", va="center", color=DARK)
     right.axvline(0, color=BLACK, linewidth=1.2)
     if smallest_visible is not None:
-        band = {"color": "#e9e9e9", "label": "smaller than the set can show"}
+        band = {"color": "#e9e9e9", "label": "smaller than any row mostly shows"}
         right.axvspan(-smallest_visible, smallest_visible, zorder=0, **band)
     left.set(yticks=y, yticklabels=names, ylim=(-0.6, len(names) - 0.4), xlabel=f"R@{k} (%)")
     right.set_xlabel(f"difference in R@{k} (points), paired 95 %")
@@ -330,7 +330,7 @@ def loss_curve(step, loss, *, plateau=None, epoch_steps=()) -> Figure:
     axis.plot(step, loss, color=BLUE, alpha=0.28, linewidth=1)
     axis.plot(step, mean, color=BLUE, label="loss")
     for at in epoch_steps:
-        axis.axvline(at, color="#d9d9d9", linewidth=1, zorder=0)
+        axis.axvline(at, color="#8c8c8c", linewidth=1, zorder=0)
     if plateau is not None:
         axis.axhline(plateau, color=BLACK, linestyle="--", linewidth=1.6, label=f"plateau: {plateau:.3f}")
         axis.legend()
