@@ -121,10 +121,10 @@ def dates(date, *, group) -> Figure:
     if dated.any():
         first, last = date[dated].min(), date[dated].max()
         unit, label = ("D", "day") if last - first < np.timedelta64(92, "D") else ("M", "month")
-        edges = np.arange(first.astype(f"datetime64[{unit}]"), last.astype(f"datetime64[{unit}]") + 2)
+        ends = np.array([first, last], f"datetime64[{unit}]") + np.array([0, 2], f"timedelta64[{unit}]")
         for i, (axis, name) in enumerate(zip(axes[:, 0], names, strict=True)):
             at = dated & (group == name)
-            axis.hist(date[at], bins=edges.astype("datetime64[D]"), color=PALETTE[i % 8])
+            axis.hist(date[at], bins=np.arange(*ends).astype("datetime64[D]"), color=PALETTE[i % 8])
             axis.set_ylabel("images")
             style.whole_ticks(axis.yaxis, most=4)
             axis.set_title(f"{name} ({at.sum():,})", loc="left", fontsize=12)
