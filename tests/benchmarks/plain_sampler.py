@@ -1,7 +1,7 @@
 """The method in a hundred lines: a plain clique sampler, as one writes it with pandas and networkx.
 
-It does what `sagelib.sampler` does with ``node_descriptor="cluster"``, and is slow: each draw takes distances to
-a whole city and to all pairs of its candidates, and every place starts a new search for a clique.
+It does what `sagelib.sampler` does with ``node_descriptor="cluster"``, and is slow: each draw takes distances
+to a whole city and to all pairs of its candidates, and every place starts a new search for a clique.
 """
 
 import networkx as nx
