@@ -616,8 +616,8 @@ def preprocess_of(model, preprocess: Callable | None = None) -> Callable:
 
 def pictures_fingerprint(*tables) -> str:
     """A short hash of what the files hold, in order: a picture replaced under its name is another one."""
-    paths = [path for places in tables for path in places.path]
-    return runs.fingerprint([file_digest(path) for path in tqdm(paths, "reading", unit="img", delay=5)])
+    files = [path for places in tables for path in places.path]
+    return runs.fingerprint([*map(file_digest, tqdm(files, "read", unit="img", disable=len(files) < 10**4))])
 
 
 def file_digest(path) -> str:

@@ -101,6 +101,12 @@ def test_the_solutions_fit_the_exercises_of_their_page_and_run(path, monkeypatch
     assert "solution" not in {tag for cell in cells(page) for tag in tags(cell)}
 
 
+def test_a_stored_page_keeps_no_state_of_widgets_that_it_does_not_show():
+    """A progress bar that never came up leaves thousands of lines behind."""
+    for path in NOTEBOOKS:
+        assert "widgets" not in json.loads(path.read_text())["metadata"], path.name
+
+
 def test_every_page_has_solutions_and_leads_to_the_next():
     assert [path.name for path in NOTEBOOKS[1:]] == [path.name for path in SOLUTIONS]
     for path, before, after in zip(NOTEBOOKS, [None, *NOTEBOOKS], [*NOTEBOOKS[1:], None], strict=False):
